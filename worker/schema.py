@@ -1,0 +1,286 @@
+"""What the client sends and what it gets: the request, its limits, the result.
+
+`parse` turns a job of the queue into a frozen `JobRequest` before anything is fetched, so that no
+invalid request exists past this module. Imports no torch: a bad job is refused at once.
+"""
+
+import base64
+import binascii
+import difflib
+import hashlib
+import json
+import re
+import secrets
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from worker.errors import InputUrlBlockedError, InvalidInputError
+from worker.settings import SEVEN_DAYS_SECONDS, BucketSettings
+
+MAX_SEED = 2**53 - 1  # the largest whole number that every JSON reader keeps exact
+MAX_PROMPT_CHARACTERS = 2000
+MAX_USER_DATA_CHARACTERS = 1000
+# 10 MB on /run and 20 MB on /runsync, less room for the rest of the reply (DOCS: endpoint limits).
+MAX_INLINE_CHARACTERS = {"run": 9_500_000, "runsync": 19_000_000}
+
+KEY_PATTERN = r"^[A-Za-z0-9!_.()=-]+(/[A-Za-z0-9!_.()=-]+)*$"
+
+
+class Preset(NamedTuple):
+    """What a preset fills in where the request says nothing."""
+
+    num_inference_steps: int
+
+
+PRESETS = {"quality": Preset(50), "balanced": Preset(30), "draft": Preset(20)}
+
+
+@dataclass(frozen=True, slots=True)
+class MediaSource:
+    """Where an input comes from: exactly one of an address and the bytes themselves."""
+
+    url: str | None = None
+    content: bytes | None = field(default=None, repr=False)
+
+    @classmethod
+    def parse(cls, value: Any, info: ValidationInfo) -> Self:
+        """A source from an https URL, a `data:` URI or plain base64.
+
+        Raises:
+            InputUrlBlockedError: an address of another scheme.
+            ValueError: none of the three.
+        """
+        if not isinstance(value, str):
+            raise ValueError("must be a string: an https URL, a data: URI or base64")
+        text = value.strip()
+        scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", text)
+        if scheme is None:
+            return cls(content=_decode_base64(text))
+        if scheme[1].lower() == "data":
+            head, comma, payload = text.partition(",")
+            if not comma or not head.lower().endswith(";base64"):
+                raise ValueError("a data: URI must be data:<type>;base64,<data>")
+            return cls(content=_decode_base64(payload))
+        if scheme[1].lower() not in ("https", "http"):
+            raise InputUrlBlockedError("only https URLs are fetched", field=info.field_name)
+        if len(text) > 4096 or not text.isprintable() or " " in text:
+            raise ValueError("is not a well-formed URL")
+        return cls(url=text)
+
+    @property
+    def digest(self) -> str:
+        """Fingerprint of the source, for telling one request from another."""
+        return hashlib.sha256(self.content or (self.url or "").encode()).hexdigest()
+
+
+def _decode_base64(text: str) -> bytes:
+    try:
+        content = base64.b64decode(re.sub(r"\s+", "", text), validate=True)
+    except (binascii.Error, ValueError):  # ValueError: not ASCII
+        raise ValueError("is neither an https URL, a data: URI nor base64") from None
+    if not content:
+        raise ValueError("is empty")
+    return content
+
+
+Model = TypeVar("Model", bound=BaseModel)
+Media = Annotated[MediaSource, BeforeValidator(MediaSource.parse)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True
+    )
+
+
+class Motion(_Frozen):
+    """How much the head and the face move; the reference's own values are the defaults."""
+
+    pose: Annotated[Finite, Field(ge=0, le=100)] = 25.0
+    expression: Annotated[Finite, Field(ge=0, le=100)] = 30.0
+
+
+class OutputOptions(_Frozen):
+    """How the video is handed over."""
+
+    delivery: Literal["auto", "s3", "inline"] = "auto"
+    key: Annotated[str, Field(max_length=512, pattern=KEY_PATTERN)] | None = None
+    prefix: Annotated[str, Field(max_length=256, pattern=KEY_PATTERN)] | None = None
+    url_expires_seconds: Annotated[int, Field(ge=1, le=SEVEN_DAYS_SECONDS)] | None = None
+    thumbnail: bool = False
+
+    @field_validator("key", "prefix")
+    @classmethod
+    def _stay_below_the_prefix(cls, value: str | None) -> str | None:
+        if value is not None and {".", ".."} & set(value.split("/")):
+            raise ValueError("must not hold '.' or '..' as a folder")
+        return value
+
+
+class S3Config(_Frozen):
+    """RunPod's own form of a bucket that comes with a job."""
+
+    endpoint_url: Annotated[str, Field(alias="endpointUrl", max_length=2048)]
+    access_key_id: Annotated[str, Field(alias="accessId", min_length=1, max_length=256)]
+    secret_access_key: Annotated[SecretStr, Field(alias="accessSecret", min_length=1)]
+    name: Annotated[str | None, Field(alias="bucketName", max_length=255)] = None
+    region: Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9-]+$")] | None = None
+
+    def bucket(self) -> BucketSettings:
+        """The bucket, marked as an address that the worker did not choose."""
+        return BucketSettings(**{**dict(self), "from_client": True})
+
+
+class GenerationParams(_Frozen):
+    """What decides the frames, beside the two inputs."""
+
+    prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)] = "A person is speaking."
+    negative_prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)] | None = None
+    resolution: Literal[256, 384, 512, 704] = 704
+    preset: Literal["quality", "balanced", "draft"] = "quality"
+    num_inference_steps: Annotated[int, Field(ge=1, le=100)] = 50
+    guidance_scale: Annotated[Finite, Field(ge=0, le=20)] = 7.5
+    flow_shift: Annotated[Finite, Field(ge=0.1, le=20)] = 5.0
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
+    fps: Finite = 25.0
+    motion: Motion = Motion()
+    face_box: Annotated[tuple[Finite, Finite, Finite, Finite], Field(strict=False)] | None = None
+    audio_start_seconds: Annotated[Finite, Field(ge=0)] = 0.0
+    max_seconds: Annotated[Finite, Field(gt=0)] | None = None
+
+    @field_validator("fps")
+    @classmethod
+    def _fps_that_the_model_knows(cls, value: float) -> float:
+        if value not in (25.0, 12.5):
+            raise ValueError("must be 25 or 12.5")
+        return value
+
+    @field_validator("face_box")
+    @classmethod
+    def _box_with_an_area(
+        cls, value: tuple[float, float, float, float] | None
+    ) -> tuple[float, float, float, float] | None:
+        if value is not None and (min(value) < 0 or value[2] <= 0 or value[3] <= 0):
+            raise ValueError("must be [x, y, width, height] in pixels of the image")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, values: Any) -> Any:
+        preset = values.get("preset", "quality") if isinstance(values, dict) else None
+        if not isinstance(preset, str) or preset not in PRESETS:
+            return values  # the fields' own checks name what is wrong
+        given = {name: value for name, value in values.items() if value is not None}
+        return {**PRESETS[preset]._asdict(), **given}
+
+
+class JobInput(GenerationParams):
+    """The `input` object of a job."""
+
+    image: Media
+    audio: Media
+    output: OutputOptions = OutputOptions()
+    user_data: Any = None
+    dry_run: bool = False
+    s3_config: S3Config | None = Field(default=None, alias="s3Config")
+
+    @field_validator("user_data")
+    @classmethod
+    def _small_json(cls, value: Any) -> Any:
+        try:
+            text = json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError):
+            raise ValueError("must be plain JSON, without NaN") from None
+        if len(text) > MAX_USER_DATA_CHARACTERS:
+            raise ValueError(f"must be at most {MAX_USER_DATA_CHARACTERS} characters of JSON")
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class JobRequest:
+    """One checked job."""
+
+    job_id: str
+    input: JobInput
+    bucket: BucketSettings | None  # the client's own; None: the operator's, if there is one
+
+    @property
+    def max_inline_characters(self) -> int:
+        """How long an inline video may be: ids of /runsync begin with `sync-`."""
+        return MAX_INLINE_CHARACTERS["runsync" if self.job_id.startswith("sync-") else "run"]
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for two deliveries of one job; another once anything that shapes it differs."""
+        params = self.input.model_dump(mode="json", include=set(GenerationParams.model_fields))
+        sources = [self.input.image.digest, self.input.audio.digest]
+        text = json.dumps([params, sources], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def parse(job: dict[str, Any]) -> JobRequest:
+    """A job of the queue as checked values.
+
+    Raises:
+        InvalidInputError: a value cannot be served; names the field.
+        InputUrlBlockedError: an input names an address that is never fetched.
+    """
+    raw = job.get("input")
+    if not isinstance(raw, dict):
+        raise InvalidInputError("must be an object", field="input")
+    checked = _validated(JobInput, raw)
+    top_level = job.get("s3Config")
+    s3 = checked.s3_config if top_level is None else _validated(S3Config, top_level, "s3Config.")
+    return JobRequest(_safe_id(job.get("id")), checked, s3.bucket() if s3 else None)
+
+
+def draw_seed() -> int:
+    """A seed for a request that names none."""
+    return secrets.randbelow(2**31)
+
+
+def _validated(model: type[Model], raw: Any, prefix: str = "") -> Model:
+    try:
+        return model.model_validate(raw)
+    except ValidationError as failure:
+        error = failure.errors(include_url=False, include_input=False)[0]
+        if error["type"] == "extra_forbidden":
+            message = _unknown_key(model, error["loc"])
+        else:
+            message = error["msg"].removeprefix("Value error, ").replace("Input should", "must")
+        path = prefix + ".".join(str(part) for part in error["loc"])
+        # a key is the client's own text: kept short and printable
+        raise InvalidInputError(
+            message[:1].lower() + message[1:], field=ascii(path)[1:-1][:80] or None
+        ) from None
+
+
+def _unknown_key(model: type[BaseModel], location: tuple[int | str, ...]) -> str:
+    for name in location[:-1]:
+        annotation = model.model_fields[str(name)].annotation
+        assert isinstance(annotation, type)
+        model = annotation
+    known = [info.alias or name for name, info in model.model_fields.items()]
+    near = difflib.get_close_matches(str(location[-1]), known, n=1)
+    return f"unknown key; did you mean {near[0]!r}?" if near else f"unknown key; known: {known}"
+
+
+def _safe_id(job_id: Any) -> str:
+    """The job's id if it can stand in a key and a log line, else a fingerprint of it."""
+    text = str(job_id)
+    if re.fullmatch(r"[A-Za-z0-9_-]{1,128}", text):
+        return text
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:32]

@@ -1,0 +1,142 @@
+"""What the operator sets: the only reader of the environment.
+
+Every field below is one environment variable, its name in capitals. The README's table and
+`.runpod/hub.json` list the same names; a test compares the three.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+SEVEN_DAYS_SECONDS = 604_800  # the longest life that S3 gives a presigned URL
+
+
+class BucketSettings(BaseModel):
+    """Where videos go: one bucket of an S3-compatible store, and the keys to it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    endpoint_url: str
+    access_key_id: str
+    secret_access_key: SecretStr
+    name: str | None = None  # None: the endpoint's host names it
+    region: str | None = None  # None: derived from the endpoint
+    addressing_style: Literal["auto", "path", "virtual"] = "auto"
+    prefix: str = ""
+    public_base_url: str | None = None
+    from_client: bool = False  # True: the address came with the job and must be checked
+
+
+class Settings(BaseModel):
+    """The worker's settings, checked."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    avatar_model: Literal["hunyuan-video-avatar", "demo"] = Field(
+        default="hunyuan-video-avatar",
+        description="Which model answers. `demo` is a toy with random weights, for trying the "
+        "worker without a GPU.",
+    )
+    model_dir: str = Field(
+        default="/models/hunyuan-video-avatar",
+        description="Directory of the converted weights.",
+    )
+    max_input_bytes: int = Field(
+        default=64 * 2**20, ge=1, description="Largest image or audio file accepted, in bytes."
+    )
+    max_image_pixels: int = Field(
+        default=50_000_000, ge=1, description="Largest image accepted, in pixels."
+    )
+    max_audio_seconds: float = Field(
+        default=60.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Longest speech for one video, in seconds.",
+    )
+    download_timeout_seconds: float = Field(
+        default=60.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Time for one download, in seconds.",
+    )
+    job_timeout_seconds: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="The worker's own limit for one job, in seconds. 0: none.",
+    )
+    bucket_endpoint_url: str | None = Field(
+        default=None, description="Address of the S3-compatible store."
+    )
+    bucket_access_key_id: str | None = Field(default=None, description="Access key of the store.")
+    bucket_secret_access_key: SecretStr | None = Field(
+        default=None, description="Secret key of the store."
+    )
+    bucket_name: str | None = Field(
+        default=None, description="The bucket. Empty: the host of the endpoint names it."
+    )
+    bucket_region: str | None = Field(
+        default=None, description="Region of the store. Empty: derived from the endpoint."
+    )
+    bucket_prefix: str = Field(
+        default="avatar", description="Folder in the bucket under which every key lies."
+    )
+    bucket_url_expires_seconds: int = Field(
+        default=SEVEN_DAYS_SECONDS,
+        ge=1,
+        le=SEVEN_DAYS_SECONDS,
+        description="Life of a presigned URL, in seconds; at most 7 days.",
+    )
+    bucket_public_base_url: str | None = Field(
+        default=None,
+        description="If the bucket is public: the address in front of the key. The result then "
+        "carries that URL and no signature.",
+    )
+    bucket_addressing_style: Literal["auto", "path", "virtual"] = Field(
+        default="auto", description="How the bucket stands in the address."
+    )
+    runpod_log_level: Literal["NOTSET", "TRACE", "DEBUG", "INFO", "WARN", "ERROR"] = Field(
+        default="INFO", description="Least level that is logged."
+    )
+    runpod_allow_private_download_urls: bool = Field(
+        default=False,
+        description="Lets jobs name http and private addresses. For development only.",
+    )
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Self:
+        """The settings of this process. An empty variable counts as not set.
+
+        Raises:
+            ValueError: a value is not allowed; the message names the variable, never its value.
+        """
+        environ = os.environ if environ is None else environ
+        names = {name: name.upper() for name in cls.model_fields}
+        given = {
+            name: environ[variable] for name, variable in names.items() if environ.get(variable)
+        }
+        try:
+            return cls.model_validate(given)
+        except ValidationError as error:
+            problems = "; ".join(f"{str(e['loc'][0]).upper()}: {e['msg']}" for e in error.errors())
+            raise ValueError(f"settings: {problems}") from None
+
+    @property
+    def bucket(self) -> BucketSettings | None:
+        """The operator's own bucket; None if endpoint or keys are missing."""
+        if not (
+            self.bucket_endpoint_url and self.bucket_access_key_id and self.bucket_secret_access_key
+        ):
+            return None
+        return BucketSettings(
+            endpoint_url=self.bucket_endpoint_url,
+            access_key_id=self.bucket_access_key_id,
+            secret_access_key=self.bucket_secret_access_key,
+            name=self.bucket_name,
+            region=self.bucket_region,
+            addressing_style=self.bucket_addressing_style,
+            prefix=self.bucket_prefix,
+            public_base_url=self.bucket_public_base_url,
+        )
