@@ -1,0 +1,74 @@
+"""Speech into the video tokens: audio windows to audio tokens, and the attention that hears them.
+
+Shape letters: B batch, F video frames, T latent frames (F = 4(T - 1) + 1), S video tokens a latent
+frame, A audio tokens a latent frame, D width of the transformer, E width of the attention.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import relu, scaled_dot_product_attention
+
+
+class AudioProjection(nn.Module):
+    """Audio tokens for each latent frame from one window of speech states for each video frame.
+
+    Source: Tencent-Hunyuan/HunyuanVideo-Avatar@fd59436, the audio projection.
+    """
+
+    def __init__(
+        self,
+        window_shape: tuple[int, int, int],  # (50 Hz frames, encoder states, channels)
+        intermediate_dim: int,
+        output_dim: int,
+        tokens_per_frame: int,
+    ) -> None:
+        super().__init__()
+        frames, states, channels = window_shape
+        self.tokens_per_frame = tokens_per_frame
+        self.proj1 = nn.Linear(frames * states * channels, intermediate_dim)
+        self.proj2 = nn.Linear(intermediate_dim, intermediate_dim)
+        self.proj3 = nn.Linear(intermediate_dim, tokens_per_frame * output_dim)
+        self.norm = nn.LayerNorm(output_dim)
+
+    def forward(
+        self,
+        audio_embeds: Tensor,  # (B, F, 10, 5, 384)
+    ) -> Tensor:  # (B, T, A, D)
+        """Audio tokens by latent frame: latent frame 0 hears video frame 0 four times, latent
+        frame k hears video frames 4k - 3 to 4k."""
+        hidden = relu(self.proj1(audio_embeds.flatten(2)))
+        hidden = relu(self.proj2(hidden))
+        tokens = self.norm(self.proj3(hidden).unflatten(2, (self.tokens_per_frame, -1)))
+        first_frame = tokens[:, :1].expand(-1, 3, -1, -1)
+        tokens = torch.cat([first_frame, tokens], dim=1)  # (B, 4T, A/4, D)
+        return tokens.unflatten(1, (-1, 4)).flatten(2, 3)  # (B, T, A, D)
+
+
+class AudioAdapter(nn.Module):
+    """What the video tokens of each latent frame hear of that frame's audio.
+
+    One attention head of the full width E, no residual, no biases in its projections.
+
+    Source: Tencent-Hunyuan/HunyuanVideo-Avatar@fd59436; arXiv 2505.20156, Face-Aware Audio Adapter.
+    """
+
+    def __init__(self, dim: int, attention_dim: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.to_q = nn.Linear(dim, attention_dim, bias=False)
+        self.to_kv = nn.Linear(dim, 2 * attention_dim, bias=False)
+        self.to_out = nn.Linear(attention_dim, dim, bias=False)
+
+    def forward(
+        self,
+        tokens: Tensor,  # (B, S, T, D)
+        audio_tokens: Tensor,  # (B, T, A, D)
+    ) -> Tensor:  # (B, S, T, D)
+        """What to add to the tokens, before the face mask."""
+        query = self.to_q(self.norm2(tokens)).transpose(1, 2)  # (B, T, S, E)
+        key, value = self.to_kv(self.norm1(audio_tokens)).chunk(2, dim=-1)  # 2 x (B, T, A, E)
+        # Latent frames stand where heads usually do. Not through the attention backend that the
+        # user chooses: flash kernels do not take heads this wide.
+        heard = scaled_dot_product_attention(query, key, value)  # (B, T, S, E)
+        return self.to_out(heard.transpose(1, 2))  # (B, S, T, D)
