@@ -244,7 +244,7 @@ def parse(job: dict[str, Any]) -> JobRequest:
     checked = _validated(JobInput, raw)
     top_level = job.get("s3Config")
     s3 = checked.s3_config if top_level is None else _validated(S3Config, top_level, "s3Config.")
-    return JobRequest(_safe_id(job.get("id")), checked, s3.bucket() if s3 else None)
+    return JobRequest(safe_id(job.get("id")), checked, s3.bucket() if s3 else None)
 
 
 def draw_seed() -> int:
@@ -278,7 +278,7 @@ def _unknown_key(model: type[BaseModel], location: tuple[int | str, ...]) -> str
     return f"unknown key; did you mean {near[0]!r}?" if near else f"unknown key; known: {known}"
 
 
-def _safe_id(job_id: Any) -> str:
+def safe_id(job_id: Any) -> str:
     """The job's id if it can stand in a key and a log line, else a fingerprint of it."""
     text = str(job_id)
     if re.fullmatch(r"[A-Za-z0-9_-]{1,128}", text):

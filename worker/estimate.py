@@ -1,0 +1,64 @@
+"""How long a job will take, before it runs: arithmetic on sizes, no GPU.
+
+The work of a forward pass is counted from the tokens; how fast this worker gets through it is
+learned from the jobs that it has finished.
+"""
+
+from dataclasses import dataclass
+
+from worker.shapes import FrameSize, VideoPlan, full_step_indices, window_tokens
+
+TEXT_TOKENS = 400  # typical valid length of the prompt, with the portrait's 576 tokens cut in
+WIDTH = 3072
+BLOCKS = 60
+BLOCK_PARAMETERS = 12.46e9
+CACHED_SHARE = 1 / BLOCKS  # a cached step runs one block of 60
+
+# Sustained bfloat16 rates, in FLOP/s, of this worker's path. Only the H200's is measured
+# (a full step at 704 x 768 in 16.1 s); the others are scaled from published attention rates.
+RATES = {
+    "H200": 6.0e14,
+    "H100": 6.0e14,
+    "B200": 1.4e15,
+    "A100": 2.1e14,
+    "L40S": 1.8e14,
+    "RTX PRO 6000": 3.2e14,
+    "RTX 5090": 2.0e14,
+    "RTX 4090": 1.5e14,
+}
+
+
+def job_flops(plan: VideoPlan, size: FrameSize, num_inference_steps: int) -> float:
+    """Floating-point operations of the denoising loop, both guidance branches."""
+    tokens = window_tokens(size) + TEXT_TOKENS
+    forward = 2 * BLOCK_PARAMETERS / 2 * tokens + 4 * BLOCKS * WIDTH * tokens**2
+    return 2 * forward * plan.num_windows * _cost(num_inference_steps, num_inference_steps)
+
+
+def work_share(step: int, num_inference_steps: int) -> float:
+    """How much of the denoising loop's work is done after `step` steps, 0 to 1."""
+    return _cost(step, num_inference_steps) / _cost(num_inference_steps, num_inference_steps)
+
+
+def _cost(step: int, num_inference_steps: int) -> float:
+    """The first `step` steps, in full steps."""
+    full = sum(index < step for index in full_step_indices(num_inference_steps))
+    return full + CACHED_SHARE * (step - full)
+
+
+@dataclass(slots=True)
+class Speedometer:
+    """This worker's rate: the last finished job's, or the table's for its GPU before that."""
+
+    gpu_name: str | None = None
+    _measured: float | None = None  # FLOP/s
+
+    def record(self, flops: float, seconds: float) -> None:
+        """Learns from a finished denoising loop."""
+        self._measured = flops / seconds
+
+    def estimate_seconds(self, flops: float) -> float | None:
+        """Seconds for that much work; None if neither this worker nor the table knows."""
+        known = (rate for name, rate in RATES.items() if name in (self.gpu_name or ""))
+        rate = self._measured or next(known, None)
+        return round(flops / rate, 1) if rate else None

@@ -1,0 +1,348 @@
+"""The life of one job: checked, fetched, generated, written, handed over, cleaned up.
+
+The handler's coroutine waits while one thread does the work, so that the SDK can stop a job at any
+time: a stop sets an event that the denoising loop meets at its next step, the thread ends, its
+files are gone, and nothing is posted.
+"""
+
+import asyncio
+import contextvars
+import json
+import logging
+import secrets
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from worker import __version__, import_guard, logs, schema
+from worker.delivery import Delivery
+from worker.errors import (
+    DeadlineExceededError,
+    InternalError,
+    InvalidInputError,
+    WorkerError,
+)
+from worker.estimate import Speedometer, job_flops, work_share
+from worker.inputs import Speech, load_portrait, load_speech
+from worker.progress import PostProgress, ProgressReporter
+from worker.schema import JobRequest
+from worker.settings import Settings
+from worker.shapes import VideoPlan, count_frames, fit_size, full_step_indices
+from worker.video import write_thumbnail, write_video
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+    from worker.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+
+class _StoppedError(Exception):
+    """The client cancelled the job: nothing is posted."""
+
+
+@dataclass(slots=True)
+class Run:
+    """One job on its way through the worker's thread."""
+
+    request: JobRequest
+    progress: ProgressReporter
+    deadline_seconds: float  # 0: none
+    stop: threading.Event = field(default_factory=threading.Event)
+    started: float = field(default_factory=time.monotonic)
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """Time since the job reached this worker."""
+        return time.monotonic() - self.started
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Tells the client of the stage, and times it."""
+        self.check()
+        self.progress.enter(name)
+        begun = time.monotonic()
+        yield
+        self.stage_seconds[f"{name}_seconds"] = round(time.monotonic() - begun, 3)
+
+    def check(self) -> None:
+        """Raises if the job must not go on."""
+        if self.stop.is_set():
+            raise _StoppedError
+        if self.deadline_seconds and self.elapsed_seconds > self.deadline_seconds:
+            raise DeadlineExceededError(
+                f"the job took longer than this worker's limit of {self.deadline_seconds:g} s"
+            )
+
+
+class Worker:
+    """Serves one job after another with one loaded model.
+
+    Args:
+        settings: what the operator set.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.load_error: Exception | None = None
+        self.damaged = False  # True: the process must not run another job
+        self._engine: Engine | None = None
+        self._speed = Speedometer()
+        # one thread: one job on the GPU, also while a stopped one is still leaving it
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generate")
+
+    def load(self) -> None:
+        """Loads the model; a failure is kept in `load_error` for the fitness check."""
+        try:
+            self.engine  # noqa: B018 (a property that loads)
+        except Exception as error:
+            logger.exception("the model could not be loaded")
+            self.load_error = error
+
+    @property
+    def engine(self) -> "Engine":
+        """The loaded model; loads it on first use."""
+        if self._engine is None:
+            from worker.engine import Engine  # imports torch
+
+            self._engine = Engine.load(self.settings)
+            self._speed.gpu_name = self._engine.gpu_name
+        return self._engine
+
+    async def handle(
+        self, job: dict[str, Any], *, post: PostProgress | None = None
+    ) -> dict[str, Any]:
+        """One job in, its output out. A failure comes back as `{"error": ...}`, never raised.
+
+        Args:
+            job: as the queue gives it: `id`, `input`, perhaps `s3Config`.
+            post: sends a progress payload to the client; None: nobody listens.
+
+        Raises:
+            asyncio.CancelledError: the job was stopped; its thread has ended by then.
+        """
+        logs.job_id.set(schema.safe_id(job.get("id")))
+        try:
+            request = schema.parse(job)
+        except WorkerError as error:
+            logger.warning("refused: %s", error)
+            return error.to_output(stage="parse")
+        async with ProgressReporter(post) as progress:
+            run = Run(request, progress, self.settings.job_timeout_seconds)
+            context = contextvars.copy_context()  # the job's id, for the thread's log lines
+            loop = asyncio.get_running_loop()
+            work = loop.run_in_executor(self._thread, context.run, self._outcome, run)
+            try:
+                return await asyncio.shield(work)
+            except asyncio.CancelledError:
+                run.stop.set()
+                await _ended(work)
+                logger.info("stopped after %.1f s", run.elapsed_seconds)
+                raise
+
+    def _outcome(self, run: Run) -> dict[str, Any]:
+        """The output of a job, whatever happens in it. Runs in the worker's thread."""
+        try:
+            output = self._result(run)
+            json.dumps(output, allow_nan=False)  # the SDK drops what is not JSON without a word
+            logger.info("done in %.1f s", run.elapsed_seconds)
+            return output
+        except _StoppedError:
+            return {}
+        except WorkerError as error:
+            logger.warning("failed in %s: %s", run.progress.stage, error, exc_info=error.__cause__)
+            failure = error
+        except Exception:
+            reference = secrets.token_hex(4)
+            logger.exception("unforeseen failure, reference %s", reference)
+            failure = InternalError(f"something unforeseen went wrong; reference {reference}")
+        self.damaged |= failure.refresh_worker
+        return failure.to_output(stage=run.progress.stage)
+
+    def _result(self, run: Run) -> dict[str, Any]:
+        request = run.request
+        delivery = Delivery.choose(request, self.settings)
+        if not request.input.dry_run and (stored := delivery.recall(request.fingerprint)):
+            logger.info("already in the bucket: nothing is generated")
+            return self._output(run, stored | {"reused": True})
+        with tempfile.TemporaryDirectory(prefix="avatar-") as directory:
+            with run.stage("download"):
+                portrait, speech = self._fetch(run, Path(directory))
+            if request.input.dry_run:
+                return self._plan(run, delivery, portrait, speech)
+            return self._generate(run, delivery, portrait, speech, Path(directory))
+
+    def _fetch(self, run: Run, directory: Path) -> tuple["Image.Image", Speech]:
+        params = run.request.input
+        portrait = load_portrait(params.image, directory, self.settings)
+        run.check()
+        speech = load_speech(
+            params.audio,
+            directory,
+            self.settings,
+            start_seconds=params.audio_start_seconds,
+            max_seconds=params.max_seconds,
+        )
+        if params.face_box is not None:
+            x, y, width, height = params.face_box
+            if x + width > portrait.width or y + height > portrait.height:
+                raise InvalidInputError(
+                    f"reaches over the image's {portrait.width} x {portrait.height} pixels",
+                    field="face_box",
+                )
+        return portrait, speech
+
+    def _plan(
+        self, run: Run, delivery: Delivery, portrait: "Image.Image", speech: Speech
+    ) -> dict[str, Any]:
+        """The answer to a dry run."""
+        params = run.request.input
+        size = fit_size(portrait.height, portrait.width, params.resolution)
+        video = VideoPlan(count_frames(len(speech.waveform), params.fps))
+        steps = params.num_inference_steps
+        return {
+            "dry_run": True,
+            "plan": {
+                "width": size.width,
+                "height": size.height,
+                "num_frames": video.num_frames,
+                "fps": params.fps,
+                "duration_seconds": round(speech.duration_seconds, 3),
+                "num_windows": video.num_windows,
+                "num_inference_steps": steps,
+                "num_full_steps": len(full_step_indices(steps)),
+                **delivery.describe(),
+            },
+            "estimate_seconds": self._speed.estimate_seconds(job_flops(video, size, steps)),
+            "user_data": params.user_data,
+            "worker": self._identity(),
+        }
+
+    def _generate(
+        self,
+        run: Run,
+        delivery: Delivery,
+        portrait: "Image.Image",
+        speech: Speech,
+        directory: Path,
+    ) -> dict[str, Any]:
+        params, engine = run.request.input, self.engine
+        seed = schema.draw_seed() if params.seed is None else params.seed
+
+        with run.stage("preprocess"):
+            conditioning = engine.encode(portrait, speech.waveform, params)
+        with run.stage("denoise"):
+            latents = engine.denoise(conditioning, params, seed, _step_report(run))
+        size = fit_size(portrait.height, portrait.width, params.resolution)
+        flops = job_flops(conditioning.plan, size, params.num_inference_steps)
+        self._speed.record(flops, run.stage_seconds["denoise_seconds"])
+
+        with run.stage("decode"):
+            thumbnail_path = directory / "thumbnail.jpg" if params.output.thumbnail else None
+            video = write_video(
+                directory / "video.mp4",
+                _watched(
+                    engine.frames(conditioning, latents),
+                    run,
+                    conditioning.num_frames,
+                    thumbnail_path,
+                ),
+                fps=params.fps,
+                height=conditioning.height,
+                width=conditioning.width,
+                recording=speech.recording,
+                metadata={"seed": str(seed), "worker": __version__},
+                max_bytes=delivery.max_bytes,
+            )
+        facts = {
+            "sha256": video.sha256,
+            "size_bytes": video.size_bytes,
+            "duration_seconds": round(video.duration_seconds, 3),
+            "num_frames": video.num_frames,
+            "fps": params.fps,
+            "width": conditioning.width,
+            "height": conditioning.height,
+            "seed": seed,
+            "warnings": list(conditioning.warnings),
+        }
+        with run.stage("upload"):
+            handed_over = delivery.hand_over(video, thumbnail_path, run.request.fingerprint, facts)
+        return self._output(run, facts | handed_over)
+
+    def _output(self, run: Run, facts: dict[str, Any]) -> dict[str, Any]:
+        params = run.request.input
+        engine = self._engine
+        return {
+            **facts,
+            "content_type": "video/mp4",
+            "parameters": params.model_dump(
+                mode="json",
+                include={
+                    "preset",
+                    "resolution",
+                    "num_inference_steps",
+                    "guidance_scale",
+                    "flow_shift",
+                    "motion",
+                },
+            ),
+            "user_data": params.user_data,
+            "metrics": {
+                **run.stage_seconds,
+                "total_seconds": round(run.elapsed_seconds, 3),
+                "peak_memory_gib": engine.peak_memory_gib if engine else None,
+                "gpu": engine.gpu_name if engine else None,
+                "model_load_seconds": round(engine.load_seconds, 1) if engine else None,
+            },
+            "worker": self._identity(),
+        }
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "version": __version__,
+            "model": self.settings.avatar_model,
+            "imports": import_guard.report().brief(),
+        }
+
+
+def _step_report(run: Run) -> Callable[[int, int], None]:
+    """Reports each denoising step, and ends the loop when the job must not go on."""
+
+    def on_step(step: int, num_steps: int) -> None:
+        run.check()
+        share = work_share(step, num_steps)
+        run.progress.update(share, step=step, total_steps=num_steps)
+
+    return on_step
+
+
+def _watched(
+    chunks: Iterator["np.ndarray"], run: Run, num_frames: int, thumbnail_path: Path | None
+) -> Iterator["np.ndarray"]:
+    """The same frames; reports them as they pass and keeps the first as a picture if asked."""
+    passed = 0
+    for frames in chunks:
+        run.check()
+        if thumbnail_path is not None and passed == 0:
+            write_thumbnail(frames[0], thumbnail_path)
+        passed += len(frames)
+        yield frames
+        run.progress.update(passed / num_frames)
+
+
+async def _ended(work: "asyncio.Future[Any]") -> None:
+    """Waits for the thread, however often the job is stopped."""
+    while not work.done():
+        try:
+            await asyncio.wait({work})
+        except asyncio.CancelledError:
+            continue
