@@ -1,3 +1,7 @@
 """The avatar worker: one portrait and one speech recording in, a talking-avatar video out."""
 
+from worker import import_guard
+
 __version__ = "0.1.0"
+
+import_guard.arm()  # here, so that every process that imports anything of ours passes it

@@ -1,0 +1,248 @@
+"""`python -m worker doctor`: which link of the chain from torch to the handler is broken, and why.
+
+Each check imports real classes, as the worker does and in its order, and runs something tiny:
+`import transformers` succeeds with a broken torchvision, because its classes are imported when they
+are first used. A failure is named by the exception at the bottom of its chain; the libraries' own
+last line often says no more than "Could not import module".
+
+A new check is a function that returns one line and raises if something is wrong, and its line in
+CHECKS.
+"""
+
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import sys
+import textwrap
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from typing import Literal
+
+import worker
+from worker import import_guard
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One link of the chain. `run` returns what it found in one line, or raises."""
+
+    name: str
+    run: Callable[[], str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """What one check came to."""
+
+    name: str
+    state: Literal["ok", "skipped", "failed"]
+    text: str  # what was found; for a failure, its root cause
+    seconds: float = 0.0
+    where: str | None = None  # file and line of the root cause
+    chain: tuple[str, ...] = ()  # the failure as it was raised, then what each came from
+
+
+class NotInstalledError(Exception):
+    """Raised by a check of an optional part that this installation leaves out."""
+
+
+def check_torch() -> str:
+    import torch
+
+    product = torch.eye(2) @ torch.ones(2)
+    _require(product.tolist() == [1.0, 1.0], f"a 2 x 2 product came out as {product.tolist()}")
+    return f"torch {torch.__version__}, built for CUDA {torch.version.cuda or 'none'}"
+
+
+def check_import_guard() -> str:
+    report = import_guard.ensure()
+    faults = [package.fault() for package in report.packages.values() if package.error]
+    statuses = [f"{name} {package.status}" for name, package in report.packages.items()]
+    summary = f"{', '.join(statuses)}; image processors use {report.image_processor_backend}"
+    return "\n".join([summary, *faults])
+
+
+def check_image_processors() -> str:
+    from PIL import Image
+    from transformers import AutoImageProcessor, CLIPImageProcessor
+
+    size = {"height": 16, "width": 16}
+    processor = CLIPImageProcessor(size=size, crop_size=size)
+    pixel_values = processor(Image.new("RGB", (24, 32)), return_tensors="pt")["pixel_values"]
+    _require(pixel_values.shape == (1, 3, 16, 16), f"pixel values of shape {pixel_values.shape}")
+    return f"{AutoImageProcessor.__name__}; {type(processor).__name__} ran"
+
+
+def check_transformers() -> str:
+    import torch
+    from transformers import (
+        AutoTokenizer,
+        CLIPTextConfig,
+        CLIPTextModel,
+        LlavaForConditionalGeneration,
+        WhisperFeatureExtractor,
+        WhisperModel,
+    )
+
+    classes = (AutoTokenizer, LlavaForConditionalGeneration, WhisperFeatureExtractor, WhisperModel)
+    config = CLIPTextConfig(
+        vocab_size=8,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        bos_token_id=1,
+        eos_token_id=7,
+    )
+    hidden = CLIPTextModel(config)(input_ids=torch.tensor([[1, 2, 7]])).last_hidden_state
+    _require(hidden.shape == (1, 3, 8), f"CLIPTextModel answered with the shape {hidden.shape}")
+    return f"{_names(classes)}; CLIPTextModel ran"
+
+
+def check_diffusers() -> str:
+    import torch
+    from diffusers import (
+        AutoencoderKLHunyuanVideo,
+        DiffusionPipeline,
+        FlowMatchEulerDiscreteScheduler,
+        HunyuanVideoTransformer3DModel,
+    )
+
+    classes = (AutoencoderKLHunyuanVideo, DiffusionPipeline, HunyuanVideoTransformer3DModel)
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=[1.0, 0.5])
+    noise = torch.ones(1)
+    stepped = scheduler.step(noise, scheduler.timesteps[0], noise).prev_sample
+    _require(stepped.tolist() == [0.5], f"half an Euler step from 1 ended at {stepped.tolist()}")
+    return f"{_names(classes)}; FlowMatchEulerDiscreteScheduler ran"
+
+
+def check_model() -> str:
+    from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
+    from worker.pipeline import HunyuanVideoAvatarPipeline
+
+    return _names((HunyuanVideoAvatarTransformer3DModel, HunyuanVideoAvatarPipeline))
+
+
+def check_handler() -> str:
+    return f"{import_module('handler').__name__}.py"  # from the working directory, as in the image
+
+
+def check_local_endpoint() -> str:
+    if importlib.util.find_spec("worker.local") is None:
+        raise NotInstalledError("worker.local is not part of this installation")
+    return import_module("worker.local").__name__
+
+
+CHECKS = (
+    Check("torch", check_torch),
+    Check("import guard", check_import_guard),
+    Check("image processors", check_image_processors),
+    Check("transformers", check_transformers),
+    Check("diffusers", check_diffusers),
+    Check("model", check_model),
+    Check("handler", check_handler),
+    Check("local endpoint", check_local_endpoint),
+)
+
+
+def examine(check: Check) -> Finding:
+    """What the check comes to: nothing that it raises gets out."""
+    started = time.perf_counter()
+    try:
+        text = check.run()
+    except NotInstalledError as reason:
+        return Finding(name=check.name, state="skipped", text=str(reason))
+    except Exception as error:
+        import_guard.forget_leftovers()  # or the next check's cause would be hidden behind them
+        chain = import_guard.exception_chain(error)
+        return Finding(
+            name=check.name,
+            state="failed",
+            text=_in_one_line(chain[-1]),
+            where=_place(chain[-1]),
+            chain=tuple(_in_one_line(link) for link in chain),
+            seconds=time.perf_counter() - started,
+        )
+    return Finding(name=check.name, state="ok", text=text, seconds=time.perf_counter() - started)
+
+
+def main(*, as_json: bool) -> int:
+    """The exit code, 1 if a check failed, after the findings were printed.
+
+    The page grows line by line, so that a check which takes the process down is the one missing.
+    """
+    findings = []
+    for check in CHECKS:
+        findings.append(examine(check))
+        if not as_json:
+            _print(page_entry(findings[-1]))
+    failed = [finding.name for finding in findings if finding.state == "failed"]
+    if as_json:
+        facts = {
+            "ok": not failed,
+            "versions": _versions(),
+            "imports": import_guard.report().as_dict(),
+        }
+        _print(json.dumps(facts | {"checks": [asdict(finding) for finding in findings]}, indent=2))
+    else:
+        _print(f"Broken: {', '.join(failed)}." if failed else "Nothing is broken.")
+        _print(", ".join(f"{name} {version}" for name, version in _versions().items()))
+    return 1 if failed else 0
+
+
+def page_entry(finding: Finding) -> str:
+    """The finding for a reader: its state, name and seconds, then its text, beside and below."""
+    lines = finding.text.splitlines()
+    if finding.state == "failed":
+        lines.append(f"at {finding.where}")
+        lines += [f"seen as {finding.chain[0]}"] if len(finding.chain) > 1 else []
+    lines[0] = f"{finding.state:8}{finding.name:17}{finding.seconds:5.1f} s  {lines[0]}"
+    indent = " " * 10
+    wrap = functools.partial(
+        textwrap.fill,
+        width=100,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return "\n".join([wrap(lines[0]), *(wrap(line, initial_indent=indent) for line in lines[1:])])
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def _require(condition: bool, otherwise: str) -> None:
+    if not condition:
+        raise ValueError(otherwise)
+
+
+def _names(classes: Iterable[type]) -> str:
+    return ", ".join(each.__name__ for each in classes)
+
+
+def _in_one_line(error: BaseException) -> str:
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+
+
+def _place(error: BaseException) -> str | None:
+    """File and line that raised it, if Python code did."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None
+
+
+def _versions() -> dict[str, str]:
+    versions = {"avatar-worker": worker.__version__, "Python": platform.python_version()}
+    for name in ("torch", *import_guard.LIBRARIES):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
