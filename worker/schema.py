@@ -179,11 +179,11 @@ class GenerationParams(_Frozen):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_from_preset(cls, values: Any) -> Any:
-        preset = values.get("preset", "quality") if isinstance(values, dict) else None
-        if not isinstance(preset, str) or preset not in PRESETS:
-            return values  # the fields' own checks name what is wrong
+    def _fill_from_preset(cls, values: dict[str, Any]) -> dict[str, Any]:
         given = {name: value for name, value in values.items() if value is not None}
+        preset = given.get("preset", "quality")
+        if not isinstance(preset, str) or preset not in PRESETS:
+            return given  # the field's own check names what is wrong
         return {**PRESETS[preset]._asdict(), **given}
 
 

@@ -43,6 +43,12 @@ class Settings(BaseModel):
         default="/models/hunyuan-video-avatar",
         description="Directory of the converted weights.",
     )
+    import_guard: Literal["auto", "block", "require", "off"] = Field(
+        default="auto",
+        description="What happens to a torchvision, torchaudio or xformers that is installed: "
+        "`auto` hides a broken one, `block` hides all, `require` fails on a broken one, `off` "
+        "leaves them. Read by `worker/import_guard.py` before anything else is imported.",
+    )
     max_input_bytes: int = Field(
         default=64 * 2**20, ge=1, description="Largest image or audio file accepted, in bytes."
     )
