@@ -1,7 +1,5 @@
 """Linear layers that keep their weights in 8 bits, with one scale for each output channel."""
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -45,12 +43,11 @@ def dequantize(bits: Tensor, scale: Tensor) -> Tensor:
     return bits.view(FLOAT8).to(torch.bfloat16) * scale.to(torch.bfloat16)
 
 
-def replace_linears(blocks: Iterable[nn.Module]) -> None:
-    """Puts an empty Float8Linear in the place of every linear layer inside the blocks."""
-    for block in blocks:
-        for module in list(block.modules()):
-            for name, child in module.named_children():
-                if isinstance(child, nn.Linear):
-                    has_bias = child.bias is not None
-                    empty = Float8Linear(child.in_features, child.out_features, has_bias)
-                    setattr(module, name, empty)
+def replace_linears(module: nn.Module, kept: type[nn.Module]) -> None:
+    """Puts an empty Float8Linear in the place of each linear layer outside the kept modules."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            has_bias = child.bias is not None
+            setattr(module, name, Float8Linear(child.in_features, child.out_features, has_bias))
+        elif not isinstance(child, kept):
+            replace_linears(child, kept)

@@ -27,13 +27,12 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.hooks import TransformerBlockRegistry
-from diffusers.hooks._helpers import TransformerBlockMetadata
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
-from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_1d_rotary_pos_embed
+from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormContinuous
 from diffusers.models.transformers.transformer_hunyuan_video import (
@@ -47,6 +46,7 @@ from diffusers.utils import BaseOutput, apply_lora_scale
 from torch import Tensor, nn
 
 from worker.model.audio_adapter import AudioAdapter, AudioProjection
+from worker.model.embeddings import SINUSOID_DIM, AvatarRotaryPosEmbed, Sinusoid
 from worker.model.float8 import replace_linears
 
 
@@ -108,35 +108,6 @@ class AvatarTransformerBlock(HunyuanVideoTransformerBlock):
 TransformerBlockRegistry.register(AvatarTransformerBlock, TransformerBlockMetadata(0, 1))
 
 
-class AvatarRotaryPosEmbed(nn.Module):
-    """Rotary tables of all image tokens; the reference frame stands at -1, before frame 0."""
-
-    def __init__(self, axes_dim: tuple[int, int, int], theta: float) -> None:
-        super().__init__()
-        self.axes_dim = axes_dim
-        self.theta = theta
-
-    def forward(
-        self, num_frames: int, height: int, width: int, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, each (height * width * (1 + num_frames), head dim), float32.
-
-        The table of each axis is small and is made on the CPU, so that every device gets the same
-        bits; the device only spreads them over the grid.
-        """
-        frame_axis = torch.arange(-1, num_frames, dtype=torch.float32)
-        grid = (height, width, 1 + num_frames)
-        axes = [(frame_axis, (1, 1, -1)), (height, (-1, 1, 1)), (width, (1, -1, 1))]
-        cosines, sines = [], []
-        for (axis, view), dim in zip(axes, self.axes_dim, strict=True):
-            positions = torch.arange(axis).float() if isinstance(axis, int) else axis
-            tables = get_1d_rotary_pos_embed(dim, positions, self.theta, use_real=True)
-            cosine, sine = (table.to(device).view(*view, dim) for table in tables)
-            cosines.append(cosine.expand(*grid, dim))
-            sines.append(sine.expand(*grid, dim))
-        return torch.cat(cosines, dim=-1).flatten(0, 2), torch.cat(sines, dim=-1).flatten(0, 2)
-
-
 class HunyuanVideoAvatarTransformer3DModel(
     ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin, CacheMixin
 ):
@@ -144,7 +115,8 @@ class HunyuanVideoAvatarTransformer3DModel(
 
     The modules that HunyuanVideo has too carry the names of diffusers'
     `HunyuanVideoTransformer3DModel`, so its LoRAs load. The defaults are the published model, of
-    13 billion parameters. With `float8_blocks` the linear layers of the blocks are `Float8Linear`.
+    13 billion parameters. With `float8_blocks` the linear layers of the blocks are `Float8Linear`,
+    those of the audio adapters left out.
 
     Source: Tencent-Hunyuan/HunyuanVideo-Avatar@fd59436; arXiv 2505.20156.
     """
@@ -211,12 +183,14 @@ class HunyuanVideoAvatarTransformer3DModel(
         self.time_text_embed = HunyuanVideoConditionEmbedding(
             dim, pooled_projection_dim, guidance_embeds=False
         )
-        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.motion_exp_embedder = TimestepEmbedding(256, dim // 4)
-        self.motion_pose_embedder = TimestepEmbedding(256, dim // 4)
-        self.fps_embedder = TimestepEmbedding(256, dim)
+        self.motion_exp_embedder = TimestepEmbedding(SINUSOID_DIM, dim // 4)
+        self.motion_pose_embedder = TimestepEmbedding(SINUSOID_DIM, dim // 4)
+        self.fps_embedder = TimestepEmbedding(SINUSOID_DIM, dim)
+        self.sinusoid = Sinusoid()
+        self.time_text_embed.time_proj = self.sinusoid
+        self.context_embedder.time_text_embed.time_proj = self.sinusoid
 
-        self.rope = AvatarRotaryPosEmbed(tuple(rope_axes_dim), rope_theta)
+        self.rope = AvatarRotaryPosEmbed(rope_axes_dim, rope_theta)
         self.transformer_blocks = nn.ModuleList(
             AvatarTransformerBlock(
                 num_attention_heads,
@@ -231,7 +205,8 @@ class HunyuanVideoAvatarTransformer3DModel(
             for _ in range(num_single_layers)
         )
         if float8_blocks:
-            replace_linears([*self.transformer_blocks, *self.single_transformer_blocks])
+            replace_linears(self.transformer_blocks, kept=AudioAdapter)
+            replace_linears(self.single_transformer_blocks, kept=AudioAdapter)
 
         self.norm_out = AdaLayerNormContinuous(dim, dim, elementwise_affine=False, eps=1e-6)
         self.proj_out = nn.Linear(dim, patch_size * patch_size * out_channels)
@@ -241,15 +216,15 @@ class HunyuanVideoAvatarTransformer3DModel(
         self,
         hidden_states: Tensor,
         timestep: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        pooled_projections: Tensor | None = None,
-        reference_latents: Tensor | None = None,
-        audio_embeds: Tensor | None = None,
-        face_mask: Tensor | None = None,
-        motion_expression: Tensor | None = None,
-        motion_pose: Tensor | None = None,
-        fps: Tensor | None = None,
+        encoder_hidden_states: Tensor | None,
+        encoder_attention_mask: Tensor | None,
+        pooled_projections: Tensor,
+        reference_latents: Tensor | None,
+        audio_embeds: Tensor | None,
+        face_mask: Tensor | None,
+        motion_expression: Tensor,
+        motion_pose: Tensor,
+        fps: Tensor,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
         tail: Tail | None = None,
@@ -257,12 +232,14 @@ class HunyuanVideoAvatarTransformer3DModel(
     ) -> AvatarTransformerOutput | tuple[Tensor] | tuple[Tensor, Tail | None]:
         """The velocity (B, C, T, H, W); with `return_tail` also the tail, see the module.
 
+        Inputs are cast to the model's dtype; timestep, motion and fps only after their sinusoid.
+
         Args:
             hidden_states: (B, C, T, H, W), the noisy latents.
-            timestep: (B,) float32 in [0, 1000], never rounded: half a percent of it matters.
+            timestep: (B,) in [0, 1000], float32: in bfloat16 the output would be a fifth off.
             encoder_hidden_states: (B, text positions, text dim).
-            encoder_attention_mask: (B, text positions), 1 = keep; its sum is the text's length.
-                On the CPU it costs no wait for the GPU.
+            encoder_attention_mask: (B, text positions), 1 = keep; its sum is the text's length,
+                so on the CPU it costs no wait for the GPU.
             pooled_projections: (B, pooled dim).
             reference_latents: (B, C, T, H, W), the portrait's latents.
             audio_embeds: (B, 4(T - 1) + 1, 10, 5, 384), a window of speech states a video frame.
@@ -270,10 +247,162 @@ class HunyuanVideoAvatarTransformer3DModel(
             motion_expression, motion_pose: (B, 4).
             fps: (B,), frames a second.
             attention_kwargs: `{"scale": ...}` is the strength of the LoRAs.
-            tail: runs the last single-stream block on these tokens, and nothing before it.
+            tail: runs the last single-stream block on these tokens and nothing before it; the
+                inputs that may be None are then not read.
 
         Raises:
-            ValueError: a half-precision timestep or fps; a tail or texts of unequal length while a
-                cache is enabled (call once a sample, each in its own `cache_context`).
+            ValueError: a half-precision timestep; a missing input; a tail, or texts of unequal
+                length, while a cache is enabled.
         """
-        raise NotImplementedError
+        if timestep.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(f"timestep must be float32, not {timestep.dtype}")
+        num_frames, height, width = hidden_states.shape[2:]
+        patch_size = self.config.patch_size
+        grid = (num_frames, height // patch_size, width // patch_size)
+        rotary = self.rope(*grid, hidden_states.device)
+        temb = self._embed_conditions(
+            timestep, pooled_projections, motion_expression, motion_pose, fps
+        )
+
+        if tail is not None:
+            image = tail.image.transpose(1, 2).flatten(1, 2)  # (B, S(1 + T), D)
+            # One sample at a time: under context parallel two texts may be equally long on one
+            # rank only, and all ranks must make the same calls.
+            streams = list(zip(image.split(1), [text[None] for text in tail.text], strict=True))
+        elif (
+            encoder_hidden_states is None
+            or encoder_attention_mask is None
+            or reference_latents is None
+            or audio_embeds is None
+            or face_mask is None
+        ):
+            raise ValueError("only a call with a tail may leave an input out")
+        else:
+            texts = self._embed_text(encoder_hidden_states, timestep, encoder_attention_mask)
+            image = self._embed_latents(hidden_states, reference_latents)
+            audio_tokens = self.audio_proj(audio_embeds.to(self._compute_dtype))
+            audio_gate = self._gate_audio(face_mask, num_frames)
+            streams = self._run_early_blocks(image, texts, temb, rotary, audio_tokens, audio_gate)
+
+        tokens = self._run_last_block(streams, temb, rotary, num_frames)
+        sample = self._unpatchify(tokens, grid)
+        returned_tail = self._join_tail(streams, num_frames) if return_tail else None
+        if return_dict:
+            return AvatarTransformerOutput(sample=sample, tail=returned_tail)
+        return (sample, returned_tail) if return_tail else (sample,)
+
+    @property
+    def _compute_dtype(self) -> torch.dtype:
+        """The dtype to work in: that of a layer which no storage in 8 bits touches."""
+        return self.x_embedder.proj.weight.dtype
+
+    def _embed_conditions(
+        self,
+        timestep: Tensor,
+        pooled_projections: Tensor,
+        motion_expression: Tensor,
+        motion_pose: Tensor,
+        fps: Tensor,
+    ) -> Tensor:
+        """The vector (B, D) that modulates every block."""
+        dtype = self._compute_dtype
+
+        def embed(embedder: nn.Module, values: Tensor) -> Tensor:  # (B,) or (B, 4) -> (B, D)
+            sinusoid = self.sinusoid(values.flatten())
+            return embedder(sinusoid.to(dtype)).view(len(values), -1)
+
+        temb, _ = self.time_text_embed(timestep, pooled_projections.to(dtype))
+        temb = temb + embed(self.motion_exp_embedder, motion_expression)
+        temb = temb + embed(self.motion_pose_embedder, motion_pose)
+        return temb + embed(self.fps_embedder, fps)
+
+    def _embed_latents(self, latents: Tensor, reference_latents: Tensor) -> Tensor:
+        """Image tokens (B, S(1 + T), D); only the noisy frames pass the reference's projection."""
+        latents, reference_latents = (
+            x.to(self._compute_dtype) for x in (latents, reference_latents)
+        )
+        num_frames = latents.shape[2]
+        frames = self.x_embedder(latents)  # (B, T S, D)
+        frames = frames + self.ref_proj(self.ref_embedder(reference_latents))
+        reference = self.x_embedder(reference_latents[:, :, :1])  # (B, S, D)
+        columns = frames.unflatten(1, (num_frames, -1)).transpose(1, 2)  # (B, S, T, D)
+        return torch.cat([reference[:, :, None], columns], dim=2).flatten(1, 2)
+
+    def _embed_text(self, embeds: Tensor, timestep: Tensor, mask: Tensor) -> list[Tensor]:
+        """The refined text in batches (b, L, D) of equal valid length: the whole, or B of one.
+
+        Cutting the text is exact, since no token that is kept attends to one that is not; and it
+        leaves the blocks without an attention mask, which the fast kernels do not take.
+        """
+        lengths = mask.sum(dim=1).tolist()
+        mask = mask.to(embeds.device, non_blocking=True)
+        text = self.context_embedder(embeds.to(self._compute_dtype), timestep, mask)
+        if len(set(lengths)) == 1:
+            return [text[:, : lengths[0]]]
+        return [sample[:, :length] for sample, length in zip(text.split(1), lengths, strict=True)]
+
+    def _gate_audio(self, face_mask: Tensor, num_frames: int) -> Tensor:
+        """How much of the audio each token hears, (B, S, T, 1)."""
+        patch_size = self.config.patch_size
+        # Nearest-neighbour to the size of the tokens: the first row and column of each patch.
+        gate = face_mask[:, 0, :, ::patch_size, ::patch_size].expand(-1, num_frames, -1, -1)
+        return gate.to(self._compute_dtype).flatten(2).transpose(1, 2).unsqueeze(-1)
+
+    def _run_early_blocks(
+        self,
+        image: Tensor,
+        texts: list[Tensor],
+        temb: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        audio_tokens: Tensor,
+        audio_gate: Tensor,
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Image and text tokens that enter the last block, in the batches of the texts."""
+        sizes = [len(text) for text in texts]
+        batches = zip(
+            image.split(sizes),
+            texts,
+            temb.split(sizes),
+            audio_tokens.split(sizes),
+            audio_gate.split(sizes),
+            strict=True,
+        )
+        streams = []
+        for image, text, temb, audio_tokens, audio_gate in batches:
+            for block in self.transformer_blocks:
+                image, text = block(image, text, temb, rotary, audio_tokens, audio_gate)
+            for block in self.single_transformer_blocks[:-1]:
+                image, text = block(image, text, temb, None, rotary)
+            streams.append((image, text))
+        return streams
+
+    def _run_last_block(
+        self,
+        streams: list[tuple[Tensor, Tensor]],
+        temb: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        num_frames: int,
+    ) -> Tensor:
+        """Patches of velocity (B, S T, C p p) from the tokens that enter the last block."""
+        patches = []
+        temb_batches = temb.split([len(text) for _, text in streams])
+        for (image, text), temb in zip(streams, temb_batches, strict=True):
+            image, _ = self.single_transformer_blocks[-1](image, text, temb, None, rotary)
+            frames = image.unflatten(1, (-1, 1 + num_frames))[:, :, 1:].flatten(1, 2)
+            patches.append(self.proj_out(self.norm_out(frames, temb)))
+        return torch.cat(patches)
+
+    def _unpatchify(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """(B, S T, C p p) -> (B, C, T, H, W)."""
+        num_frames, rows, columns = grid
+        patch_size = self.config.patch_size
+        patches = patches.unflatten(1, (rows, columns, num_frames))
+        patches = patches.unflatten(-1, (-1, patch_size, patch_size))  # (B, h, w, T, C, p, p)
+        return patches.permute(0, 4, 3, 1, 5, 2, 6).flatten(5, 6).flatten(3, 4)
+
+    def _join_tail(self, streams: list[tuple[Tensor, Tensor]], num_frames: int) -> Tail:
+        image = torch.cat([image for image, _ in streams])
+        return Tail(
+            image=image.unflatten(1, (-1, 1 + num_frames)).transpose(1, 2),
+            text=tuple(sample for _, text in streams for sample in text),
+        )

@@ -1,0 +1,184 @@
+"""The published VAE and encoders, each to a folder that diffusers or transformers loads.
+
+The encoders keep the names of their weights, which every version of transformers reads; the parts
+of them that nothing uses are left out.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLHunyuanVideo
+from safetensors import safe_open
+from torch import Size, Tensor
+from transformers import (
+    AutoConfig,
+    CLIPTextModel,
+    LlavaModel,
+    PretrainedConfig,
+    PreTrainedModel,
+    WhisperModel,
+)
+
+from builder.checks import require_shapes
+from builder.shards import PlannedTensors, copy_file, write_json, write_shards
+
+VAE_SETTINGS = {
+    "in_channels": "in_channels",
+    "out_channels": "out_channels",
+    "latent_channels": "latent_channels",
+    "block_out_channels": "block_out_channels",
+    "layers_per_block": "layers_per_block",
+    "act_fn": "act_fn",
+    "norm_num_groups": "norm_num_groups",
+    "scaling_factor": "scaling_factor",
+    "spatial_compression_ratio": "spatial_compression_ratio",
+    "time_compression_ratio": "temporal_compression_ratio",
+    "mid_block_add_attention": "mid_block_add_attention",
+}
+UNUSED_LLAVA_LAYERS = 2  # the transformer gets the states before the last two, hidden_states[-3]
+# Prefixes that a module has in the published files or in some versions of transformers only.
+OPTIONAL_PREFIXES = re.compile(r"^(text_model|model)\.|(?<=language_model\.)model\.|vision_model\.")
+BUFFERS = re.compile(r"\.position_ids$|\.rotary_emb\.inv_freq$")  # saved by older versions
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+def convert_vae(source: Path, target: Path) -> None:
+    """Writes `vae/`; its weights have the same names.
+
+    Raises:
+        ValueError: a weight that is unknown, missing or of the wrong shape, by name; a VAE whose
+            middle block is not causal, as diffusers' always is.
+    """
+    settings = json.loads((source / "config.json").read_text())
+    if settings.get("mid_block_causal_attn") is not True:
+        raise ValueError(f"{source / 'config.json'} must say mid_block_causal_attn: true")
+    config = {VAE_SETTINGS[name]: settings[name] for name in VAE_SETTINGS.keys() & settings.keys()}
+    with torch.device("meta"):
+        model = AutoencoderKLHunyuanVideo(**config)
+    weights = torch.load(
+        source / "pytorch_model.pt", map_location="cpu", mmap=True, weights_only=True
+    )
+    weights = weights.get("state_dict", weights)
+    if any(name.startswith("vae.") for name in weights):
+        weights = {
+            name.removeprefix("vae."): weight
+            for name, weight in weights.items()
+            if name.startswith("vae.")
+        }
+    require_shapes(f"the VAE in {source}", _shapes(model.state_dict()), _shapes(weights))
+    planned = [
+        PlannedTensors({name: (weight.shape, weight.dtype)}, partial(_clone, name, weight))
+        for name, weight in weights.items()
+    ]
+    write_shards(target / "vae", "diffusion_pytorch_model", planned)
+    model.save_config(target / "vae")
+
+
+def convert_llava(source: Path, target: Path, dtype: torch.dtype | None) -> None:
+    """Writes `text_encoder/`, without the layers behind the states in use, and `tokenizer/`."""
+    config = AutoConfig.from_pretrained(source)
+    config.text_config.num_hidden_layers -= UNUSED_LLAVA_LAYERS
+    kept = config.text_config.num_hidden_layers
+    unused_layers = "|".join(str(kept + i) for i in range(UNUSED_LLAVA_LAYERS))
+    unused = re.compile(rf"language_model\.(lm_head\.|model\.layers\.({unused_layers})\.)")
+    _convert_encoder(source, target / "text_encoder", LlavaModel, config, unused, dtype)
+
+    tokenizer_config = json.loads((source / "tokenizer_config.json").read_text())
+    # The Llama class of transformers 5 would rebuild the tokenizer, and differently.
+    tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    write_json(target / "tokenizer" / "tokenizer_config.json", tokenizer_config)
+    _copy_present(source, target / "tokenizer", ["tokenizer.json", "special_tokens_map.json"])
+
+
+def convert_clip(source: Path, target: Path, dtype: torch.dtype | None) -> None:
+    """Writes `text_encoder_2/`, the text half of CLIP, and `tokenizer_2/`."""
+    config = AutoConfig.from_pretrained(source)
+    config = getattr(config, "text_config", config)
+    unused = re.compile(r"vision_model\.|visual_projection\.|text_projection\.|logit_scale$")
+    _convert_encoder(source, target / "text_encoder_2", CLIPTextModel, config, unused, dtype)
+    files = ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]
+    _copy_present(source, target / "tokenizer_2", [*files, "tokenizer.json"])
+
+
+def convert_whisper(source: Path, target: Path) -> None:
+    """Writes `audio_encoder/`, a Whisper without decoder layers, and `feature_extractor/`."""
+    config = AutoConfig.from_pretrained(source)
+    config.decoder_layers = 0
+    unused = re.compile(r"(model\.)?decoder\.layers\.|proj_out\.")
+    _convert_encoder(source, target / "audio_encoder", WhisperModel, config, unused, None)
+    copy_file(source / "preprocessor_config.json", target / "feature_extractor")
+
+
+def _convert_encoder(
+    source: Path,
+    target: Path,
+    model_class: type[PreTrainedModel],
+    config: PretrainedConfig,
+    unused: re.Pattern[str],
+    dtype: torch.dtype | None,
+) -> None:
+    """Writes the weights that the model has, and the config; a dtype of None keeps each one's."""
+    with torch.device("meta"):
+        model = model_class(config)
+    found: dict[str, Size] = {}
+    planned = []
+    for path in _weight_files(source):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                if unused.match(name) or BUFFERS.search(name):
+                    continue
+                stored = file.get_slice(name)
+                found[name] = Size(stored.get_shape())
+                new_dtype = dtype or DTYPES[stored.get_dtype()]
+                make = partial(_read, path, name, new_dtype)
+                planned.append(PlannedTensors({name: (found[name], new_dtype)}, make))
+    require_shapes(
+        f"the encoder in {source}",
+        _without_prefixes(_shapes(model.state_dict())),
+        _without_prefixes(found),
+    )
+    write_shards(target, "model", planned)
+    if dtype is not None:
+        config.dtype = dtype
+    config.architectures = [model_class.__name__]
+    config.save_pretrained(target)
+
+
+def _weight_files(source: Path) -> list[Path]:
+    index = source / "model.safetensors.index.json"
+    if not index.is_file():
+        return [source / "model.safetensors"]
+    weight_map = json.loads(index.read_text())["weight_map"]
+    return [source / name for name in sorted(set(weight_map.values()))]
+
+
+def _without_prefixes(shapes: Mapping[str, Size]) -> dict[str, Size]:
+    return {OPTIONAL_PREFIXES.sub("", name): shape for name, shape in shapes.items()}
+
+
+def _read(path: Path, name: str, dtype: torch.dtype) -> Mapping[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name).to(dtype)}
+
+
+def _clone(name: str, weight: Tensor) -> Mapping[str, Tensor]:
+    return {name: weight.clone()}
+
+
+def _shapes(weights: Mapping[str, Any]) -> dict[str, Size]:
+    return {name: weight.shape for name, weight in weights.items()}
+
+
+def _copy_present(source: Path, target: Path, names: list[str]) -> None:
+    for name in names:
+        if (source / name).is_file():
+            copy_file(source / name, target)
