@@ -1,0 +1,299 @@
+"""`handler.py` as it runs on the platform: the SDK's real loop, over HTTP, in a process of its own.
+
+The model is the demo's, the jobs are as small as the request allows: one second of speech at 256.
+"""
+
+import base64
+import hashlib
+import io
+import time
+from itertools import pairwise
+from urllib.request import urlopen
+
+import av
+import pytest
+
+from worker.local import ControlPlane, Job, WorkerProcess
+
+JOB_SECONDS = 60.0  # far more than a small job takes
+MANY_STEPS = 100  # for a job that has to be met while it runs
+
+
+@pytest.fixture(scope="session")
+def make_job(make_portrait, make_speech):
+    """A small job's payload; arguments replace fields of its input."""
+    portrait = base64.b64encode(make_portrait()).decode()
+    speech = base64.b64encode(make_speech(seconds=1.0)).decode()
+
+    def make(**changes):
+        small = {"resolution": 256, "num_inference_steps": 2, "image": portrait, "audio": speech}
+        return {"input": small | changes}
+
+    return make
+
+
+def run(plane: ControlPlane, job: dict) -> Job:
+    return plane.wait(plane.submit(job), JOB_SECONDS)
+
+
+def is_denoising(job: Job) -> bool:
+    return any(payload["step"] for payload in job.progress)
+
+
+def code(job: Job) -> str:
+    return (job.error or "").partition(":")[0]
+
+
+def beats_for(plane: ControlPlane, job: Job) -> list[float]:
+    """When the worker said that it works on the job."""
+    return [beat.at_seconds for beat in plane.heartbeats if job.id in beat.job_ids]
+
+
+def test_a_job_becomes_a_video_behind_the_url_that_it_answers(control_plane, demo_worker, make_job):
+    job = run(control_plane, make_job(seed=7, user_data={"order": 1}))
+
+    assert (job.status, job.error) == ("COMPLETED", None)
+    assert job.output["user_data"] == {"order": 1}
+    with urlopen(job.output["video_url"], timeout=10) as answer:
+        assert answer.headers["Content-Type"] == "video/mp4"
+        video = answer.read()
+    assert hashlib.sha256(video).hexdigest() == job.output["sha256"]
+    with av.open(io.BytesIO(video)) as container:
+        assert [stream.codec.name for stream in container.streams] == ["h264", "aac"]
+        assert container.duration / av.time_base == pytest.approx(1.0, abs=0.04)
+
+
+def test_equal_seeds_give_equal_videos_and_another_seed_another(
+    control_plane, demo_worker, make_job
+):
+    first, again, other = (run(control_plane, make_job(seed=seed)) for seed in (5, 5, 6))
+
+    assert first.output["sha256"] == again.output["sha256"]
+    assert first.output["sha256"] != other.output["sha256"]
+
+
+@pytest.mark.parametrize("answer_delay_seconds", [0.0, 0.7], ids=["prompt", "slow"])
+def test_progress_comes_in_order_and_before_the_result(
+    control_plane, demo_worker, make_job, answer_delay_seconds
+):
+    control_plane.answer_delay_seconds = answer_delay_seconds
+    try:
+        job = run(control_plane, make_job(num_inference_steps=30))
+    finally:
+        control_plane.answer_delay_seconds = 0.0
+
+    assert job.status == "COMPLETED"
+    assert len(job.progress) >= 3
+    for before, after in pairwise(job.progress):
+        assert before["progress"] <= after["progress"] <= 1.0
+        assert before["stage_index"] <= after["stage_index"] <= after["stage_count"]
+        assert before["elapsed_seconds"] <= after["elapsed_seconds"]
+    steps = [payload["step"] for payload in job.progress if payload["stage"] == "denoise"]
+    assert sorted(filter(None, steps)) == list(filter(None, steps))
+    assert [post.is_progress for post in job.posts] == [True] * len(job.progress) + [False]
+
+
+def test_the_worker_pings_throughout_a_job(control_plane, demo_worker, make_job):
+    job = run(control_plane, make_job(num_inference_steps=30))
+
+    times = [job.taken_at_seconds[0], *beats_for(control_plane, job), job.ended_at_seconds]
+    assert max(after - before for before, after in pairwise(times)) < 2.5  # one a second
+
+
+def test_a_cancelled_job_stops_at_its_next_step_posts_nothing_and_the_next_job_runs(
+    control_plane, demo_worker, make_job
+):
+    cancelled_id = control_plane.submit(make_job(num_inference_steps=MANY_STEPS))
+    next_id = control_plane.submit(make_job())
+    running = control_plane.wait_until(cancelled_id, is_denoising, JOB_SECONDS)
+
+    control_plane.cancel(cancelled_id)
+
+    following = control_plane.wait(next_id, JOB_SECONDS)
+    cancelled = control_plane.state(cancelled_id)
+    newest = running.output
+    step_seconds = newest["elapsed_seconds"] / newest["step"]
+    waited_seconds = following.taken_at_seconds[0] - cancelled.ended_at_seconds
+    assert following.status == "COMPLETED"
+    assert waited_seconds < step_seconds + 2.5  # the SDK looks for a job once a second
+    assert waited_seconds < newest["eta_seconds"] / 2  # so the job was not run to its end
+    assert cancelled.status == "CANCELLED"
+    assert cancelled.results == []
+    late = [post for post in cancelled.posts if post.at_seconds > cancelled.ended_at_seconds + 0.5]
+    assert late == []
+    assert list(demo_worker.temporary_directory.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected_code", "told"),
+    [
+        ({"guidance": 3.0}, "INVALID_INPUT", "guidance_scale"),
+        ({"resolution": 300}, "INVALID_INPUT", "resolution"),
+        ({"image": "file:///etc/passwd"}, "INPUT_URL_BLOCKED", "image"),
+        ({"audio": base64.b64encode(b"no sound").decode()}, "UNSUPPORTED_MEDIA", "audio"),
+        ({"image": base64.b64encode(b"no picture").decode()}, "UNSUPPORTED_MEDIA", "image"),
+    ],
+)
+def test_a_bad_job_is_refused_at_once_with_its_code_and_its_field(
+    control_plane, demo_worker, make_job, changes, expected_code, told
+):
+    job = run(control_plane, make_job(**changes))
+
+    assert (job.status, code(job)) == ("FAILED", expected_code)
+    assert told in job.error
+    assert job.output["error_info"]["code"] == expected_code
+    assert job.output["error_info"]["retryable"] is False
+    assert not job.stop_pod
+    assert "Traceback" not in str(job.posts)
+    assert job.ended_at_seconds - job.taken_at_seconds[0] < 2.0
+
+
+def test_a_job_whose_input_is_no_object_is_refused(control_plane, demo_worker):
+    job = run(control_plane, {"input": ["not", "an", "object"]})
+
+    assert (job.status, code(job)) == ("FAILED", "INVALID_INPUT")
+
+
+def test_an_input_that_the_server_does_not_have_may_be_tried_again(
+    control_plane, demo_worker, make_job, media_server
+):
+    job = run(control_plane, make_job(image=media_server.url + "/missing.png"))
+
+    assert (job.status, code(job)) == ("FAILED", "INPUT_DOWNLOAD_FAILED")
+    assert job.output["error_info"]["retryable"] is True
+
+
+@pytest.mark.parametrize("status", [413, None], ids=["refused", "connection cut"])
+def test_a_job_whose_result_was_lost_is_answered_from_the_bucket(
+    control_plane, demo_worker, make_job, object_store, status
+):
+    control_plane.lose_results(status=status)
+    job_id = control_plane.submit(make_job(seed=None))
+    lost = control_plane.wait_until(job_id, lambda job: bool(job.results), JOB_SECONDS)
+    stored = object_store.client.head_object(
+        Bucket=object_store.bucket, Key=lost.results[0].body["output"]["key"]
+    )
+
+    control_plane.requeue(job_id)
+
+    job = control_plane.wait(job_id, JOB_SECONDS)
+    told, retold = (post.body["output"] for post in job.results)
+    assert lost.status == "IN_PROGRESS"
+    assert job.status == "COMPLETED"
+    for name in ("sha256", "seed", "key", "size_bytes", "duration_seconds", "num_frames"):
+        assert told[name] == retold[name]
+    assert job.ended_at_seconds - job.taken_at_seconds[1] < 1.0
+    assert "denoise_seconds" not in retold["metrics"]
+    with urlopen(retold["video_url"], timeout=10) as answer:
+        assert hashlib.sha256(answer.read()).hexdigest() == told["sha256"]
+        assert answer.headers["ETag"] == stored["ETag"]
+
+
+def test_a_job_that_is_delivered_twice_gets_the_same_answer(control_plane, demo_worker, make_job):
+    first = run(control_plane, make_job())
+
+    control_plane.requeue(first.id)
+
+    second = control_plane.wait(first.id, JOB_SECONDS)
+    assert second.output["sha256"] == first.output["sha256"]
+    assert second.output["seed"] == first.output["seed"]
+    assert second.ended_at_seconds - second.taken_at_seconds[1] < 1.0
+
+
+def test_another_job_under_the_id_of_an_earlier_one_is_not_answered_with_its_video(
+    control_plane, demo_worker, make_job
+):
+    first = run(control_plane, make_job(seed=1))
+
+    other = run(control_plane, {"id": first.id, **make_job(seed=2)})
+
+    assert other.output["seed"] == 2
+    assert other.output["sha256"] != first.output["sha256"]
+
+
+def test_sigterm_lets_the_running_job_finish(own_control_plane, own_demo_worker, make_job):
+    job_id = own_control_plane.submit(make_job(num_inference_steps=20))
+    waiting_id = own_control_plane.submit(make_job())
+    own_control_plane.wait_until(job_id, is_denoising, JOB_SECONDS)
+
+    own_demo_worker.terminate()
+
+    job = own_control_plane.wait(job_id, JOB_SECONDS)
+    assert job.status == "COMPLETED"
+    assert own_demo_worker.wait(timeout_seconds=5.0) == 0
+    assert own_control_plane.state(waiting_id).status == "IN_QUEUE"
+    assert list(own_demo_worker.temporary_directory.iterdir()) == []
+
+
+def test_sigterm_ends_an_idle_worker_promptly(own_control_plane, own_demo_worker, make_job):
+    own_demo_worker.terminate()
+
+    assert own_demo_worker.wait(timeout_seconds=5.0) == 0  # the poll is held for 30 s
+    job_id = own_control_plane.submit(make_job())
+    time.sleep(0.2)
+    assert own_control_plane.state(job_id).status == "IN_QUEUE"
+
+
+def test_a_job_that_is_handed_out_after_sigterm_is_run(
+    own_control_plane, own_demo_worker, make_job
+):
+    own_demo_worker.terminate()
+    time.sleep(0.3)
+
+    job = run(own_control_plane, make_job())
+
+    assert job.status == "COMPLETED"
+    assert own_demo_worker.wait(timeout_seconds=5.0) == 0
+
+
+def test_ten_jobs_each_end_as_they_should_and_leave_nothing_behind(
+    own_control_plane, own_demo_worker, make_job, media_server, make_portrait
+):
+    plane, worker = own_control_plane, own_demo_worker
+    picture_url = media_server.add("/face.jpg", make_portrait(format="JPEG"))
+    jobs = [
+        (make_job(), "COMPLETED"),
+        (make_job(image=picture_url, output={"thumbnail": True}), "COMPLETED"),
+        (make_job(output={"delivery": "inline"}), "COMPLETED"),
+        (make_job(nonsense=1), "FAILED"),
+        (make_job(num_inference_steps=MANY_STEPS), "CANCELLED"),
+        (make_job(fps=12.5), "COMPLETED"),
+        (make_job(audio=base64.b64encode(b"no sound").decode()), "FAILED"),
+        (make_job(image=media_server.url + "/missing"), "FAILED"),
+        (make_job(dry_run=True), "COMPLETED"),
+        (make_job(num_inference_steps=4), "COMPLETED"),
+    ]
+    rss_bytes, open_files = [], []
+
+    for job, expected in jobs:
+        job_id = plane.submit(job)
+        if expected == "CANCELLED":
+            plane.wait_until(job_id, is_denoising, JOB_SECONDS)
+            plane.cancel(job_id)
+            probe = run(plane, make_job(nonsense=1))  # ends once the worker is free again
+            assert probe.status == "FAILED"
+        ended = plane.wait(job_id, JOB_SECONDS)
+        assert (ended.status, len(ended.results)) == (expected, expected != "CANCELLED")
+        shares = [payload["progress"] for payload in ended.progress]
+        assert shares == sorted(shares)
+        assert list(worker.temporary_directory.iterdir()) == []
+        rss_bytes.append(worker.rss_bytes())
+        open_files.append(worker.open_files())
+
+    beats = [beat.at_seconds for beat in plane.heartbeats if beat.worker_id == worker.worker_id]
+    assert max(after - before for before, after in pairwise(beats)) < 2.5
+    assert max(rss_bytes[3:]) < rss_bytes[2] + 48 * 2**20
+    assert max(open_files[3:]) <= max(open_files[:3])
+
+
+def test_a_worker_without_weights_says_so_and_takes_no_job(own_control_plane, tmp_path):
+    environment = {"MODEL_DIR": str(tmp_path / "nothing")}
+    with (
+        WorkerProcess(own_control_plane, tmp_path / "worker", environment=environment) as worker,
+        pytest.raises(RuntimeError, match="the worker ended"),
+    ):
+        worker.wait_until_polling(timeout_seconds=60)
+
+    failed = [beat.failed_check for beat in own_control_plane.heartbeats if beat.failed_check]
+    assert len(failed) == 1
+    assert "weights" in failed[0]
