@@ -42,7 +42,8 @@ MIN_SIDE = 32  # px
 MAX_ASPECT_RATIO = 8
 
 # Formats that Pillow decodes itself. EPS, for one, it hands to an interpreter.
-IMAGE_FORMATS = ["JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM"]
+# JPEG includes MPO, which has no entry of its own: naming one is a KeyError.
+IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM"]
 
 # Containers whose sound lies in the file itself. Playlists (hls, concat, dash, sdp, ...) name other
 # files and addresses, which ffmpeg would open.
