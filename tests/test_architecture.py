@@ -23,7 +23,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "schema": {"errors", "settings"},
     "estimate": {"shapes"},
     "progress": set(),
-    "weights": {"errors", "settings"},
+    "manifest": set(),
+    "weights": {"manifest", "settings"},
     "network": {"errors"},
     "inputs": {"network", "shapes"} | VALUES,
     "video": {"errors"},
@@ -41,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "jobs": {"engine", "inputs", "video", "delivery", "progress", "estimate", "logs"}
     | {"import_guard"}
     | VALUES,
-    "fitness": {"jobs", "engine", "storage", "video", "weights", "import_guard"} | VALUES,
+    "fitness": {"jobs", "engine", "storage", "video", "import_guard"} | VALUES,
     "serve": {"jobs", "fitness", "progress", "logs"},
     "doctor": {"import_guard"},
     "local": set(),
@@ -49,7 +50,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"import_guard"},
 }
 NETWORK_LIBRARIES = {"requests", "httpx", "aiohttp", "urllib.request", "http.client", "socket"}
-TORCH_FREE = ["schema", "shapes", "inputs", "video", "storage", "delivery", "jobs", "progress"]
+TORCH_FREE = ["schema", "shapes", "weights", "inputs", "video", "storage", "delivery", "jobs"]
+TORCH_FREE += ["progress"]
 
 
 def _imports(path: Path) -> set[str]:

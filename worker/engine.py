@@ -9,13 +9,12 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from worker import errors
+from worker import errors, weights
 from worker.pipeline import Conditioning, HunyuanVideoAvatarPipeline
 from worker.schema import GenerationParams
 from worker.settings import Settings
@@ -41,7 +40,8 @@ class Engine:
         """Loads the model that the settings name and places it.
 
         Raises:
-            OSError, ValueError: weights are missing or do not fit the model.
+            OSError, RuntimeError, ValueError: weights are missing, damaged, or do not fit the
+                model.
         """
         started = time.monotonic()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -50,8 +50,10 @@ class Engine:
 
             pipeline = demo.build_pipeline()
         else:
+            found = weights.find(settings)
+            logger.info("%s", found)
             pipeline = HunyuanVideoAvatarPipeline.from_pretrained(
-                Path(settings.model_dir), torch_dtype=_dtypes(device)
+                found.path, torch_dtype=_dtypes(device)
             )
         _place(pipeline, device)
         load_seconds = time.monotonic() - started

@@ -3,10 +3,7 @@
 A failed check ends the worker with its reason, so that RunPod replaces it instead of losing jobs.
 """
 
-import json
-import struct
 from collections.abc import Callable
-from pathlib import Path
 
 import psutil
 
@@ -27,10 +24,6 @@ def checks(worker: Worker) -> list[Check]:
 
     def imports() -> None:
         import_guard.ensure()
-
-    def weights() -> None:
-        if settings.avatar_model != "demo":
-            require_whole(Path(settings.model_dir))
 
     def gpu() -> None:
         if settings.avatar_model != "demo":
@@ -57,38 +50,4 @@ def checks(worker: Worker) -> list[Check]:
         if worker.load_error is not None:
             raise RuntimeError(f"the model was not loaded: {worker.load_error}")
 
-    return [imports, weights, gpu, memory, disk, encoders, storage, model]
-
-
-def require_whole(model_dir: Path) -> None:
-    """Passes if the directory holds every weight file that it names, at its full length.
-
-    Raises:
-        RuntimeError: something is missing or cut; names the file.
-    """
-    if not (model_dir / "model_index.json").is_file():
-        raise RuntimeError(f"no model in {model_dir}: model_index.json is missing")
-    parts = json.loads((model_dir / "model_index.json").read_text())
-    for index in sorted(model_dir.glob("*/*.safetensors.index.json")):
-        for name in sorted(set(json.loads(index.read_text())["weight_map"].values())):
-            if not (index.parent / name).is_file():
-                raise RuntimeError(f"the weight file {index.parent.name}/{name} is missing")
-    for part in ("transformer", "vae", "text_encoder", "text_encoder_2", "audio_encoder"):
-        if part in parts and not any((model_dir / part).glob("*.safetensors")):
-            raise RuntimeError(f"the weights of {part} are missing")
-    for path in sorted(model_dir.glob("*/*.safetensors")):
-        _require_full_length(path)
-
-
-def _require_full_length(path: Path) -> None:
-    """A safetensors file says in its header where its last tensor ends."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if 8 + length > size:
-            raise RuntimeError(f"the weight file {path.parent.name}/{path.name} is cut short")
-        header = json.loads(file.read(length))
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    if size != 8 + length + max(ends, default=0):
-        raise RuntimeError(f"the weight file {path.parent.name}/{path.name} has a wrong length")
+    return [imports, gpu, memory, disk, encoders, storage, model]

@@ -40,8 +40,19 @@ class Settings(BaseModel):
         "worker without a GPU.",
     )
     model_dir: str = Field(
-        default="/models/hunyuan-video-avatar",
-        description="Directory of the converted weights.",
+        default="",
+        description="Directory of the converted weights. Empty: `/models/hunyuan-video-avatar` in "
+        "the image, RunPod's model cache and `/runpod-volume/hunyuan-video-avatar` are searched.",
+    )
+    model_repository: str | None = Field(
+        default=None,
+        pattern=r"^[\w.-]+/[\w.-]+$",
+        description="Repository of the converted weights on the Hugging Face hub, as "
+        "`organization/name`, for RunPod's model cache.",
+    )
+    allow_model_download: bool = Field(
+        default=False,
+        description="Downloads `MODEL_REPOSITORY` at the start where no other place holds a model.",
     )
     import_guard: Literal["auto", "block", "require", "off"] = Field(
         default="auto",
