@@ -4,8 +4,8 @@ Owns the order of things and no maths: encode, denoise, decode. `__call__` is th
 a job calls them one by one, to time them and to write frames while later ones are decoded.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -23,9 +23,27 @@ from transformers import (
     WhisperModel,
 )
 
-from worker.shapes import FullSteps, VideoPlan
+from worker import sampling
+from worker.audio import encode_audio
+from worker.face import TorchScriptFaceDetector, largest_face
+from worker.image import face_mask, resize, scale_box, to_llava_pixels, to_pixels
+from worker.model import autoencoder
+from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
+from worker.sampling import TailRing
+from worker.shapes import (
+    FRAME_RATES,
+    SIZE_MULTIPLE,
+    WINDOW_LATENTS,
+    Box,
+    FrameSize,
+    FullSteps,
+    VideoPlan,
+    count_frames,
+    fit_size,
+    resolve_full_steps,
+)
+from worker.text import NEGATIVE_PROMPT, PROMPT_PREFIX, encode_clip, encode_llava, tokenize
 
-Box = tuple[float, float, float, float]  # x, y, width, height in pixels
 OnStep = Callable[[int, int], None]
 
 
@@ -34,7 +52,7 @@ class Conditioning:
     """What steers one video, ready for the sampling loop. Pairs are [negative, positive]."""
 
     prompt_embeds: Tensor  # (2, L, D_text)
-    prompt_mask: Tensor  # (2, L), 1 = keep, in the reference's positions
+    prompt_mask: Tensor  # (2, L), 1 = keep, in the reference's positions; on the CPU
     pooled_prompt_embeds: Tensor  # (2, D_pooled)
     audio_embeds: Tensor  # (1, plan.padded_audio_frames, 10, 5, 384)
     face_mask: Tensor  # (1, 1, 1, h, w), 1 inside the speaking face
@@ -65,11 +83,40 @@ class HunyuanVideoAvatarPipelineOutput(BaseOutput):
     warnings: tuple[str, ...]
 
 
+NEGATIVE, POSITIVE = 0, 1  # rows of the pairs
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One side of the guidance: what it hears and first reads, and its tokens for cached steps."""
+
+    name: str
+    audio_embeds: Tensor  # (1, 4T, 10, 5, 384)
+    first_prompt: int
+    tails: TailRing = field(default_factory=TailRing)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One denoising step."""
+
+    index: int
+    timestep: Tensor  # (1,)
+    reuses_tails: bool  # a cached step
+    keeps_tails: bool  # a full step before a cached one
+
+    @property
+    def is_early(self) -> bool:
+        """Whether the prompt guides; later both branches read it and only the audio guides."""
+        return self.index < sampling.PROMPT_GUIDED_STEPS
+
+
 class HunyuanVideoAvatarPipeline(DiffusionPipeline):
     """Talking-avatar video from a portrait, speech and a prompt.
 
     The default arguments and the bfloat16 latent state are the reference's; `docs/reference.md`
-    names each deviation.
+    names each deviation. Each component runs in its own dtype; without `face_detector` a frontal
+    face is found by OpenCV.
     """
 
     model_cpu_offload_seq = "audio_encoder->text_encoder->text_encoder_2->transformer->vae"
@@ -77,7 +124,7 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        transformer: Any,
+        transformer: HunyuanVideoAvatarTransformer3DModel,
         vae: AutoencoderKLHunyuanVideo,
         scheduler: FlowMatchEulerDiscreteScheduler,
         text_encoder: LlavaModel,
@@ -86,7 +133,7 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
         tokenizer_2: CLIPTokenizer,
         audio_encoder: WhisperModel,
         feature_extractor: WhisperFeatureExtractor,
-        face_detector: Any = None,
+        face_detector: TorchScriptFaceDetector | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -101,14 +148,17 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
             feature_extractor=feature_extractor,
             face_detector=face_detector,
         )
+        audio_encoder.float()  # published in float16, meant to run in float32; 33 MB
+        autoencoder.set_tiles(vae)
 
+    @torch.no_grad()
     def __call__(
         self,
         image: Image.Image,
         audio: np.ndarray | Tensor,
         prompt: str,
         negative_prompt: str | None = None,
-        face_box: Box | None = None,
+        face_box: Sequence[float] | None = None,
         resolution: int = 704,
         height: int | None = None,
         width: int | None = None,
@@ -126,16 +176,65 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
         output_type: Literal["pt", "np", "pil", "latent"] = "pt",
         on_step: OnStep | None = None,
     ) -> HunyuanVideoAvatarPipelineOutput:
-        """A video of the pictured person speaking the recording."""
-        raise NotImplementedError
+        """A video of the pictured person speaking the recording: encode, denoise, decode in a row.
 
+        The arguments are those of the three methods, and
+            output_type: "pt" a tensor (1, F, 3, H, W) and "np" an array (1, F, H, W, 3), float32
+                in [0, 1]; "pil" a list of one list of pictures; "latent" (1, C, kept latents, h, w)
+                before decoding, still scaled. Frames are on the CPU.
+
+        Raises:
+            ValueError: an argument that the model cannot serve, by name.
+        """
+        if output_type not in ("pt", "np", "pil", "latent"):
+            raise ValueError(
+                f'output_type must be "pt", "np", "pil" or "latent", not {output_type!r}'
+            )
+        conditioning = self.encode(
+            image=image,
+            audio=audio,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            face_box=face_box,
+            resolution=resolution,
+            height=height,
+            width=width,
+            fps=fps,
+            motion_pose=motion_pose,
+            motion_expression=motion_expression,
+        )
+        result = self.denoise(
+            conditioning,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            flow_shift=flow_shift,
+            generator=generator,
+            latents=latents,
+            reference_noise=reference_noise,
+            latents_dtype=latents_dtype,
+            full_steps=full_steps,
+            on_step=on_step,
+        )
+        frames: Any = result
+        if output_type != "latent":
+            chunks = [chunk.cpu() for chunk in self.decode_frames(result, conditioning.num_frames)]
+            frames = _as_output(torch.cat(chunks), output_type)
+        self.maybe_free_model_hooks()
+        return HunyuanVideoAvatarPipelineOutput(
+            frames=frames,
+            fps=conditioning.fps,
+            face_box=conditioning.face_box,
+            warnings=conditioning.warnings,
+        )
+
+    @torch.no_grad()
     def encode(
         self,
         image: Image.Image,
         audio: np.ndarray | Tensor,
         prompt: str,
         negative_prompt: str | None = None,
-        face_box: Box | None = None,
+        face_box: Sequence[float] | None = None,
         resolution: int = 704,
         height: int | None = None,
         width: int | None = None,
@@ -143,9 +242,71 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
         motion_pose: float = 25,
         motion_expression: float = 30,
     ) -> Conditioning:
-        """Everything that the sampling loop needs, from the portrait, the speech and the prompt."""
-        raise NotImplementedError
+        """Everything that the sampling loop needs, from the portrait, the speech and the prompt.
 
+        Args:
+            image: the portrait, upright; it is squeezed to the frame size.
+            audio: the speech, (samples,) float32 in [-1, 1], mono, 16 kHz. It sets the length.
+            prompt: the user's words; the reference's prefix is put before them.
+            negative_prompt: what to avoid; None is the reference's.
+            face_box: (x, y, width, height) of the speaking face in pixels of `image`; None
+                detects it.
+            resolution: the short side, roughly; the size follows from it and the picture's shape.
+            height, width: an exact size instead, both or neither, multiples of 16.
+            fps: frames a second of the video, 25 or 12.5.
+            motion_pose, motion_expression: how much the head and the face move.
+
+        Raises:
+            ValueError: an argument that the model cannot serve, by name.
+        """
+        size = _frame_size(image, resolution, height, width)
+        waveform = _checked_waveform(audio, fps)
+        portrait = resize(image, size)
+        warnings: list[str] = []
+
+        self._onload(self.audio_encoder)
+        audio_embeds = encode_audio(waveform, fps, self.feature_extractor, self.audio_encoder)
+
+        prompts = [NEGATIVE_PROMPT if negative_prompt is None else negative_prompt]
+        prompts.append(PROMPT_PREFIX + prompt)
+        tokens = [tokenize(text, self.tokenizer) for text in prompts]
+        for name, token in zip(("negative prompt", "prompt"), tokens, strict=True):
+            if token.was_cut:
+                warnings.append(f"the {name} is longer than the model reads: its end was cut off")
+        self._onload(self.text_encoder)
+        prompt_embeds, prompt_mask = encode_llava(
+            tokens, to_llava_pixels(portrait), self.text_encoder
+        )
+        pooled_prompt_embeds = encode_clip(prompts, self.tokenizer_2, self.text_encoder_2)
+
+        given_size = FrameSize(image.height, image.width)
+        box = _checked_box(face_box, given_size) or self._find_face(portrait, given_size)
+        if box is None:
+            warnings.append("no face was found: the whole picture moves; give face_box")
+        mask = face_mask(scale_box(box, given_size, size) if box else None, size)
+
+        device = self._execution_device
+        reference = self.vae.encode(to_pixels(portrait).to(device, self.vae.dtype)).latent_dist
+
+        return Conditioning(
+            prompt_embeds=prompt_embeds,
+            prompt_mask=prompt_mask,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+            audio_embeds=audio_embeds,
+            face_mask=mask.to(device),
+            reference_mean=reference.mean.float(),
+            reference_std=reference.std.float(),
+            motion_pose=motion_pose,
+            motion_expression=motion_expression,
+            height=size.height,
+            width=size.width,
+            num_frames=count_frames(len(waveform), fps),
+            fps=fps,
+            face_box=box,
+            warnings=tuple(warnings),
+        )
+
+    @torch.no_grad()
     def denoise(
         self,
         conditioning: Conditioning,
@@ -161,14 +322,219 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
     ) -> Tensor:
         """Latents of the video (1, C, kept latents, h, w), still scaled, from noise.
 
-        `on_step(step, num_inference_steps)` is called after each finished step, with step counted
-        from 1; what it raises ends the loop and reaches the caller.
-        """
-        raise NotImplementedError
+        Args:
+            conditioning: what `encode` returned.
+            num_inference_steps: steps from noise to video.
+            guidance_scale: weight of the prompt in the first ten steps; 1 or less turns guidance
+                off, by the audio too, and halves the work.
+            flow_shift: how much of the steps is spent at high noise.
+            generator: draws the noise, then the reference's; None draws unrepeatable noise.
+            latents: the noise instead, (1, C, plan.noise_latents, h, w).
+            reference_noise: the noise in the portrait's latents instead, (1, C, 33, h, w).
+            latents_dtype: what the latents are rounded to after each step; None is the
+                reference's bfloat16, torch.float32 rounds nothing.
+            full_steps: the steps (from 0) that run all blocks, the others the last block only;
+                None the first 30 %, the last 18 % and every fifth between; "reference" the fixed
+                list made for 50 steps.
+            on_step: called as `on_step(step, num_inference_steps)` after each finished step, with
+                step counted from 1; what it raises ends the loop and reaches the caller.
 
+        Raises:
+            ValueError: noise of another shape; unusable steps.
+        """
+        plan = conditioning.plan
+        cached = set(range(num_inference_steps)) - resolve_full_steps(
+            full_steps, num_inference_steps
+        )
+        sigmas, timesteps = sampling.noise_levels(self.scheduler, num_inference_steps, flow_shift)
+        latents, reference_latents = self._prepare_latents(
+            conditioning, generator, latents, reference_noise
+        )
+        timesteps = timesteps.to(latents.device)
+        branches = _branches(conditioning, is_guided=guidance_scale > 1)
+
+        with self.progress_bar(total=num_inference_steps) as progress:
+            for index in range(num_inference_steps):
+                step = Step(
+                    index=index,
+                    timestep=timesteps[index : index + 1],
+                    reuses_tails=index in cached,
+                    keeps_tails=index not in cached and index + 1 in cached,
+                )
+                weight = sampling.guidance_weight(index, num_inference_steps, guidance_scale)
+                total = torch.zeros_like(latents)
+                count = torch.zeros_like(latents[:1, :1, :, :1, :1])  # (1, 1, T, 1, 1)
+                for start in sampling.window_starts(plan, index):
+                    window = sampling.take(latents, 2, start, WINDOW_LATENTS)
+                    velocities = [
+                        self._velocity(window, start, step, branch, conditioning, reference_latents)
+                        for branch in branches
+                    ]
+                    velocity = sampling.guide(velocities, weight)
+                    window = window + velocity * (sigmas[index + 1] - sigmas[index]).item()
+                    window = window.to(latents_dtype or torch.bfloat16).float()
+                    sampling.add(total, 2, start, window)
+                    sampling.add(count, 2, start, torch.ones_like(window[:1, :1, :, :1, :1]))
+                latents = total / count  # windows overlap where they do not divide the ring
+                progress.update()
+                if on_step is not None:
+                    on_step(index + 1, num_inference_steps)
+        return latents[:, :, : plan.kept_latents]
+
+    def _prepare_latents(
+        self,
+        conditioning: Conditioning,
+        generator: torch.Generator | None,
+        latents: Tensor | None,
+        reference_noise: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Noise on the ring (1, C, T, h, w) and the reference's latents (1, C, 33, h, w)."""
+        if generator is None:
+            generator = torch.Generator()
+            generator.seed()  # from the system: the global generator stays untouched
+        plan = conditioning.plan
+        mean, std = conditioning.reference_mean, conditioning.reference_std
+        _, channels, _, *size = mean.shape
+        shape = (1, channels, plan.noise_latents, *size)
+        latents = _given_or_drawn(latents, "latents", shape, generator, like=mean)
+        shape = (1, channels, WINDOW_LATENTS, *size)
+        noise = _given_or_drawn(reference_noise, "reference_noise", shape, generator, like=mean)
+        reference_latents = (mean + std * noise) * self.vae.config.scaling_factor
+        return latents[:, :, : plan.sampled_latents], reference_latents
+
+    def _velocity(
+        self,
+        window: Tensor,  # (1, C, 33, h, w)
+        start: int,  # of the window on the ring
+        step: Step,
+        branch: Branch,
+        conditioning: Conditioning,
+        reference_latents: Tensor,  # (1, C, 33, h, w)
+    ) -> Tensor:  # (1, C, 33, h, w) float32
+        """What the transformer predicts for one window on one side of the guidance."""
+        prompt = branch.first_prompt if step.is_early else POSITIVE
+        frames = sampling.ring_frames(start, WINDOW_LATENTS, conditioning.plan.sampled_latents)
+        quietened = sampling.EARLY_FACE_MASK if step.is_early else 1.0
+        motion = window.new_ones(1, 4)
+        with self.transformer.cache_context(f"{branch.name} {prompt}"):
+            output = self.transformer(
+                hidden_states=window,
+                timestep=step.timestep,
+                encoder_hidden_states=conditioning.prompt_embeds[prompt : prompt + 1],
+                encoder_attention_mask=conditioning.prompt_mask[prompt : prompt + 1],
+                pooled_projections=conditioning.pooled_prompt_embeds[prompt : prompt + 1],
+                reference_latents=reference_latents,
+                audio_embeds=sampling.window_audio(branch.audio_embeds, start),
+                face_mask=conditioning.face_mask * quietened,
+                motion_expression=motion * conditioning.motion_expression,
+                motion_pose=motion * conditioning.motion_pose,
+                fps=motion[:, 0] * conditioning.fps,
+                tail=branch.tails.gather(frames) if step.reuses_tails else None,
+                return_tail=step.keeps_tails,
+            )
+        if step.keeps_tails:
+            branch.tails.store(frames, output.tail)
+        return output.sample.float()
+
+    @torch.no_grad()
     def decode_frames(self, latents: Tensor, num_frames: int | None = None) -> Iterator[Tensor]:
-        """Frames (F, 3, H, W) float32 in [0, 1], chunk by chunk in order, `num_frames` in all.
+        """Frames (F, 3, H, W) float32 in [0, 1], chunk by chunk in order, on the VAE's device.
 
-        Each chunk leaves as soon as the temporal tile that it comes from is decoded.
+        Each chunk leaves as soon as its tile is decoded, and what lies beyond `num_frames` is not
+        decoded; the chunks together are the reference's tiled decode.
+
+        Args:
+            latents: (1, C, latent frames, h, w), what `denoise` returned.
+            num_frames: how many frames to give; None is all.
         """
-        raise NotImplementedError
+        missing = num_frames
+        scaling_factor = self.vae.config.scaling_factor
+        for frames in autoencoder.decode_frames(self.vae, latents / scaling_factor):
+            frames = frames[:missing]
+            yield frames
+            if missing is not None:
+                missing -= len(frames)
+                if missing == 0:
+                    break
+        self.maybe_free_model_hooks()
+
+    def _find_face(self, portrait: Image.Image, given_size: FrameSize) -> Box | None:
+        """The box of the largest face, in pixels of the given image."""
+        box = largest_face(portrait, self.face_detector)
+        return (
+            scale_box(box, FrameSize(portrait.height, portrait.width), given_size) if box else None
+        )
+
+    @staticmethod
+    def _onload(module: torch.nn.Module) -> None:
+        """Brings a module to its device before a part of it runs: offload hooks its whole only."""
+        hook = getattr(module, "_hf_hook", None)
+        if hook is not None:
+            hook.pre_forward(module)
+
+
+def _frame_size(
+    image: Image.Image, resolution: int, height: int | None, width: int | None
+) -> FrameSize:
+    """The size asked for, or the one that fits the picture."""
+    if height is None and width is None:
+        return fit_size(image.height, image.width, resolution)
+    if height is None or width is None:
+        raise ValueError("height and width must be given together")
+    if height % SIZE_MULTIPLE or width % SIZE_MULTIPLE:
+        raise ValueError(f"height and width must be multiples of {SIZE_MULTIPLE}")
+    return FrameSize(height, width)
+
+
+def _checked_waveform(audio: np.ndarray | Tensor, fps: float) -> np.ndarray:
+    """The speech as a float32 array of at least one frame."""
+    if isinstance(audio, Tensor):
+        audio = audio.cpu().numpy()
+    waveform = np.asarray(audio, dtype=np.float32)
+    if waveform.ndim != 1:
+        raise ValueError(f"audio must be one channel, (samples,), not {waveform.shape}")
+    if fps not in FRAME_RATES:
+        raise ValueError(f"fps must be one of {FRAME_RATES}, not {fps}")
+    if count_frames(len(waveform), fps) == 0:
+        raise ValueError("audio is shorter than one frame")
+    return waveform
+
+
+def _checked_box(box: Sequence[float] | None, size: FrameSize) -> Box | None:
+    """The box as a tuple, if it lies in the picture."""
+    if box is None:
+        return None
+    x, y, width, height = box
+    in_picture = x < size.width and y < size.height and x + width > 0 and y + height > 0
+    if width < 1 or height < 1 or not in_picture:
+        raise ValueError("face_box must be (x, y, width, height) of a face in the image")
+    return (x, y, width, height)
+
+
+def _branches(conditioning: Conditioning, *, is_guided: bool) -> list[Branch]:
+    """The sides of the guidance, the unconditional one first; without guidance the other alone."""
+    speech = sampling.ring_audio(conditioning.audio_embeds, conditioning.plan)
+    speaking = Branch("speaking", speech, first_prompt=POSITIVE)
+    silent = Branch("silent", torch.zeros_like(speech), first_prompt=NEGATIVE)
+    return [silent, speaking] if is_guided else [speaking]
+
+
+def _given_or_drawn(
+    given: Tensor | None, name: str, shape: Sequence[int], generator: torch.Generator, like: Tensor
+) -> Tensor:
+    """The noise that was given, if it has the right shape, or else drawn; float32."""
+    if given is None:
+        return sampling.draw_noise(shape, generator, like.device)
+    if tuple(given.shape) != tuple(shape):
+        raise ValueError(f"{name} must be of shape {tuple(shape)}, not {tuple(given.shape)}")
+    return given.to(like.device, torch.float32)
+
+
+def _as_output(frames: Tensor, output_type: str) -> Any:
+    """Frames (F, 3, H, W) as diffusers lays them out, a batch of one."""
+    if output_type == "pt":
+        return frames[None]
+    pixels = frames.permute(0, 2, 3, 1)  # (F, H, W, 3)
+    if output_type == "np":
+        return pixels[None].numpy()
+    return [[Image.fromarray(frame) for frame in (pixels * 255).byte().numpy()]]

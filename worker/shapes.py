@@ -29,6 +29,7 @@ LONG_SIDE = {704: 1216, 512: 768, 384: 576, 256: 384}  # px; other resolutions: 
 
 REFERENCE_FULL_STEPS = (*range(15), 15, 20, 25, 30, 35, 40, *range(41, 50))
 FullSteps = Literal["reference"] | Sequence[int] | None
+Box = tuple[float, float, float, float]  # x, y, width, height in pixels
 
 
 class FrameSize(NamedTuple):

@@ -1,0 +1,84 @@
+"""Speech into the model's audio windows: waveform → log-mel → encoder states → one window a frame.
+
+Shape letters: N states (50 a second), E encoder states of one moment (the embedding and each
+layer), C channels, F video frames.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import WhisperFeatureExtractor, WhisperModel
+
+from worker.shapes import AUDIO_STATES_HZ, SAMPLE_RATE_HZ, VideoPlan, count_frames
+
+CHUNK_SECONDS = 30  # what the encoder takes at once
+CHUNK_SAMPLES = CHUNK_SECONDS * SAMPLE_RATE_HZ
+WINDOW_STATES = 10
+WINDOW_LEAD = 4  # states that a window reaches back before its frame
+
+
+def log_mel(
+    waveform: np.ndarray,  # (samples,) float32, mono, 16 kHz
+    feature_extractor: WhisperFeatureExtractor,
+) -> Tensor:  # (chunks, 80, 3000)
+    """Log-mel of each 30 s of speech, the last filled up with silence.
+
+    Rounded to float16 and back, as the reference does before its encoder.
+    """
+    chunks = [
+        waveform[start : start + CHUNK_SAMPLES] for start in range(0, len(waveform), CHUNK_SAMPLES)
+    ]
+    features = feature_extractor(chunks, sampling_rate=SAMPLE_RATE_HZ, return_tensors="pt")
+    mel: Tensor = features.input_features
+    return mel.half().float()
+
+
+def encode_speech(
+    mel: Tensor,  # (chunks, 80, 3000)
+    audio_encoder: WhisperModel,
+) -> Tensor:  # (N, E, C)
+    """All hidden states of the speech encoder, the chunks joined to one run of 50 a second.
+
+    Differs from upstream: it encodes the first 30 s only. A chunk here is exactly such 30 s.
+    """
+    encoder = audio_encoder.encoder
+    states = []
+    for chunk in mel.to(encoder.device, encoder.dtype):  # one by one, to bound the memory
+        hidden = encoder(chunk[None], output_hidden_states=True).hidden_states
+        states.append(torch.cat(hidden).transpose(0, 1))  # (1500, E, C)
+    return torch.cat(states)
+
+
+def audio_windows(
+    states: Tensor,  # (N, E, C)
+    num_frames: int,
+    fps: float,
+) -> Tensor:  # (1, F, 10, E, C)
+    """For each video frame the ten states around it, in float16 as the reference keeps them.
+
+    A window reaches from 4 states before its frame to 5 after; outside the recording are zeros.
+    """
+    stride = int(AUDIO_STATES_HZ / fps)
+    padded = pad(states, (0, 0, 0, 0, WINDOW_LEAD, WINDOW_STATES))
+    frames = torch.arange(num_frames, device=states.device)
+    offsets = torch.arange(WINDOW_STATES, device=states.device)
+    windows = padded[stride * frames[:, None] + offsets]  # (F, 10, E, C)
+    return windows.half()[None]
+
+
+def encode_audio(
+    waveform: np.ndarray,  # (samples,) float32 in [-1, 1], mono, 16 kHz
+    fps: float,
+    feature_extractor: WhisperFeatureExtractor,
+    audio_encoder: WhisperModel,
+) -> Tensor:  # (1, padded_audio_frames, 10, E, C) float16
+    """The audio windows of all video frames, with silence (zeros) up to the padded length.
+
+    Raises:
+        ValueError: less than one frame of audio.
+    """
+    plan = VideoPlan(count_frames(len(waveform), fps))
+    states = encode_speech(log_mel(waveform, feature_extractor), audio_encoder)
+    windows = audio_windows(states, plan.num_frames, fps)
+    return pad(windows, (0, 0, 0, 0, 0, 0, 0, plan.padded_audio_frames - plan.num_frames))

@@ -1,0 +1,129 @@
+"""The face that speaks: its box in the portrait, by one of two detectors.
+
+The published checkpoint comes with a detector in TorchScript. Without it OpenCV's cascade answers,
+whose weights are in its package: frontal faces only, but nothing to download. Both give boxes
+(x, y, width, height) in pixels, and the largest is taken.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from diffusers import ModelMixin
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from worker.shapes import Box
+
+SHORT_SIDE = 416  # px, of the picture that the TorchScript detector gets
+STRIDES = (8, 16, 32)  # px a cell of its three grids
+MIN_SCORE = 0.5
+MAX_OVERLAP = 0.45  # intersection over union above which two boxes are the same face
+
+CASCADE = "haarcascade_frontalface_alt2.xml"
+MIN_FACE_SHARE = 0.1  # of the picture's short side; the cascade's smaller finds are mostly wrong
+
+
+class TorchScriptFaceDetector(ModelMixin):
+    """The checkpoint's own detector, `detface.pt`, a YOLOv5 for faces.
+
+    It is a diffusers model only for `save_pretrained` and `from_pretrained` of the pipeline.
+    """
+
+    FILE_NAME = "detface.pt"
+
+    def __init__(self, script: Any) -> None:
+        super().__init__()
+        self.script = script
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, **_: Any) -> Self:
+        """The detector in the directory; it stays float32, whatever the others are loaded as."""
+        path = Path(directory) / cls.FILE_NAME
+        return cls(torch.jit.load(str(path), map_location="cpu")).eval()
+
+    def save_pretrained(self, directory: str | Path, **_: Any) -> None:
+        """Writes the TorchScript file."""
+        path = Path(directory)
+        path.mkdir(parents=True, exist_ok=True)
+        self.script.save(str(path / self.FILE_NAME))
+
+    def forward(
+        self,
+        pixels: Tensor,  # (1, 3, H, W), BGR in [0, 1], sides multiples of 32
+    ) -> Tensor:  # (N, 16): centre x, y, width, height, score, five landmarks, class score
+        """Candidates, in pixels of the input."""
+        grids = [_grid(pixels, stride) for stride in STRIDES]
+        takes_grids = len(self.script.forward.schema.arguments) > 2  # beside self and the picture
+        candidates = self.script(pixels, grids) if takes_grids else self.script(pixels)
+        return candidates[0]
+
+    @torch.no_grad()
+    def detect(self, image: Image.Image) -> list[Box]:
+        """Boxes of all faces in the picture."""
+        scale = SHORT_SIDE / min(image.size)
+        width, height = (-(-int(side * scale) // 32) * 32 for side in image.size)
+        bgr = torch.from_numpy(np.array(image)).flip(2).permute(2, 0, 1)[None]  # (1, 3, h, w)
+        pixels = interpolate(bgr / 255, size=(height, width), mode="bilinear")
+        candidates = self(pixels.to(self.device, self.dtype)).float().cpu()
+
+        scores = candidates[:, 4] * candidates[:, 15]
+        likely = (candidates[:, 4] > MIN_SCORE) & (scores > MIN_SCORE)
+        corners = _to_corners(candidates[likely, :4])
+        kept = corners[non_maximum_suppression(corners, scores[likely], MAX_OVERLAP)]
+        across, down = image.width / width, image.height / height
+        kept = kept * torch.tensor([across, down, across, down])
+        return [(x0, y0, x1 - x0, y1 - y0) for x0, y0, x1, y1 in kept.tolist()]
+
+
+def _grid(pixels: Tensor, stride: int) -> Tensor:  # (1, 1, H/stride, W/stride, 2)
+    """Column and row of each cell."""
+    rows, columns = (torch.arange(side // stride) for side in pixels.shape[2:])
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    return torch.stack((x, y), dim=2)[None, None].to(pixels)
+
+
+def _to_corners(boxes: Tensor) -> Tensor:
+    """(N, 4) centre and size to left, top, right, bottom."""
+    centre, size = boxes[:, :2], boxes[:, 2:]
+    return torch.cat([centre - size / 2, centre + size / 2], dim=1)
+
+
+def non_maximum_suppression(
+    corners: Tensor,  # (N, 4)
+    scores: Tensor,  # (N,)
+    max_overlap: float,
+) -> Tensor:  # (kept,) indices, best first
+    """Boxes that overlap no better one by more than `max_overlap` of their union."""
+    left_top = torch.maximum(corners[:, None, :2], corners[:, :2])
+    right_bottom = torch.minimum(corners[:, None, 2:], corners[:, 2:])
+    shared = (right_bottom - left_top).clamp(min=0).prod(dim=2)  # (N, N)
+    areas = (corners[:, 2:] - corners[:, :2]).prod(dim=1)
+    overlaps = shared / (areas[:, None] + areas - shared)
+    kept: list[int] = []
+    for index in scores.argsort(descending=True).tolist():
+        if all(overlaps[index, better] <= max_overlap for better in kept):
+            kept.append(index)
+    return torch.tensor(kept, dtype=torch.long)
+
+
+def detect_by_cascade(image: Image.Image) -> list[Box]:
+    """Boxes of all frontal faces, by OpenCV's cascade, whose weights come in its package."""
+    from cv2 import CascadeClassifier  # 60 MB, needed only without the checkpoint's detector
+    from cv2.data import haarcascades
+
+    cascade = CascadeClassifier(str(Path(haarcascades) / CASCADE))
+    smallest = round(MIN_FACE_SHARE * min(image.size))
+    faces: Sequence[Any] = cascade.detectMultiScale(
+        np.array(image.convert("L")), minNeighbors=5, minSize=(smallest, smallest)
+    )
+    return [(float(x), float(y), float(width), float(height)) for x, y, width, height in faces]
+
+
+def largest_face(image: Image.Image, detector: TorchScriptFaceDetector | None) -> Box | None:
+    """The box of the largest face in the picture (RGB), None if there is none."""
+    boxes = detector.detect(image) if detector else detect_by_cascade(image)
+    return max(boxes, key=lambda box: box[2] * box[3], default=None)
