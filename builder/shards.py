@@ -103,6 +103,7 @@ def _write(path: Path, shard: Sequence[PlannedTensors]) -> str:
 
 def _publish(part: Path, path: Path) -> None:
     """Gives a finished file its name, after its content has reached the disk."""
+    part.chmod(0o644)  # save_file leaves it to its owner alone
     with part.open("rb") as file:
         os.fsync(file.fileno())
     part.replace(path)

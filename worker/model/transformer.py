@@ -256,6 +256,8 @@ class HunyuanVideoAvatarTransformer3DModel(
         """
         if timestep.dtype in (torch.float16, torch.bfloat16):
             raise ValueError(f"timestep must be float32, not {timestep.dtype}")
+        if self.is_cache_enabled and (tail is not None or return_tail):
+            raise ValueError("a cache may skip the blocks around the tail; use one or the other")
         num_frames, height, width = hidden_states.shape[2:]
         patch_size = self.config.patch_size
         grid = (num_frames, height // patch_size, width // patch_size)
@@ -358,6 +360,8 @@ class HunyuanVideoAvatarTransformer3DModel(
         audio_gate: Tensor,
     ) -> list[tuple[Tensor, Tensor]]:
         """Image and text tokens that enter the last block, in the batches of the texts."""
+        if self.is_cache_enabled and len(texts) > 1:
+            raise ValueError("with a cache, call once a text length, each in its own cache_context")
         sizes = [len(text) for text in texts]
         batches = zip(
             image.split(sizes),
