@@ -139,7 +139,7 @@ def _downloaded(settings: Settings, root: Path) -> Path:
 
 def _fetch(repository: str, directory: Path) -> None:
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.utils.tqdm import disable_progress_bars
+    from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
     offline = constants.HF_HUB_OFFLINE
