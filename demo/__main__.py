@@ -9,6 +9,7 @@ import argparse
 import base64
 import hashlib
 import json
+import logging
 import shutil
 import sys
 import tempfile
@@ -33,8 +34,9 @@ def main() -> int:
     arguments = _arguments()
     output_path = Path(arguments.output)
     output_path.parent.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # the S3 server's requests
     scratch = Path(tempfile.mkdtemp(prefix="avatar-demo-"))
-    store = ThreadedMotoServer(port=0, verbose=False)
+    store = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     store.start()
     try:
         environment = _make_bucket(store)
