@@ -148,6 +148,12 @@ TRANSFORMER_SETTINGS = {
     "audio_dim_head": "audio_attention_dim",
 }
 
+TRANSFORMER = "hunyuan-video-t2v-720p/transformers"
+VAE = "hunyuan-video-t2v-720p/vae"
+LLAVA = "llava_llama_image"
+CLIP = "text_encoder_2"
+WHISPER = "whisper-tiny"
+
 Dtype = Literal["keep", "bf16", "fp8"]
 
 MODEL_INDEX = {
@@ -179,14 +185,16 @@ def convert(source: Path, target: Path, dtype: Dtype = "keep") -> None:
         FileNotFoundError: a file of the published checkpoint is not there.
     """
     source = source / "ckpts" if (source / "ckpts").is_dir() else source
+    for path in (source / folder / "config.json" for folder in (VAE, WHISPER, CLIP, LLAVA)):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not there")
     _claim(target, source, dtype)
-    convert_whisper(source / "whisper-tiny", target)
     encoder_dtype = None if dtype == "keep" else torch.bfloat16
-    convert_clip(source / "text_encoder_2", target, encoder_dtype)
-    convert_llava(source / "llava_llama_image", target, encoder_dtype)
-    video = source / "hunyuan-video-t2v-720p"
-    convert_vae(video / "vae", target)
-    convert_transformer(video / "transformers", target, dtype)
+    convert_vae(source / VAE, target)
+    convert_whisper(source / WHISPER, target)
+    convert_clip(source / CLIP, target, encoder_dtype)
+    convert_transformer(source / TRANSFORMER, target, dtype)
+    convert_llava(source / LLAVA, target, encoder_dtype)
     FlowMatchEulerDiscreteScheduler(shift=5.0).save_pretrained(target / "scheduler")
     detector = source / "det_align" / "detface.pt"
     if detector.is_file():
