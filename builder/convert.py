@@ -11,7 +11,7 @@ import argparse
 import itertools
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -153,6 +153,7 @@ VAE = "hunyuan-video-t2v-720p/vae"
 LLAVA = "llava_llama_image"
 CLIP = "text_encoder_2"
 WHISPER = "whisper-tiny"
+DETECTOR = "det_align"
 
 Dtype = Literal["keep", "bf16", "fp8"]
 
@@ -189,17 +190,33 @@ def convert(source: Path, target: Path, dtype: Dtype = "keep") -> None:
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not there")
     _claim(target, source, dtype)
+    for step in conversions(source, target, dtype).values():
+        step()
+    finish(target)
+
+
+def conversions(source: Path, target: Path, dtype: Dtype) -> dict[str, Callable[[], None]]:
+    """For each folder of the checkpoint, what writes its part of the model directory."""
     encoder_dtype = None if dtype == "keep" else torch.bfloat16
-    convert_vae(source / VAE, target)
-    convert_whisper(source / WHISPER, target)
-    convert_clip(source / CLIP, target, encoder_dtype)
-    convert_transformer(source / TRANSFORMER, target, dtype)
-    convert_llava(source / LLAVA, target, encoder_dtype)
+    return {
+        VAE: partial(convert_vae, source / VAE, target),
+        WHISPER: partial(convert_whisper, source / WHISPER, target),
+        CLIP: partial(convert_clip, source / CLIP, target, encoder_dtype),
+        TRANSFORMER: partial(convert_transformer, source / TRANSFORMER, target, dtype),
+        LLAVA: partial(convert_llava, source / LLAVA, target, encoder_dtype),
+        DETECTOR: partial(_copy_detector, source / DETECTOR, target),
+    }
+
+
+def finish(target: Path) -> None:
+    """Makes the directory a model, once every folder is converted."""
     FlowMatchEulerDiscreteScheduler(shift=5.0).save_pretrained(target / "scheduler")
-    detector = source / "det_align" / "detface.pt"
-    if detector.is_file():
-        copy_file(detector, target / "face_detector")
-    write_json(target / "model_index.json", MODEL_INDEX)  # last: it makes the directory a model
+    write_json(target / "model_index.json", MODEL_INDEX)
+
+
+def _copy_detector(source: Path, target: Path) -> None:
+    if (source / "detface.pt").is_file():
+        copy_file(source / "detface.pt", target / "face_detector")
 
 
 def convert_transformer(source: Path, target: Path, dtype: Dtype) -> None:
