@@ -13,8 +13,11 @@ CHATTY = ("boto3", "botocore", "s3transfer", "urllib3", "PIL")
 
 _SECRETS = [
     # the query of any URL: it may be signed; and user:password in front of a host
-    (re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s\"'<>?]*)\?[^\s\"'<>]*", re.IGNORECASE), r"\1?..."),
-    (re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/@\"'<>]+@", re.IGNORECASE), r"\1...@"),
+    (
+        re.compile(r"(\b[a-z][a-z0-9+.-]{0,20}://[^\s\"'<>?]*)\?[^\s\"'<>]*", re.IGNORECASE),
+        r"\1?...",
+    ),
+    (re.compile(r"(\b[a-z][a-z0-9+.-]{0,20}://)[^\s/@\"'<>]+@", re.IGNORECASE), r"\1...@"),
     # a signature without its URL, and the header that carries one
     (
         re.compile(r"((?:X-Amz-\w+|X-Goog-\w+|AWSAccessKeyId|Signature|Credential)=)[^\s&,\"'<>]+"),

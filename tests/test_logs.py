@@ -1,0 +1,169 @@
+import asyncio
+import base64
+import contextvars
+import logging
+import time
+
+import boto3
+import pytest
+
+from worker import logs
+from worker.settings import BucketSettings
+from worker.storage import Storage
+
+SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY"
+
+
+@pytest.fixture
+def configured():
+    """`configured(level)` sets the log up; afterwards everything is as it was."""
+    names = [None, *logs.CHATTY]
+    before = [
+        (logging.getLogger(name).level, logging.getLogger(name).handlers[:]) for name in names
+    ]
+    yield logs.configure
+    for name, (level, handlers) in zip(names, before, strict=True):
+        logging.getLogger(name).setLevel(level)
+        logging.getLogger(name).handlers[:] = handlers
+
+
+@pytest.mark.parametrize(
+    ("text", "kept", "gone"),
+    [
+        (
+            "fetched https://b.example/a.png?X-Amz-Signature=ab12&x=1 in 2 s",
+            "fetched https://b.example/a.png?... in 2 s",
+            "ab12",
+        ),
+        ('{"url": "HTTPS://h/p?sig=tok"}', '{"url": "HTTPS://h/p?..."}', "tok"),
+        ("see (https://h/p?q=%7Etok).", "see (https://h/p?...", "tok"),
+        ("s3://bucket/key?versionId=tok", "s3://bucket/key?...", "tok"),
+        ("https://user:tok@h/p", "https://...@h/p", "tok"),
+        ("url: /b/k?X-Amz-Credential=AK%2F1&X-Amz-Signature=tok&a=b", "&a=b", "tok"),
+        ("Signature=tok, SignedHeaders=host", ", SignedHeaders=host", "tok"),
+        ("Authorization: Bearer tok.tok-tok", "Authorization: Bearer ...", "tok.tok"),
+        ("key AKIAIOSFODNN7EXAMPLE was refused", "key ... was refused", "AKIA"),
+        ("{'accessId': 'me', 'accessSecret': 'tok'}", "'accessSecret': '...'", "tok"),
+        ('{"secret_access_key":"tok","name":"b"}', '"name":"b"', "tok"),
+        (f"BUCKET_SECRET_ACCESS_KEY={SECRET}", "BUCKET_SECRET_ACCESS_KEY=...", SECRET),
+        ("RUNPOD_AI_API_KEY=tok", "RUNPOD_AI_API_KEY=...", "tok"),
+        ("image " + base64.b64encode(bytes(900)).decode() + " end", "image <base64> end", "AAAA"),
+        ("data:image/png;base64," + "iVBOR" * 100, "data:image/png;base64,<base64>", "iVBOR"),
+    ],
+)
+def test_secrets_and_media_are_taken_out(text, kept, gone):
+    redacted = logs.redact(text)
+
+    assert kept in redacted
+    assert gone not in redacted
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "INPUT_TOO_LARGE: audio: is longer than the limit of 60 s; max_seconds takes a part of it",
+        "step 12 of 50, 300 tokens, seed: 7, key: avatar/job-1.mp4",
+        "GET https://example.com/a/b.png gave 404. Why? Nobody knows",
+        f"sha256 {'0123456789abcdef' * 4} of /tmp/avatar-x1/video.mp4",
+    ],
+)
+def test_what_is_no_secret_stays(text):
+    assert logs.redact(text) == text
+
+
+def test_a_long_message_is_redacted_in_no_time():
+    began = time.monotonic()
+
+    assert (
+        len(logs.redact("x: " + "A" * 20_000_000 + " " + "a." * 500_000 + " ://" * 10_000))
+        < 2_000_000
+    )
+    assert time.monotonic() - began < 5
+
+
+def test_an_event_is_one_line_with_the_jobs_id(configured, capsys):
+    configured("INFO")
+    logs.job_id.set("job-7")
+
+    logging.getLogger("worker.jobs").info("first\nsecond %s", "https://h/p?q=tok")
+
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert line.endswith(" INFO job job-7: first\\nsecond https://h/p?...\n")
+    assert line[:20].endswith("Z")
+
+
+def test_each_job_has_its_own_id(configured, capsys):
+    configured("INFO")
+    logs.job_id.set(None)
+    logging.getLogger("x").warning("outside")
+
+    async def job(name):
+        logs.job_id.set(name)
+        await asyncio.sleep(0.01)
+        context = contextvars.copy_context()
+        await asyncio.get_running_loop().run_in_executor(
+            None, context.run, logging.getLogger("x").warning, "in a thread"
+        )
+
+    async def both():
+        await asyncio.gather(job("a"), job("b"))
+
+    asyncio.run(both())
+
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].endswith("WARNING outside")
+    assert sorted(line.split("WARNING ")[1] for line in lines[1:]) == [
+        "job a: in a thread",
+        "job b: in a thread",
+    ]
+
+
+def test_a_traceback_is_on_the_same_line_and_redacted(configured, capsys):
+    configured("INFO")
+
+    try:
+        raise ValueError(f"refused: https://h/p?X-Amz-Signature=tok secret={SECRET}")
+    except ValueError:
+        logging.getLogger("x").exception("failed")
+
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1
+    assert "Traceback" in text
+    assert "test_logs.py" in text
+    assert "tok" not in text
+    assert SECRET not in text
+
+
+def test_the_level_is_kept_and_the_sdks_handlers_are_replaced(configured, capsys):
+    logging.getLogger().addHandler(logging.NullHandler())
+
+    configured("WARN")
+
+    assert len(logging.getLogger().handlers) == 1
+    logging.getLogger("x").info("quiet")
+    logging.getLogger("x").warning("loud")
+    assert "quiet" not in (text := capsys.readouterr().err)
+    assert "loud" in text
+
+
+@pytest.mark.parametrize("level", ["NOTSET", "TRACE", "DEBUG"])
+def test_no_level_shows_what_the_store_is_sent(configured, capsys, object_store, level):
+    configured(level)
+    store = Storage(
+        BucketSettings(
+            endpoint_url=object_store.endpoint_url,
+            access_key_id="AKIAIOSFODNN7EXAMPLE",
+            secret_access_key=SECRET,
+            name=object_store.bucket,
+        )
+    )
+
+    store.head("nothing.mp4")
+    boto3.client("s3", region_name="us-east-1")
+    logging.getLogger("x").debug("shown")
+
+    text = capsys.readouterr().err
+    assert "shown" in text
+    for secret in ("AKIA", SECRET, "AWS4-HMAC", "Signature", "Credential"):
+        assert secret not in text
