@@ -240,15 +240,14 @@ def control_plane() -> Iterator[ControlPlane]:
         yield control_plane
 
 
-StartWorker = Callable[..., WorkerProcess]
-
-
 @pytest.fixture(scope="session")
-def demo_environment(object_store) -> Mapping[str, str]:
+def demo_environment(object_store, tmp_path_factory) -> Mapping[str, str]:
     """The operator's settings of a worker with the demo model and the bucket."""
     return {
         "AVATAR_MODEL": "demo",
         "RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS": "true",  # the media server's
+        # torch's own cache, which outlives a job, away from the job's temporary files
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("torch-cache")),
         **object_store.environment,
     }
 

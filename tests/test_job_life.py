@@ -15,7 +15,7 @@ import pytest
 
 from worker.local import ControlPlane, Job, WorkerProcess
 
-JOB_SECONDS = 60.0  # far more than a small job takes
+JOB_SECONDS = 120.0  # far more than a small job takes
 MANY_STEPS = 100  # for a job that has to be met while it runs
 
 
@@ -44,67 +44,63 @@ def code(job: Job) -> str:
     return (job.error or "").partition(":")[0]
 
 
-def beats_for(plane: ControlPlane, job: Job) -> list[float]:
-    """When the worker said that it works on the job."""
-    return [beat.at_seconds for beat in plane.heartbeats if job.id in beat.job_ids]
+@pytest.fixture(scope="session")
+def finished(control_plane, demo_worker, make_job):
+    """A job that has been generated, and is looked at from several sides."""
+    return run(control_plane, make_job(seed=7, num_inference_steps=12, user_data={"order": 1}))
 
 
-def test_a_job_becomes_a_video_behind_the_url_that_it_answers(control_plane, demo_worker, make_job):
-    job = run(control_plane, make_job(seed=7, user_data={"order": 1}))
-
-    assert (job.status, job.error) == ("COMPLETED", None)
-    assert job.output["user_data"] == {"order": 1}
-    with urlopen(job.output["video_url"], timeout=10) as answer:
+def test_a_job_becomes_a_video_behind_the_url_that_it_answers(finished):
+    assert (finished.status, finished.error) == ("COMPLETED", None)
+    assert finished.output["seed"] == 7
+    assert finished.output["user_data"] == {"order": 1}
+    with urlopen(finished.output["video_url"], timeout=10) as answer:
         assert answer.headers["Content-Type"] == "video/mp4"
         video = answer.read()
-    assert hashlib.sha256(video).hexdigest() == job.output["sha256"]
+    assert hashlib.sha256(video).hexdigest() == finished.output["sha256"]
     with av.open(io.BytesIO(video)) as container:
         assert [stream.codec.name for stream in container.streams] == ["h264", "aac"]
         assert container.duration / av.time_base == pytest.approx(1.0, abs=0.04)
 
 
-def test_equal_seeds_give_equal_videos_and_another_seed_another(
-    control_plane, demo_worker, make_job
-):
-    first, again, other = (run(control_plane, make_job(seed=seed)) for seed in (5, 5, 6))
-
-    assert first.output["sha256"] == again.output["sha256"]
-    assert first.output["sha256"] != other.output["sha256"]
-
-
-@pytest.mark.parametrize("answer_delay_seconds", [0.0, 0.7], ids=["prompt", "slow"])
-def test_progress_comes_in_order_and_before_the_result(
-    control_plane, demo_worker, make_job, answer_delay_seconds
-):
-    control_plane.answer_delay_seconds = answer_delay_seconds
-    try:
-        job = run(control_plane, make_job(num_inference_steps=30))
-    finally:
-        control_plane.answer_delay_seconds = 0.0
-
-    assert job.status == "COMPLETED"
+def require_ordered_progress(job: Job) -> None:
     assert len(job.progress) >= 3
     for before, after in pairwise(job.progress):
         assert before["progress"] <= after["progress"] <= 1.0
         assert before["stage_index"] <= after["stage_index"] <= after["stage_count"]
         assert before["elapsed_seconds"] <= after["elapsed_seconds"]
-    steps = [payload["step"] for payload in job.progress if payload["stage"] == "denoise"]
-    assert sorted(filter(None, steps)) == list(filter(None, steps))
+    steps = [payload["step"] for payload in job.progress if payload["step"] is not None]
+    assert steps == sorted(steps)
     assert [post.is_progress for post in job.posts] == [True] * len(job.progress) + [False]
 
 
-def test_the_worker_pings_throughout_a_job(control_plane, demo_worker, make_job):
-    job = run(control_plane, make_job(num_inference_steps=30))
+def test_progress_comes_in_order_and_before_the_result(finished):
+    require_ordered_progress(finished)
 
-    times = [job.taken_at_seconds[0], *beats_for(control_plane, job), job.ended_at_seconds]
-    assert max(after - before for before, after in pairwise(times)) < 2.5  # one a second
+
+def test_progress_comes_in_order_when_the_platform_is_slow(control_plane, demo_worker, make_job):
+    control_plane.answer_delay_seconds = 0.7
+    try:
+        job = run(control_plane, make_job())
+    finally:
+        control_plane.answer_delay_seconds = 0.0
+
+    assert job.status == "COMPLETED"
+    require_ordered_progress(job)
+
+
+def test_the_worker_pings_throughout_a_job(control_plane, finished):
+    beats = [beat.at_seconds for beat in control_plane.heartbeats if finished.id in beat.job_ids]
+
+    times = [finished.taken_at_seconds[0], *beats, finished.ended_at_seconds]
+    assert max(after - before for before, after in pairwise(times)) < 3.0  # one a second
 
 
 def test_a_cancelled_job_stops_at_its_next_step_posts_nothing_and_the_next_job_runs(
-    control_plane, demo_worker, make_job
+    control_plane, demo_worker, make_job, finished
 ):
     cancelled_id = control_plane.submit(make_job(num_inference_steps=MANY_STEPS))
-    next_id = control_plane.submit(make_job())
+    next_id = control_plane.submit(make_job(seed=7, num_inference_steps=12))
     running = control_plane.wait_until(cancelled_id, is_denoising, JOB_SECONDS)
 
     control_plane.cancel(cancelled_id)
@@ -114,13 +110,14 @@ def test_a_cancelled_job_stops_at_its_next_step_posts_nothing_and_the_next_job_r
     newest = running.output
     step_seconds = newest["elapsed_seconds"] / newest["step"]
     waited_seconds = following.taken_at_seconds[0] - cancelled.ended_at_seconds
-    assert following.status == "COMPLETED"
     assert waited_seconds < step_seconds + 2.5  # the SDK looks for a job once a second
     assert waited_seconds < newest["eta_seconds"] / 2  # so the job was not run to its end
     assert cancelled.status == "CANCELLED"
     assert cancelled.results == []
     late = [post for post in cancelled.posts if post.at_seconds > cancelled.ended_at_seconds + 0.5]
     assert late == []
+    assert following.status == "COMPLETED"
+    assert following.output["sha256"] == finished.output["sha256"]  # the seed alone decides
     assert list(demo_worker.temporary_directory.iterdir()) == []
 
 
@@ -163,56 +160,57 @@ def test_an_input_that_the_server_does_not_have_may_be_tried_again(
     assert job.output["error_info"]["retryable"] is True
 
 
-@pytest.mark.parametrize("status", [413, None], ids=["refused", "connection cut"])
 def test_a_job_whose_result_was_lost_is_answered_from_the_bucket(
-    control_plane, demo_worker, make_job, object_store, status
+    control_plane, demo_worker, make_job, object_store
 ):
-    control_plane.lose_results(status=status)
+    control_plane.lose_results(status=413)
     job_id = control_plane.submit(make_job(seed=None))
-    lost = control_plane.wait_until(job_id, lambda job: bool(job.results), JOB_SECONDS)
-    stored = object_store.client.head_object(
-        Bucket=object_store.bucket, Key=lost.results[0].body["output"]["key"]
-    )
+    lost = control_plane.wait_until(job_id, lambda job: len(job.results) == 1, JOB_SECONDS)
+    key = lost.results[0].body["output"]["key"]
+    stored = object_store.client.head_object(Bucket=object_store.bucket, Key=key)
 
+    control_plane.lose_results(status=None)
     control_plane.requeue(job_id)
-
+    control_plane.wait_until(job_id, lambda job: len(job.results) == 2, JOB_SECONDS)
+    control_plane.requeue(job_id)
     job = control_plane.wait(job_id, JOB_SECONDS)
-    told, retold = (post.body["output"] for post in job.results)
+
     assert lost.status == "IN_PROGRESS"
     assert job.status == "COMPLETED"
-    for name in ("sha256", "seed", "key", "size_bytes", "duration_seconds", "num_frames"):
-        assert told[name] == retold[name]
-    assert job.ended_at_seconds - job.taken_at_seconds[1] < 1.0
-    assert "denoise_seconds" not in retold["metrics"]
-    with urlopen(retold["video_url"], timeout=10) as answer:
+    told, *retold = (post.body["output"] for post in job.results)
+    for again in retold:
+        for name in ("sha256", "seed", "key", "size_bytes", "duration_seconds", "num_frames"):
+            assert again[name] == told[name]
+        assert again["reused"]
+        assert "denoise_seconds" not in again["metrics"]
+    assert job.ended_at_seconds - job.taken_at_seconds[2] < 2.0
+    with urlopen(job.output["video_url"], timeout=10) as answer:
         assert hashlib.sha256(answer.read()).hexdigest() == told["sha256"]
         assert answer.headers["ETag"] == stored["ETag"]
 
 
-def test_a_job_that_is_delivered_twice_gets_the_same_answer(control_plane, demo_worker, make_job):
-    first = run(control_plane, make_job())
+def test_a_job_that_is_delivered_twice_gets_the_same_answer(control_plane, demo_worker, finished):
+    control_plane.requeue(finished.id)
 
-    control_plane.requeue(first.id)
+    second = control_plane.wait(finished.id, JOB_SECONDS)
 
-    second = control_plane.wait(first.id, JOB_SECONDS)
-    assert second.output["sha256"] == first.output["sha256"]
-    assert second.output["seed"] == first.output["seed"]
-    assert second.ended_at_seconds - second.taken_at_seconds[1] < 1.0
+    assert second.status == "COMPLETED"
+    assert second.output["sha256"] == finished.output["sha256"]
+    assert second.output["seed"] == finished.output["seed"]
+    assert second.output["reused"]
 
 
-def test_another_job_under_the_id_of_an_earlier_one_is_not_answered_with_its_video(
-    control_plane, demo_worker, make_job
+def test_another_request_under_an_earlier_id_is_not_answered_with_the_earlier_video(
+    control_plane, demo_worker, make_job, finished
 ):
-    first = run(control_plane, make_job(seed=1))
+    other = run(control_plane, {"id": finished.id, **make_job(seed=8)})
 
-    other = run(control_plane, {"id": first.id, **make_job(seed=2)})
-
-    assert other.output["seed"] == 2
-    assert other.output["sha256"] != first.output["sha256"]
+    assert other.output["seed"] == 8
+    assert other.output["sha256"] != finished.output["sha256"]
 
 
 def test_sigterm_lets_the_running_job_finish(own_control_plane, own_demo_worker, make_job):
-    job_id = own_control_plane.submit(make_job(num_inference_steps=20))
+    job_id = own_control_plane.submit(make_job(num_inference_steps=8))
     waiting_id = own_control_plane.submit(make_job())
     own_control_plane.wait_until(job_id, is_denoising, JOB_SECONDS)
 
@@ -220,7 +218,7 @@ def test_sigterm_lets_the_running_job_finish(own_control_plane, own_demo_worker,
 
     job = own_control_plane.wait(job_id, JOB_SECONDS)
     assert job.status == "COMPLETED"
-    assert own_demo_worker.wait(timeout_seconds=5.0) == 0
+    assert own_demo_worker.wait(timeout_seconds=10.0) == 0
     assert own_control_plane.state(waiting_id).status == "IN_QUEUE"
     assert list(own_demo_worker.temporary_directory.iterdir()) == []
 
@@ -228,7 +226,7 @@ def test_sigterm_lets_the_running_job_finish(own_control_plane, own_demo_worker,
 def test_sigterm_ends_an_idle_worker_promptly(own_control_plane, own_demo_worker, make_job):
     own_demo_worker.terminate()
 
-    assert own_demo_worker.wait(timeout_seconds=5.0) == 0  # the poll is held for 30 s
+    assert own_demo_worker.wait(timeout_seconds=10.0) == 0  # the poll is held for 30 s
     job_id = own_control_plane.submit(make_job())
     time.sleep(0.2)
     assert own_control_plane.state(job_id).status == "IN_QUEUE"
@@ -243,7 +241,7 @@ def test_a_job_that_is_handed_out_after_sigterm_is_run(
     job = run(own_control_plane, make_job())
 
     assert job.status == "COMPLETED"
-    assert own_demo_worker.wait(timeout_seconds=5.0) == 0
+    assert own_demo_worker.wait(timeout_seconds=10.0) == 0
 
 
 def test_ten_jobs_each_end_as_they_should_and_leave_nothing_behind(
@@ -281,7 +279,7 @@ def test_ten_jobs_each_end_as_they_should_and_leave_nothing_behind(
         open_files.append(worker.open_files())
 
     beats = [beat.at_seconds for beat in plane.heartbeats if beat.worker_id == worker.worker_id]
-    assert max(after - before for before, after in pairwise(beats)) < 2.5
+    assert max(after - before for before, after in pairwise(beats)) < 3.0
     assert max(rss_bytes[3:]) < rss_bytes[2] + 48 * 2**20
     assert max(open_files[3:]) <= max(open_files[:3])
 
@@ -296,4 +294,4 @@ def test_a_worker_without_weights_says_so_and_takes_no_job(own_control_plane, tm
 
     failed = [beat.failed_check for beat in own_control_plane.heartbeats if beat.failed_check]
     assert len(failed) == 1
-    assert "weights" in failed[0]
+    assert "the model could not be loaded" in worker.log
