@@ -24,7 +24,6 @@ logger = logging.getLogger(__name__)
 GIB = 2**30
 # Room for activations at the largest size; measured values belong to the GPU table of the README.
 ACTIVATIONS_GIB = 30
-PARTS_IN_FLOAT32 = ("audio_encoder",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,9 +133,8 @@ def check_gpu() -> None:
 def _dtypes(device: torch.device) -> dict[str, torch.dtype]:
     if device.type == "cpu":
         return {"default": torch.float32}
-    # as the reference runs: bfloat16 denoiser, the rest in float16, speech features in float32
-    half = {"transformer": torch.bfloat16, "default": torch.float16}
-    return half | dict.fromkeys(PARTS_IN_FLOAT32, torch.float32)
+    # as the reference runs: the denoiser in bfloat16, the rest in float16
+    return {"transformer": torch.bfloat16, "default": torch.float16}
 
 
 def _place(pipeline: HunyuanVideoAvatarPipeline, device: torch.device) -> None:
