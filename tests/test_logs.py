@@ -71,14 +71,13 @@ def test_what_is_no_secret_stays(text):
     assert logs.redact(text) == text
 
 
-def test_a_long_message_is_redacted_in_no_time():
+@pytest.mark.parametrize("piece", ["A", "a.", "a://", "a://b@", "https://h/", "secret", "token ="])
+def test_no_text_takes_long(piece):
     began = time.monotonic()
 
-    assert (
-        len(logs.redact("x: " + "A" * 20_000_000 + " " + "a." * 500_000 + " ://" * 10_000))
-        < 2_000_000
-    )
-    assert time.monotonic() - began < 5
+    logs.redact(piece * (1_000_000 // len(piece)))
+
+    assert time.monotonic() - began < 3  # a pattern that starts anew at each piece: hours
 
 
 def test_an_event_is_one_line_with_the_jobs_id(configured, capsys):

@@ -11,13 +11,13 @@ job_id: ContextVar[str | None] = ContextVar("job_id", default=None)
 # At DEBUG these write signed requests, headers and whole answers.
 CHATTY = ("boto3", "botocore", "s3transfer", "urllib3", "PIL")
 
+# The whole of any URL, so that each letter is read once however many URLs a hostile text holds.
+_URL = re.compile(
+    r"(?P<scheme>\b[a-z][a-z0-9+.-]{0,20}://)(?P<user>[^\s/?@\"'<>]+@)?(?P<path>[^\s?\"'<>]*)"
+    r"(?P<query>\?[^\s\"'<>]*)?",
+    re.IGNORECASE,
+)
 _SECRETS = [
-    # the query of any URL: it may be signed; and user:password in front of a host
-    (
-        re.compile(r"(\b[a-z][a-z0-9+.-]{0,20}://[^\s\"'<>?]*)\?[^\s\"'<>]*", re.IGNORECASE),
-        r"\1?...",
-    ),
-    (re.compile(r"(\b[a-z][a-z0-9+.-]{0,20}://)[^\s/@\"'<>]+@", re.IGNORECASE), r"\1...@"),
     # a signature without its URL, and the header that carries one
     (
         re.compile(r"((?:X-Amz-\w+|X-Goog-\w+|AWSAccessKeyId|Signature|Credential)=)[^\s&,\"'<>]+"),
@@ -27,7 +27,7 @@ _SECRETS = [
     # a key by its name, in JSON, Python or environment form
     (
         re.compile(
-            r"((?:access_?key(?:_?id)?|secret\w*|access_?id|access_?secret|api_?key|password"
+            r"((?:access_?key(?:_?id)?|secret\w{0,30}|access_?id|access_?secret|api_?key|password"
             r"|token)[\"']?\s*[:=]\s*[\"']?)[^\s\"',;}&]+",
             re.IGNORECASE,
         ),
@@ -54,9 +54,15 @@ def configure(level: str) -> None:
 
 def redact(text: str) -> str:
     """The text without queries of URLs, access keys, signatures and long base64."""
+    text = _URL.sub(_without_query, text)
     for pattern, replacement in _SECRETS:
         text = pattern.sub(replacement, text)
     return text
+
+
+def _without_query(url: re.Match[str]) -> str:
+    user, query = ("...@" if url["user"] else ""), ("?..." if url["query"] else "")
+    return url["scheme"] + user + url["path"] + query
 
 
 class _LineFormatter(logging.Formatter):
