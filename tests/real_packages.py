@@ -136,6 +136,6 @@ def run_python(*arguments: str, packages: tuple[Path, ...] = (), **settings: str
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=120,
     )
     return Child(done.returncode, done.stdout, done.stderr)

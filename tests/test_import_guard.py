@@ -197,6 +197,16 @@ def test_a_package_is_run_once_however_many_threads_ask(site):
     assert child.stderr.count("does not work") == 1
 
 
+def test_a_verdict_stands_with_its_reasons(site):
+    install_broken_torchvision(site)
+
+    child = python(site, "show(import_guard.ensure())\nshow(import_guard.ensure(policy='off'))")
+
+    first, second = child.facts
+    assert first["packages"]["torchvision"]["error"]
+    assert second == first
+
+
 def test_a_package_that_imports_transformers_while_it_is_examined_does_not_lock_up(site):
     install(site, "transformers", "")
     install(site, "flash_attn", "import transformers\n__version__ = '2.8'")

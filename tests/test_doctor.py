@@ -1,0 +1,98 @@
+"""The doctor, on checks written for the test and on the worker itself."""
+
+import json
+
+import pytest
+
+from tests.real_packages import run_python
+from worker import doctor
+from worker.doctor import Check, examine, page_entry
+
+
+def raise_a_chain() -> str:
+    try:
+        raise OSError("libcudart.so.12: cannot open shared object file")
+    except OSError as error:
+        raise ModuleNotFoundError("Could not import module 'CLIPTextModel'") from error
+
+
+def test_a_failure_is_named_by_its_root_cause_and_place():
+    finding = examine(Check("transformers", raise_a_chain))
+
+    assert finding.state == "failed"
+    assert finding.text == "OSError: libcudart.so.12: cannot open shared object file"
+    assert finding.where.startswith(f"{__file__}:")
+    assert finding.chain == (
+        "ModuleNotFoundError: Could not import module 'CLIPTextModel'",
+        finding.text,
+    )
+
+
+def test_the_page_shows_a_failure_as_its_cause_its_place_and_what_people_see():
+    entry = page_entry(examine(Check("transformers", raise_a_chain)))
+
+    state, place, seen_as = entry.splitlines()
+    assert state.startswith("failed  transformers ")
+    assert state.endswith("OSError: libcudart.so.12: cannot open shared object file")
+    assert place.strip().startswith(f"at {__file__}:")
+    assert seen_as.strip() == "seen as ModuleNotFoundError: Could not import module 'CLIPTextModel'"
+
+
+def test_a_part_that_this_installation_leaves_out_is_skipped():
+    def leave_out() -> str:
+        raise doctor.NotInstalledError("worker.local is not part of this installation")
+
+    finding = examine(Check("local endpoint", leave_out))
+
+    assert (finding.state, finding.text) == (
+        "skipped",
+        "worker.local is not part of this installation",
+    )
+
+
+def test_a_long_finding_stays_within_a_terminal():
+    words = "\n".join(["a finding of many words " * 20] * 2)
+
+    entry = page_entry(examine(Check("torch", lambda: words)))
+
+    assert max(map(len, entry.splitlines())) <= 100
+    assert entry.startswith("ok      torch ")
+
+
+@pytest.fixture
+def broken_torchvision(tmp_path):
+    package = tmp_path / "torchvision"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "import torchvision.extension\n"
+        "raise RuntimeError('operator torchvision::nms does not exist')\n"
+    )
+    (package / "extension.py").touch()
+    return tmp_path
+
+
+def test_every_link_holds_with_a_broken_torchvision_in_the_environment(broken_torchvision):
+    child = run_python("-m", "worker", "doctor", "--json", packages=(broken_torchvision,))
+
+    facts = json.loads(child.stdout)
+    assert {
+        check["name"]: check["text"] for check in facts["checks"] if check["state"] != "ok"
+    } == {}
+    assert [check["name"] for check in facts["checks"]] == [check.name for check in doctor.CHECKS]
+    assert facts["imports"]["packages"]["torchvision"]["status"] == "blocked"
+    assert (facts["ok"], child.returncode) == (True, 0)
+
+
+def test_with_the_guard_off_each_broken_link_names_torchvision(broken_torchvision):
+    child = run_python("-m", "worker", "doctor", packages=(broken_torchvision,), IMPORT_GUARD="off")
+
+    failed = [line for line in child.stdout.splitlines() if line.startswith("failed")]
+    assert child.returncode == 1
+    assert [line[8:24].strip() for line in failed][:3] == [
+        "image processors",
+        "transformers",
+        "diffusers",
+    ]
+    for line in failed[:3]:
+        assert line.endswith("RuntimeError: operator torchvision::nms does not exist")
+    assert "Broken: image processors, transformers, diffusers" in child.stdout
