@@ -16,7 +16,7 @@ from torch import Size, Tensor
 
 logger = logging.getLogger(__name__)
 
-MAX_SHARD_BYTES = 2 * 1024**3  # of which two copies are in memory while it is written
+MAX_SHARD_BYTES = 2 * 1024**3  # and as much memory is needed
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from builder import convert as command
 from builder.convert import convert, load_official_transformer
 from tests.goldens.transformer import arguments, relative_difference
 from tests.goldens.weights import build_toy_checkpoint, load_case
-from worker.model.float8 import Float8Linear, dequantize
+from worker.model.linear import Float8Linear, dequantize
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
 from worker.pipeline import HunyuanVideoAvatarPipeline
 

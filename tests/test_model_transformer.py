@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.goldens.transformer import arguments, make_transformer, relative_difference
 from tests.goldens.weights import load_case
-from worker.model.float8 import Float8Linear
+from worker.model.linear import Float8Linear
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel, Tail
 
 TOLERANCE = 1e-6

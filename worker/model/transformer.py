@@ -47,7 +47,7 @@ from torch import Tensor, nn
 
 from worker.model.audio_adapter import AudioAdapter, AudioProjection
 from worker.model.embeddings import SINUSOID_DIM, AvatarRotaryPosEmbed, Sinusoid
-from worker.model.float8 import replace_linears
+from worker.model.linear import Float8Linear, Float32Linear, replace_linears
 
 
 @dataclass(frozen=True)
@@ -186,6 +186,13 @@ class HunyuanVideoAvatarTransformer3DModel(
         self.motion_exp_embedder = TimestepEmbedding(SINUSOID_DIM, dim // 4)
         self.motion_pose_embedder = TimestepEmbedding(SINUSOID_DIM, dim // 4)
         self.fps_embedder = TimestepEmbedding(SINUSOID_DIM, dim)
+        for embedder in (
+            self.time_text_embed,
+            self.motion_exp_embedder,
+            self.motion_pose_embedder,
+            self.fps_embedder,
+        ):
+            replace_linears(embedder, Float32Linear)  # small, and all blocks depend on them
         self.sinusoid = Sinusoid()
         self.time_text_embed.time_proj = self.sinusoid
         self.context_embedder.time_text_embed.time_proj = self.sinusoid
@@ -205,8 +212,8 @@ class HunyuanVideoAvatarTransformer3DModel(
             for _ in range(num_single_layers)
         )
         if float8_blocks:
-            replace_linears(self.transformer_blocks, kept=AudioAdapter)
-            replace_linears(self.single_transformer_blocks, kept=AudioAdapter)
+            replace_linears(self.transformer_blocks, Float8Linear, kept=(AudioAdapter,))
+            replace_linears(self.single_transformer_blocks, Float8Linear)
 
         self.norm_out = AdaLayerNormContinuous(dim, dim, elementwise_affine=False, eps=1e-6)
         self.proj_out = nn.Linear(dim, patch_size * patch_size * out_channels)
@@ -232,7 +239,7 @@ class HunyuanVideoAvatarTransformer3DModel(
     ) -> AvatarTransformerOutput | tuple[Tensor] | tuple[Tensor, Tail | None]:
         """The velocity (B, C, T, H, W); with `return_tail` also the tail, see the module.
 
-        Inputs are cast to the model's dtype; timestep, motion and fps only after their sinusoid.
+        Inputs are cast to the model's dtype; the scalars only after their embedders.
 
         Args:
             hidden_states: (B, C, T, H, W), the noisy latents.
@@ -306,17 +313,16 @@ class HunyuanVideoAvatarTransformer3DModel(
         motion_pose: Tensor,
         fps: Tensor,
     ) -> Tensor:
-        """The vector (B, D) that modulates every block."""
-        dtype = self._compute_dtype
+        """The vector (B, D) that modulates every block; float32 up to here."""
 
         def embed(embedder: nn.Module, values: Tensor) -> Tensor:  # (B,) or (B, 4) -> (B, D)
-            sinusoid = self.sinusoid(values.flatten())
-            return embedder(sinusoid.to(dtype)).view(len(values), -1)
+            return embedder(self.sinusoid(values.flatten())).view(len(values), -1)
 
-        temb, _ = self.time_text_embed(timestep, pooled_projections.to(dtype))
+        temb, _ = self.time_text_embed(timestep, pooled_projections.float())
         temb = temb + embed(self.motion_exp_embedder, motion_expression)
         temb = temb + embed(self.motion_pose_embedder, motion_pose)
-        return temb + embed(self.fps_embedder, fps)
+        temb = temb + embed(self.fps_embedder, fps)
+        return temb.to(self._compute_dtype)
 
     def _embed_latents(self, latents: Tensor, reference_latents: Tensor) -> Tensor:
         """Image tokens (B, S(1 + T), D); only the noisy frames pass the reference's projection."""

@@ -1,10 +1,18 @@
-"""Linear layers that keep their weights in 8 bits, with one scale for each output channel."""
+"""Linear layers that compute in more bits than they are stored in."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 FLOAT8 = torch.float8_e4m3fn
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer that computes in float32, whatever its weights are stored in."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        return linear(hidden_states.float(), self.weight.float(), bias)
 
 
 class Float8Linear(nn.Linear):
@@ -43,11 +51,15 @@ def dequantize(bits: Tensor, scale: Tensor) -> Tensor:
     return bits.view(FLOAT8).to(torch.bfloat16) * scale.to(torch.bfloat16)
 
 
-def replace_linears(module: nn.Module, kept: type[nn.Module]) -> None:
-    """Puts an empty Float8Linear in the place of each linear layer outside the kept modules."""
+def replace_linears(
+    module: nn.Module,
+    linear_class: type[nn.Linear],
+    kept: tuple[type[nn.Module], ...] = (),
+) -> None:
+    """Puts an empty layer of that class in the place of each linear one outside `kept` modules."""
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             has_bias = child.bias is not None
-            setattr(module, name, Float8Linear(child.in_features, child.out_features, has_bias))
+            setattr(module, name, linear_class(child.in_features, child.out_features, has_bias))
         elif not isinstance(child, kept):
-            replace_linears(child, kept)
+            replace_linears(child, linear_class, kept)
