@@ -87,6 +87,14 @@ def test_an_animation_gives_its_first_frame(portrait, format):
     assert colour(portrait(content), 20, 20) == [255, 255, 255]
 
 
+def test_a_jpeg_of_two_pictures_as_cameras_make_it_gives_its_first(portrait):
+    second = Image.new("RGB", (64, 48))
+
+    content = encoded(two_halves(), "MPO", save_all=True, append_images=[second])
+
+    assert colour(portrait(content), 32, 8) == pytest.approx([200, 60, 40], abs=6)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_picture_of_a_turned_camera_stands_upright(portrait, orientation):
     upright = two_halves(size=(64, 48))

@@ -302,6 +302,28 @@ def test_chunks_are_put_together(fetch):
         assert fetch(f"http://127.0.0.1:{port}/") == b"abcde"
 
 
+def test_a_chunk_of_a_negative_size_is_not_read_without_limit(fetch):
+    sent = []
+
+    def endless(connection):
+        connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n")
+        while True:
+            connection.sendall(b"x" * 65536)
+            sent.append(65536)
+
+    with raw_server(endless) as port, pytest.raises((InputTooLargeError, InputDownloadError)):
+        fetch(f"http://127.0.0.1:{port}/")
+    assert sum(sent) < 2**24
+
+
+@pytest.mark.parametrize("location", ["http://[", "https://h:99999/", "https://exa mple/", "//"])
+def test_a_redirect_to_what_is_no_url_is_refused(fetch, media_server, location):
+    url = media_server.add("/start", status=302, location=location)
+
+    with pytest.raises((InputDownloadError, InvalidInputError)):
+        fetch(url)
+
+
 @pytest.mark.parametrize("status", [204, 206, 302, 401, 404, 429, 500])
 def test_only_a_plain_ok_is_a_download(fetch, media_server, status):
     with pytest.raises(InputDownloadError, match=str(status)):

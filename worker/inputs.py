@@ -237,9 +237,8 @@ def _decode(
             if skip >= frame.samples:
                 continue
             for converted in as_float.resample(frame):
-                part = converted.to_ndarray().astype(np.float32)[
-                    :, skip : skip + num_wanted - num_kept
-                ]
+                samples = converted.to_ndarray().astype(np.float32, copy=False)  # (channels, N)
+                part = samples[:, skip : skip + num_wanted - num_kept]
                 parts.append(part)
                 num_kept += part.shape[1]
             if num_kept >= num_wanted:

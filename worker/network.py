@@ -60,7 +60,7 @@ def download(
                         raise TimeoutError
                     return
             url = urljoin(address.url, location)
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:  # a Location that is no URL
         if time.monotonic() > deadline:
             message = f"the download took longer than the limit of {timeout_seconds:g} s"
         elif isinstance(error, ssl.SSLError):
@@ -172,11 +172,12 @@ def _save(response: http.client.HTTPResponse, target: Path, max_bytes: int, fiel
     if (response.length or 0) > max_bytes:
         raise too_large
     num_bytes = 0
+    buffer = memoryview(bytearray(CHUNK_BYTES))  # read() takes a chunk of -1 bytes for "everything"
     with target.open("wb") as file:
-        while chunk := response.read(CHUNK_BYTES):
-            num_bytes += len(chunk)
+        while num_read := response.readinto(buffer):
+            num_bytes += num_read
             if num_bytes > max_bytes:
                 raise too_large
-            file.write(chunk)
+            file.write(buffer[:num_read])
     if response.length:  # of the length that was announced, this much never came
         raise ConnectionError
