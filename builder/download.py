@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from huggingface_hub import HfApi, constants, get_session, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
@@ -37,7 +37,8 @@ from worker import manifest
 
 logger = logging.getLogger("builder.download")  # __name__ is __main__ on the command line
 
-VARIANTS = ("bf16", "fp8")
+Variant = Literal["bf16", "fp8"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
 MAX_PARALLEL = 8  # files
 SPARE_BYTES = 64 * 2**20  # left free on the disk
 PROGRESS_SECONDS = 10.0
@@ -49,37 +50,37 @@ TRANSIENT_STATUS = (408, 429)  # and all from 500
 T = TypeVar("T")
 
 
-class DownloadError(Exception):
-    """A download that failed: one line, with what to do about it."""
+class BuildError(Exception):
+    """A step of the build that failed: one line, with what to do about it."""
 
     exit_code = 1
 
 
-class AccessDeniedError(DownloadError):
+class AccessDeniedError(BuildError):
     """The hub does not give the files to this account, or to nobody in particular."""
 
     exit_code = 3
 
 
-class NotPublishedError(DownloadError):
+class NotPublishedError(BuildError):
     """The repository, its revision or a file is not there."""
 
     exit_code = 4
 
 
-class ConnectionLostError(DownloadError):
+class ConnectionLostError(BuildError):
     """The hub does not answer, or not any more."""
 
     exit_code = 5
 
 
-class WrongContentError(DownloadError):
+class WrongContentError(BuildError):
     """A file is not the one that is asked for."""
 
     exit_code = 6
 
 
-class DiskFullError(DownloadError):
+class DiskFullError(BuildError):
     """The target's disk is too small."""
 
     exit_code = 7
@@ -98,7 +99,7 @@ class WantedFile:
     """A file as `weights.toml` names it."""
 
     path: str
-    variants: Sequence[str] = VARIANTS
+    variants: Sequence[Variant] = VARIANTS
     optional: bool = False
     size_bytes: int | None = None
     sha256: str | None = None
@@ -177,10 +178,7 @@ class Lock:
 
     def _write(self) -> None:
         content = {"commit": self.commit, "files": self.files}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_name(f"{self.path.name}.part")
-        part.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-        part.replace(self.path)
+        manifest.write_whole(self.path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def read_upstream() -> Upstream:
@@ -200,11 +198,11 @@ def read_token(path: Path | None) -> str | None:
     return path.read_text().strip() or None
 
 
-def resolve(variant: str, lock: Lock, token: str | None) -> Listing:
+def resolve(variant: Variant, lock: Lock, token: str | None) -> Listing:
     """What the hub has of the variant's files. Pins the commit in the lock.
 
     Raises:
-        DownloadError: a file is not published, or is not the one that is pinned or locked.
+        BuildError: a file is not published, or is not the one that is pinned or locked.
     """
     upstream = read_upstream()
     pinned = re.fullmatch("[0-9a-f]{40}", upstream.revision)
@@ -247,7 +245,7 @@ def download(
     """Brings these files of the listing into the target, and records them in the lock.
 
     Raises:
-        DownloadError: why not all of them are there. Those that are, are whole.
+        BuildError: why not all of them are there. Those that are, are whole.
     """
     with disk_errors(target):
         target.mkdir(parents=True, exist_ok=True)
@@ -279,7 +277,7 @@ def require_space(directory: Path, needed_bytes: int) -> None:
 
 @contextmanager
 def disk_errors(directory: Path) -> Iterator[None]:
-    """Raises DownloadError where writing below the directory fails, DiskFullError if it is full."""
+    """Raises BuildError where writing below the directory fails, DiskFullError if it is full."""
     try:
         yield
     except OSError as error:
@@ -287,7 +285,7 @@ def disk_errors(directory: Path) -> Iterator[None]:
             raise DiskFullError(
                 f"the disk of {directory} is full: make room and run the same command again"
             ) from error
-        raise DownloadError(f"{directory} cannot be written: {error}") from error
+        raise BuildError(f"{directory} cannot be written: {error}") from error
 
 
 class _Fetcher:
@@ -404,7 +402,7 @@ def _persist(
             raise _StoppedError
 
 
-def _refusal(what: str, status: int) -> DownloadError:
+def _refusal(what: str, status: int) -> BuildError:
     if status in (401, 403):
         return AccessDeniedError(
             f"{what}: access denied (HTTP {status}): accept the licence on the repository's page, "
@@ -415,7 +413,7 @@ def _refusal(what: str, status: int) -> DownloadError:
             f"{what}: not found (HTTP 404): check repository, revision and path in "
             "builder/weights.toml"
         )
-    return DownloadError(f"{what}: the hub answers HTTP {status}")
+    return BuildError(f"{what}: the hub answers HTTP {status}")
 
 
 def _as_recorded(file: PublishedFile, wanted: WantedFile, lock: Lock) -> PublishedFile:
@@ -507,12 +505,13 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("builder").setLevel(logging.INFO)
+    target = arguments.target.resolve()
     try:
-        lock = Lock(arguments.target)
+        lock = Lock(target)
         token = read_token(arguments.token_file)
         listing = resolve(arguments.variant, lock, token)
-        download(listing, listing.files, arguments.target, lock, token)
-    except DownloadError as error:
+        download(listing, listing.files, target, lock, token)
+    except BuildError as error:
         parser.exit(error.exit_code, f"{error}\n")
 
 

@@ -13,16 +13,23 @@ from pathlib import Path
 from typing import Any
 
 NAME = "manifest.json"
+JOURNAL = "unfinished.json"  # stands in a directory until its manifest does
 
 
 def write(model_dir: Path, content: Mapping[str, Any]) -> None:
     """Writes the manifest whole or not at all. `content["files"]` is what `describe` gives."""
-    part = model_dir / f"{NAME}.part"
+    write_whole(model_dir / NAME, _text(content))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes the file so that it is there with all its text or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
     with part.open("w") as file:
-        file.write(_text(content))
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    part.replace(model_dir / NAME)
+    part.replace(path)
 
 
 def read(model_dir: Path) -> dict[str, Any] | None:

@@ -83,7 +83,7 @@ def require_whole(model_dir: Path, *, hashes: bool = False) -> None:
         raise RuntimeError(str(error)) from None
     if content is not None:
         faults = manifest.faults(model_dir, content["files"], hashes=hashes)
-    elif hashes:
+    elif hashes or (model_dir / manifest.JOURNAL).is_file():
         faults = [f"{manifest.NAME} is missing"]
     else:
         faults = _faults_without_manifest(model_dir)

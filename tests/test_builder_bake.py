@@ -1,0 +1,347 @@
+"""From a hub on loopback to a model directory: the whole way, cut off in the middle, refused."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from builder.download import VARIANTS, read_upstream
+from tests.goldens.weights import build_toy_checkpoint
+from tests.hub_server import COMMIT, REPOSITORY, HubServer
+from worker import manifest
+from worker.pipeline import HunyuanVideoAvatarPipeline
+from worker.weights import require_whole
+
+ROOT = Path(__file__).parents[1]
+TRANSFORMERS = "ckpts/hunyuan-video-t2v-720p/transformers"
+LLAVA = "ckpts/llava_llama_image"
+AGREEMENT = b"TENCENT HUNYUAN COMMUNITY LICENSE AGREEMENT\n"
+
+BAKE = "from builder import bake; bake.main()"
+# Dies in the middle of writing the transformer's weights.
+DYING_BAKE = f"""
+import os, signal
+from builder import shards
+save_file = shards.save_file
+def save_half(tensors, path, metadata):
+    save_file(tensors, path, metadata=metadata)
+    if path.parent.name == "transformer":
+        os.truncate(path, path.stat().st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+shards.save_file = save_half
+{BAKE}
+"""
+# Believes that every disk has room.
+HOPEFUL_BAKE = """
+from builder import bake, download
+bake.require_space = download.require_space = lambda *arguments: None
+bake.main()
+"""
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory) -> dict[str, bytes]:
+    """The toy checkpoint as the hub has it, with the plain and the 8-bit transformer."""
+    root = tmp_path_factory.mktemp("published")
+    ckpts = build_toy_checkpoint(root, float8=True)
+    spread_over_four_shards(ckpts / "llava_llama_image")
+    (ckpts / "det_align").mkdir()
+    (ckpts / "det_align" / "detface.pt").write_bytes(b"a face detector")
+    (ckpts / "stable_syncnet.pt").write_bytes(b"nothing that the worker uses")
+    (root / "LICENSE").write_bytes(AGREEMENT)
+    paths = (path for path in root.rglob("*") if path.is_file())
+    return {str(path.relative_to(root)): path.read_bytes() for path in paths}
+
+
+def spread_over_four_shards(directory: Path) -> None:
+    """The toy has two shards and the published model four."""
+    old = sorted(directory.glob("model-*.safetensors"))
+    tensors = {name: tensor for path in old for name, tensor in load_file(path).items()}
+    for path in old:
+        path.unlink()
+    weight_map = {}
+    for number in range(1, 5):
+        shard = {name: tensors[name] for name in sorted(tensors)[number - 1 :: 4]}
+        name = f"model-{number:05}-of-00004.safetensors"
+        save_file(shard, directory / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, name)
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.fixture
+def hub(published) -> Iterator[HubServer]:
+    with HubServer(dict(published)) as server:
+        yield server
+
+
+def arguments(variant: str, target: Path, code: str) -> list[str]:
+    return [sys.executable, "-c", code, "--variant", variant, "--target", str(target)]
+
+
+def environment(hub: HubServer, home: Path) -> dict[str, str]:
+    return {**os.environ, "HF_HOME": str(home / "home"), **hub.environment}
+
+
+def command(hub: HubServer, variant: str, target: Path, code: str = BAKE) -> subprocess.Popen:
+    return subprocess.Popen(
+        arguments(variant, target, code),
+        cwd=ROOT,
+        env=environment(hub, target.parent),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(hub: HubServer, variant: str, target: Path, code: str = BAKE) -> tuple[int, str]:
+    """Exit code and log of the command."""
+    process = command(hub, variant, target, code)
+    log = process.communicate(timeout=120)[1]
+    return process.returncode, log
+
+
+@pytest.fixture(scope="session")
+def baked(published, tmp_path_factory) -> dict[str, Path]:
+    """A model directory for each variant, each in a folder of its own."""
+    directories = {variant: tmp_path_factory.mktemp(variant) / "model" for variant in VARIANTS}
+    with HubServer(dict(published)) as server:
+        bakes = [command(server, *item) for item in directories.items()]
+        for process in bakes:
+            log = process.communicate(timeout=120)[1]
+            assert process.returncode == 0, log
+    return directories
+
+
+@pytest.fixture
+def model_dir(baked, tmp_path) -> Path:
+    """A baked directory that the test may damage."""
+    shutil.copytree(baked["bf16"], tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_baked_directory_is_a_pipeline(baked, variant):
+    require_whole(baked[variant], hashes=True)
+    pipeline = HunyuanVideoAvatarPipeline.from_pretrained(baked[variant])
+    assert pipeline.transformer.config.float8_blocks is (variant == "fp8")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_sources_are_gone_and_the_lock_file_stays(baked, variant):
+    beside = {path.name for path in baked[variant].parent.iterdir()}
+    assert beside == {"model", "model.lock.json"}
+    assert not list(baked[variant].rglob("*.part"))
+    assert not (baked[variant] / manifest.JOURNAL).exists()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_manifest_says_what_it_is_and_where_it_comes_from(baked, variant):
+    content = manifest.read(baked[variant])
+    assert content["variant"] == variant
+    assert content["dtypes"]["transformer"] == {"bf16": ["BF16"], "fp8": ["BF16", "U8"]}[variant]
+    on_disk = {str(path.relative_to(baked[variant])) for path in files_of(baked[variant])}
+    assert content["files"].keys() == on_disk - {manifest.NAME}
+    assert content["sources"]["repository"] == REPOSITORY
+    assert content["sources"]["commit"] == COMMIT
+    weights = [name for name in content["sources"]["files"] if name.startswith(TRANSFORMERS)]
+    assert len(weights) == {"bf16": 2, "fp8": 3}[variant]
+    assert content["licence"]["name"] == read_upstream().licence
+
+
+def test_the_agreement_and_its_notice_go_with_the_weights(baked):
+    assert (baked["bf16"] / "LICENSE").read_bytes() == AGREEMENT
+    assert "Copyright (c) 2025 Tencent" in (baked["bf16"] / "NOTICE").read_text()
+
+
+def test_the_encoders_keep_the_published_precision(baked, published):
+    kept = manifest.read(baked["bf16"])["dtypes"]
+    assert (kept["text_encoder"], kept["audio_encoder"]) == (["F32"], ["F16"])
+
+
+def test_a_bake_killed_in_a_download_is_no_model_and_resumes(hub, baked, tmp_path):
+    shard = f"{LLAVA}/model-00002-of-00004.safetensors"
+    hub.held_at[shard] = 1000
+    process = command(hub, "bf16", tmp_path / "model")
+    assert hub.waiting.wait(60)
+    part = tmp_path / "model.sources" / f"{shard}.part"
+    while part.stat().st_size < 1000:
+        assert process.poll() is None
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "model" / manifest.NAME).exists()
+    with pytest.raises(RuntimeError, match=r"manifest\.json is missing"):
+        require_whole(tmp_path / "model")
+    assert not list((tmp_path / "model.sources" / TRANSFORMERS).iterdir())  # converted, so gone
+    hub.requests.clear()
+
+    code, log = run(hub, "bf16", tmp_path / "model")
+
+    assert code == 0, log
+    assert hub.ranges(shard) == ["bytes=1000-"]
+    assert hub.ranges(f"{TRANSFORMERS}/mp_rank_00_model_states.pt") == []
+    assert contents(tmp_path / "model") == contents(baked["bf16"])
+    assert not (tmp_path / "model.sources").exists()
+
+
+def test_a_bake_killed_while_it_writes_weights_is_no_model_and_resumes(hub, baked, tmp_path):
+    code, _ = run(hub, "bf16", tmp_path / "model", DYING_BAKE)
+    assert code == -9
+    halves = list((tmp_path / "model" / "transformer").iterdir())
+    assert [path.suffix for path in halves] == [".part"]
+    with pytest.raises(RuntimeError, match=r"manifest\.json is missing"):
+        require_whole(tmp_path / "model")
+    hub.requests.clear()
+
+    code, log = run(hub, "bf16", tmp_path / "model")
+
+    assert code == 0, log
+    assert hub.ranges(f"{TRANSFORMERS}/mp_rank_00_model_states.pt") == []  # was whole
+    assert contents(tmp_path / "model") == contents(baked["bf16"])
+
+
+def test_a_second_bake_fetches_nothing_and_another_variant_is_refused(hub, model_dir):
+    code, log = run(hub, "bf16", model_dir)
+    assert code == 0, log
+    assert "is there already, and whole" in log
+    assert hub.requests == []
+
+    code, log = run(hub, "fp8", model_dir)
+    assert code == 1
+    assert log.splitlines()[-1].endswith("holds the variant bf16: choose another")
+
+
+def test_weights_that_the_converter_does_not_know_end_in_their_names(hub, tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.save({"module": {"another.weight": torch.zeros(2)}}, path)
+    hub.files[f"{TRANSFORMERS}/mp_rank_00_model_states.pt"] = path.read_bytes()
+
+    code, log = run(hub, "bf16", tmp_path / "model")
+
+    assert code == 8
+    assert "unknown: another.weight" in log.splitlines()[-1]
+    assert not (tmp_path / "model" / "model_index.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [({"token": "hf_needed"}, 3), ({"served_instead": "ckpts/whisper-tiny/config.json"}, 6)],
+)
+def test_a_download_that_fails_ends_the_bake_with_its_code_and_no_model(
+    hub, tmp_path, fault, expected
+):
+    hub.token = fault.get("token")
+    if path := fault.get("served_instead"):
+        hub.served_instead[path] = b"{}"
+        hub.listed_bytes[path] = 2
+
+    code, log = run(hub, "bf16", tmp_path / "model")
+
+    assert code == expected, log
+    assert "Traceback" not in log
+    assert not (tmp_path / "model" / "model_index.json").exists()
+
+
+def test_a_disk_without_room_for_source_and_target_is_refused_at_once(hub, tmp_path):
+    hub.listed_bytes[f"{LLAVA}/model-00001-of-00004.safetensors"] = 10**15
+
+    code, log = run(hub, "bf16", tmp_path / "model")
+
+    assert code == 7
+    assert "GB free and 2000000.1 GB are needed" in log  # source and target
+    assert hub.requests == []
+
+
+def test_a_disk_that_fills_up_while_converting_ends_in_one_line(hub, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = f"mount -t tmpfs -o size=1m tmpfs {disk}"
+    in_namespace = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    if shutil.which("unshare") is None or subprocess.run([*in_namespace, mount]).returncode:
+        pytest.skip("no small disk can be mounted here")
+    bake = [*arguments("bf16", disk / "model", HOPEFUL_BAKE), "--work", str(tmp_path)]
+    full = subprocess.run(
+        [*in_namespace, f'{mount} && exec "$@"', "sh", *bake],
+        cwd=ROOT,
+        env=environment(hub, tmp_path),
+        capture_output=True,
+        text=True,
+    )
+
+    assert full.returncode == 7, full.stderr
+    last = full.stderr.splitlines()[-1]
+    assert last.startswith(f"the disk of {disk / 'model'} is full: make room and run the same")
+
+
+def test_verify_says_whole_or_names_every_damaged_file(model_dir):
+    verify = [sys.executable, "-m", "builder.verify", str(model_dir), "--hashes"]
+    good = subprocess.run(verify, cwd=ROOT, capture_output=True, text=True)
+    assert (good.returncode, good.stdout) == (0, f"{model_dir} is whole\n")
+
+    (model_dir / "vae" / "config.json").unlink()
+    change_byte(model_dir / "LICENSE", 3)
+    bad = subprocess.run(verify[:-1], cwd=ROOT, capture_output=True, text=True)
+    assert bad.returncode == 1
+    assert "vae/config.json is missing" in bad.stderr
+
+
+def test_a_file_cut_by_one_byte_is_found_at_the_start(model_dir):
+    for path in files_of(model_dir):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1])
+        with pytest.raises(RuntimeError, match=path.name):
+            require_whole(model_dir)
+        path.write_bytes(whole)
+    require_whole(model_dir)
+
+
+def test_a_file_that_is_missing_is_found_at_the_start(model_dir):
+    for path in files_of(model_dir):
+        if path.name == manifest.NAME:
+            continue  # without it sizes are taken from the weights themselves
+        away = path.rename(path.with_name("away"))
+        with pytest.raises(RuntimeError, match=path.name):
+            require_whole(model_dir)
+        away.rename(path)
+
+
+@pytest.mark.parametrize("where", [0.0, 0.5, 1.0])
+def test_one_changed_byte_of_any_file_is_found_by_its_hash(model_dir, where):
+    for path in files_of(model_dir):
+        at = round(where * (path.stat().st_size - 1))
+        change_byte(path, at)
+        with pytest.raises(RuntimeError, match=path.name):
+            require_whole(model_dir, hashes=True)
+        change_byte(path, at)
+    require_whole(model_dir, hashes=True)
+
+
+def test_every_byte_of_the_manifest_proves_itself(model_dir):
+    path = model_dir / manifest.NAME
+    for at in range(0, path.stat().st_size, 41):
+        change_byte(path, at)
+        with pytest.raises(RuntimeError, match=r"manifest\.json was changed or cut"):
+            require_whole(model_dir)
+        change_byte(path, at)
+
+
+def change_byte(path: Path, at: int) -> None:
+    """Flips a bit; a second call flips it back."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def files_of(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files_of(directory)}
