@@ -38,7 +38,7 @@ class HubServer:
     listed_bytes: dict[str, int] = field(default_factory=dict)  # sizes that the listing says
     token: str | None = None  # that files need
     ignores_ranges: bool = False
-    requests: list[tuple[str, str | None]] = field(default_factory=list)  # file, Range
+    requests: list[tuple[str, str | None]] = field(default_factory=list)  # served: file, Range
     large_file_authorizations: list[str | None] = field(default_factory=list)
 
     def __enter__(self) -> "HubServer":
@@ -124,8 +124,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _resolve(self, name: str, body: bool) -> None:
         hub = self.hub
-        if body:
-            hub.requests.append((name, self.headers.get("Range")))
         if self._refused(name):
             return
         if hub.token is not None and self.headers.get("Authorization") != f"Bearer {hub.token}":
@@ -157,6 +155,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not body:
             self._send(status, headers, content[start:], body=False)
             return
+        hub.requests.append((name, self.headers.get("Range")))
         end = hub.cut_at[name].pop(0) if hub.cut_at.get(name) else len(content)
         held = hub.held_at.pop(name, None)
         self._headers(status, headers | {"Content-Length": str(len(content) - start)})
