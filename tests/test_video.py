@@ -256,6 +256,19 @@ def test_a_disk_that_fails_is_an_encode_error(tmp_path):
     assert "no such directory" not in str(caught.value)
 
 
+def test_a_video_with_a_size_limit_is_encoded_to_fit(write):
+    def noise():
+        choice = np.random.default_rng(0)
+        for _ in range(150):
+            yield choice.integers(0, 256, (1, 128, 128, 3), dtype=np.uint8)
+
+    free = write(noise(), height=128, width=128, sound=recording(6.0))
+    limited = write(noise(), height=128, width=128, sound=recording(6.0), max_bytes=1_000_000)
+
+    assert free.size_bytes > 1_500_000
+    assert 500_000 < limited.size_bytes <= 1_000_000
+
+
 def test_a_video_that_cannot_be_handed_over_ends_early(write, tmp_path):
     passed = []
 

@@ -16,6 +16,7 @@ from worker.settings import Settings
 from worker.storage import Storage, thumbnail_key
 from worker.video import VideoFile
 
+MIN_BYTES_PER_SECOND = 60_000  # of video inside a reply; below it a face falls apart
 OWN_FACTS = ("fingerprint", "thumbnail")  # stored beside the facts of the reply
 
 
@@ -59,6 +60,18 @@ class Delivery:
         """The largest video that can be handed over; None: any."""
         return None if self.storage else self.max_inline_characters * 3 // 4
 
+    def require_room(self, duration_seconds: float) -> None:
+        """Passes if a video of this length can be handed over.
+
+        Raises:
+            ResultTooLargeError: it does not fit into the reply.
+        """
+        if self.max_bytes is not None and self.max_bytes < MIN_BYTES_PER_SECOND * duration_seconds:
+            raise ResultTooLargeError(
+                f"{duration_seconds:.1f} s of video do not fit into the reply; set up a bucket",
+                field="output.delivery",
+            )
+
     def describe(self) -> dict[str, Any]:
         """For a dry run."""
         return {"delivery": "s3", "key": self.key} if self.storage else {"delivery": "inline"}
@@ -82,7 +95,6 @@ class Delivery:
 
         Raises:
             UploadError: the store refused it or did not answer.
-            ResultTooLargeError: it does not fit into the reply.
         """
         if self.storage is None:
             return self._inline(video, thumbnail_path)
@@ -110,11 +122,5 @@ class Delivery:
 
     def _inline(self, video: VideoFile, thumbnail_path: Path | None) -> dict[str, Any]:
         encoded = base64.b64encode(video.path.read_bytes()).decode()
-        if len(encoded) > self.max_inline_characters:
-            raise ResultTooLargeError(
-                f"the video of {video.size_bytes} bytes does not fit into the reply; "
-                "set up a bucket",
-                field="output.delivery",
-            )
         picture = thumbnail_path and base64.b64encode(thumbnail_path.read_bytes()).decode()
         return {"delivery": "inline", "video_base64": encoded, "thumbnail_base64": picture}

@@ -177,6 +177,7 @@ class Worker:
         with tempfile.TemporaryDirectory(prefix="avatar-") as directory:
             with run.stage("download"):
                 portrait, speech = self._fetch(run, Path(directory))
+                delivery.require_room(speech.duration_seconds)
             if request.input.dry_run:
                 return self._plan(run, delivery, portrait, speech)
             return self._generate(run, delivery, portrait, speech, Path(directory))

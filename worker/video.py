@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 PICTURE_OPTIONS = {"crf": "17", "preset": "medium", "profile": "high"}
 GOP_SECONDS = 2  # a player can seek to within this
 SOUND_BITS_PER_SECOND = 128_000  # a channel; beyond it AAC gains nothing
+ROOM = 0.85  # of a limited file, for the streams; x264 may be a second's worth over its limit
+MIN_PICTURE_BITS_PER_SECOND = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,8 @@ def write_video(
 
     Args:
         metadata: facts that the file's comment names, after "AI-generated".
-        max_bytes: encoding ends with an error once the file is larger.
+        max_bytes: the largest file that is of use. The picture's bit rate is kept below what fits;
+            a file that is larger all the same is an error.
 
     Raises:
         EncodeError: the encoder or the disk failed.
@@ -77,7 +80,8 @@ def write_video(
         with _mp4(unfinished) as container:
             facts = "; ".join(f"{name}: {value}" for name, value in metadata.items())
             container.metadata["comment"] = f"AI-generated; {facts}"
-            picture = _picture_stream(container, rate, height, width)
+            limit = _picture_limit(max_bytes, recording) if max_bytes else None
+            picture = _picture_stream(container, rate, height, width, limit)
             sound = _sound_stream(container, recording)
             mux = _Muxer(container, max_bytes)
             pieces = _sound_pieces(recording, rate)
@@ -151,10 +155,24 @@ class _Muxer:
         self._container.mux(packets)
 
 
+def _picture_limit(max_bytes: int, recording: "AudioSegment") -> int:
+    """Bits a second that leave room for the sound and for what is neither picture nor sound."""
+    bits_per_second = 8 * ROOM * max_bytes / float(recording.duration_seconds)
+    sound = SOUND_BITS_PER_SECOND * recording.channels
+    return max(int(bits_per_second) - sound, MIN_PICTURE_BITS_PER_SECOND)
+
+
 def _picture_stream(
-    container: OutputContainer, rate: Fraction, height: int, width: int
+    container: OutputContainer,
+    rate: Fraction,
+    height: int,
+    width: int,
+    max_bits_per_second: int | None,
 ) -> VideoStream:
-    stream = container.add_stream("libx264", rate=rate, options=dict(PICTURE_OPTIONS))
+    options = dict(PICTURE_OPTIONS)
+    if max_bits_per_second is not None:
+        options |= {"maxrate": str(max_bits_per_second), "bufsize": str(max_bits_per_second)}
+    stream = container.add_stream("libx264", rate=rate, options=options)
     stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
     context = stream.codec_context
     context.gop_size = round(GOP_SECONDS * rate)
