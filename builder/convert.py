@@ -287,7 +287,7 @@ class PublishedTransformer:
         """Our 8-bit weight: its bits (uint8) and a bfloat16 scale for each output channel."""
         piece = self.pieces[name]
         values = piece.cut(self.tensors[piece.name]).to(FLOAT8)  # the file's dtype may be wider
-        scale = self.scales[self._layer(name)].to(torch.bfloat16)
+        scale = torch.as_tensor(self.scales[self._layer(name)]).to(torch.bfloat16)
         return values.view(torch.uint8), scale.reshape(1, 1).expand(piece.shape[0], 1)
 
     def _layer(self, name: str) -> str:

@@ -39,7 +39,7 @@ class Float8Linear(nn.Linear):
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """The bits (uint8) of a weight in e4m3 and its scales (out_features, 1), bfloat16."""
     largest = weight.float().abs().amax(dim=1, keepdim=True)
-    largest = largest.clamp(min=torch.finfo(torch.bfloat16).tiny * 512)
+    largest = largest.clamp(min=1e-30)  # a row of zeros has a scale, too
     scale = (largest / torch.finfo(FLOAT8).max).to(torch.bfloat16)
     limit = torch.finfo(FLOAT8).max  # the rounded scale may be a little small
     values = (weight.float() / scale.float()).clamp(-limit, limit).to(FLOAT8)
