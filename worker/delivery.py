@@ -18,6 +18,17 @@ from worker.video import VideoFile
 
 MIN_BYTES_PER_SECOND = 60_000  # of video inside a reply; below it a face falls apart
 OWN_FACTS = ("fingerprint", "thumbnail")  # stored beside the facts of the reply
+NOWHERE = dict.fromkeys(
+    (
+        "video_url",
+        "video_base64",
+        "thumbnail_url",
+        "thumbnail_base64",
+        "bucket",
+        "key",
+        "expires_at",
+    )
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +122,7 @@ class Delivery:
         assert self.storage is not None
         expires_at = self.storage.expires_at(self.expires_seconds)
         thumbnail_url = self.storage.url(thumbnail_key(self.key), self.expires_seconds)
-        return {
+        return NOWHERE | {
             "delivery": "s3",
             "video_url": self.storage.url(self.key, self.expires_seconds),
             "thumbnail_url": thumbnail_url if has_thumbnail else None,
@@ -123,4 +134,8 @@ class Delivery:
     def _inline(self, video: VideoFile, thumbnail_path: Path | None) -> dict[str, Any]:
         encoded = base64.b64encode(video.path.read_bytes()).decode()
         picture = thumbnail_path and base64.b64encode(thumbnail_path.read_bytes()).decode()
-        return {"delivery": "inline", "video_base64": encoded, "thumbnail_base64": picture}
+        return NOWHERE | {
+            "delivery": "inline",
+            "video_base64": encoded,
+            "thumbnail_base64": picture,
+        }

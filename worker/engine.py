@@ -142,7 +142,7 @@ def _place(pipeline: HunyuanVideoAvatarPipeline, device: torch.device) -> None:
     if device.type == "cpu":
         return
     modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
-    weights_gib = sum(module.get_memory_footprint() for module in modules) / GIB
+    weights_gib = sum(p.nbytes for module in modules for p in module.parameters()) / GIB
     free_gib = torch.cuda.mem_get_info(device)[0] / GIB
     resident = free_gib > weights_gib + ACTIVATIONS_GIB
     logger.info(

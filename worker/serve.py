@@ -88,7 +88,8 @@ class _Scaler(rp_scale.JobScaler):  # type: ignore[misc]  # the SDK is untyped
             await asyncio.wait({poll}, timeout=LAST_POLL_SECONDS)
             if not poll.done():
                 raise asyncio.CancelledError
-            return poll.result()
+            jobs: list[dict[str, Any]] | None = poll.result()
+            return jobs
         except Exception:
             await asyncio.sleep(RETRY_SECONDS)
             raise

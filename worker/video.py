@@ -158,8 +158,8 @@ class _Muxer:
 def _picture_limit(max_bytes: int, recording: "AudioSegment") -> int:
     """Bits a second that leave room for the sound and for what is neither picture nor sound."""
     bits_per_second = 8 * ROOM * max_bytes / float(recording.duration_seconds)
-    sound = SOUND_BITS_PER_SECOND * recording.channels
-    return max(int(bits_per_second) - sound, MIN_PICTURE_BITS_PER_SECOND)
+    sound = SOUND_BITS_PER_SECOND * int(recording.channels)
+    return max(int(bits_per_second - sound), MIN_PICTURE_BITS_PER_SECOND)
 
 
 def _picture_stream(
