@@ -275,3 +275,18 @@ def own_demo_worker(own_control_plane, demo_environment, tmp_path: Path) -> Iter
     with WorkerProcess(own_control_plane, directory, environment=demo_environment) as worker:
         worker.wait_until_polling(timeout_seconds=120)
         yield worker
+
+
+@pytest.fixture(scope="session")
+def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy checkpoint as the converter leaves it: a directory that the pipeline loads."""
+    import torch
+
+    from builder.convert import convert
+    from tests.goldens.weights import build_toy_checkpoint
+
+    torch.set_num_threads(1)  # toy tensors are too small to share out
+    ckpts = build_toy_checkpoint(tmp_path_factory.mktemp("published"))
+    target = tmp_path_factory.mktemp("toy_model")
+    convert(ckpts, target)
+    return target

@@ -1,0 +1,107 @@
+import json
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.goldens.weights import GOLDENS
+from worker.shapes import (
+    REFERENCE_FULL_STEPS,
+    FrameSize,
+    VideoPlan,
+    count_frames,
+    fit_size,
+    full_step_indices,
+    resolve_full_steps,
+    window_tokens,
+)
+
+RESIZED = json.loads((GOLDENS / "image.json").read_text())["resize"]["rows"]
+
+
+@pytest.mark.parametrize("row", RESIZED, ids=lambda row: "-".join(map(str, row)))
+def test_a_picture_gets_the_size_that_the_reference_gives_it(row):
+    width, height, resolution, new_width, new_height = row
+    assert fit_size(height, width, resolution) == FrameSize(new_height, new_width)
+
+
+def test_even_a_strip_of_a_picture_gets_a_size():
+    assert fit_size(height=10, width=5000, resolution=256) == FrameSize(height=64, width=7040)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "padded", "noise", "windows", "kept", "decoded"),
+    [
+        (1.0, 129, 65, 1, 33, 129),
+        (5.16, 129, 65, 1, 33, 129),
+        (5.2, 135, 65, 2, 34, 133),
+        (12.0, 305, 97, 3, 77, 305),
+        (15.99, 404, 129, 4, 102, 405),
+    ],
+)
+def test_the_length_of_the_speech_decides_the_reference_s_numbers(
+    seconds, padded, noise, windows, kept, decoded
+):
+    plan = VideoPlan(count_frames(round(seconds * 16_000), fps=25))
+    assert plan.padded_audio_frames == padded
+    assert plan.noise_latents == noise
+    assert plan.num_windows == windows
+    assert plan.kept_latents == kept
+    assert plan.decoded_frames == decoded
+
+
+@given(num_frames=st.integers(1, 20_000))
+def test_a_plan_of_any_length_holds_together(num_frames):
+    plan = VideoPlan(num_frames)
+    assert plan.kept_latents <= plan.sampled_latents <= plan.noise_latents
+    assert plan.decoded_frames >= num_frames
+    assert 33 * (plan.num_windows - 1) < plan.sampled_latents <= 33 * plan.num_windows
+    assert (plan.shift == 0) == plan.single_window == (plan.num_windows == 1)
+
+
+def test_half_the_frame_rate_is_half_the_frames():
+    assert count_frames(160_000, fps=25) == 250
+    assert count_frames(160_000, fps=12.5) == 125
+
+
+def test_no_frames_are_refused():
+    with pytest.raises(ValueError, match="shorter than one frame"):
+        VideoPlan(count_frames(639, fps=25))
+
+
+def test_full_size_has_the_published_number_of_tokens():
+    assert FrameSize(704, 1216).tokens == 3344
+    assert FrameSize(704, 1216).latent == (88, 152)
+    assert window_tokens(FrameSize(704, 1216)) == 113_696
+
+
+def test_fifty_steps_are_cached_as_in_the_reference():
+    assert full_step_indices(50) == REFERENCE_FULL_STEPS
+    assert len(REFERENCE_FULL_STEPS) == 30
+
+
+@given(num_steps=st.integers(1, 200))
+def test_every_schedule_starts_and_ends_in_full_and_never_rests_for_long(num_steps):
+    steps = full_step_indices(num_steps)
+    assert sorted(set(steps)) == list(steps)
+    assert steps[0] == 0
+    assert steps[-1] == num_steps - 1
+    assert max((later - step for step, later in pairwise(steps)), default=1) <= 5
+    assert set(range(-(-3 * num_steps // 10))) <= set(steps)
+
+
+def test_the_reference_s_fixed_list_ends_early_with_fewer_steps():
+    assert resolve_full_steps("reference", 20) == frozenset(range(16))
+    assert resolve_full_steps("reference", 16) == frozenset(range(16))
+    assert 59 not in resolve_full_steps("reference", 60)
+
+
+def test_full_steps_can_be_given():
+    assert resolve_full_steps([0, 3], 5) == {0, 3}
+
+
+@pytest.mark.parametrize("full_steps", [[1, 2], [], [0, 5]])
+def test_full_steps_that_cannot_run_are_refused(full_steps):
+    with pytest.raises(ValueError, match="full_steps must"):
+        resolve_full_steps(full_steps, 5)
