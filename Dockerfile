@@ -31,7 +31,7 @@ COPY LICENSE NOTICE README.md pyproject.toml handler.py ./
 COPY worker worker
 COPY builder builder
 # Proves that the classes load and run in this very environment; "require" does not hide, it fails.
-RUN IMPORT_GUARD=require python -m worker doctor
+RUN IMPORT_GUARD=require python -m worker doctor --imports
 USER avatar
 ENTRYPOINT ["tini", "--"]
 CMD ["python", "handler.py"]

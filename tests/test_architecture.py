@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | VALUES,
     "fitness": {"jobs", "engine", "storage", "video", "import_guard"} | VALUES,
     "serve": {"jobs", "fitness", "progress", "logs"},
-    "doctor": {"import_guard", "model", "pipeline"},
+    "doctor": {"import_guard", "model", "pipeline", "engine", "weights", "video", "storage"} | VALUES,
     "local": set(),
     "__main__": {"doctor"},
     "__init__": {"import_guard"},

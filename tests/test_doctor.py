@@ -40,7 +40,7 @@ def test_the_page_shows_a_failure_as_its_cause_its_place_and_what_people_see():
 
 def test_a_part_that_this_installation_leaves_out_is_skipped():
     def leave_out() -> str:
-        raise doctor.NotInstalledError("worker.local is not part of this installation")
+        raise doctor.NotApplicableError("worker.local is not part of this installation")
 
     finding = examine(Check("local endpoint", leave_out))
 
@@ -72,19 +72,23 @@ def broken_torchvision(tmp_path):
 
 
 def test_every_link_holds_with_a_broken_torchvision_in_the_environment(broken_torchvision):
-    child = run_python("-m", "worker", "doctor", "--json", packages=(broken_torchvision,))
+    child = run_python(
+        "-m", "worker", "doctor", "--imports", "--json", packages=(broken_torchvision,)
+    )
 
     facts = json.loads(child.stdout)
     assert {
         check["name"]: check["text"] for check in facts["checks"] if check["state"] != "ok"
     } == {}
-    assert [check["name"] for check in facts["checks"]] == [check.name for check in doctor.CHECKS]
+    assert [check["name"] for check in facts["checks"]] == [check.name for check in doctor.IMPORTS]
     assert facts["imports"]["packages"]["torchvision"]["status"] == "blocked"
     assert (facts["ok"], child.returncode) == (True, 0)
 
 
 def test_with_the_guard_off_each_broken_link_names_torchvision(broken_torchvision):
-    child = run_python("-m", "worker", "doctor", packages=(broken_torchvision,), IMPORT_GUARD="off")
+    child = run_python(
+        "-m", "worker", "doctor", "--imports", packages=(broken_torchvision,), IMPORT_GUARD="off"
+    )
 
     failed = [line for line in child.stdout.splitlines() if line.startswith("failed")]
     assert child.returncode == 1
@@ -96,3 +100,47 @@ def test_with_the_guard_off_each_broken_link_names_torchvision(broken_torchvisio
     for line in failed[:3]:
         assert line.endswith("RuntimeError: operator torchvision::nms does not exist")
     assert "Broken: image processors, transformers, diffusers" in child.stdout
+
+
+def findings(monkeypatch, **environment: str) -> dict[str, tuple[str, str]]:
+    """What the checks of the machine come to, with these settings."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    found = [examine(check) for check in doctor.MACHINE]
+    return {finding.name: (finding.state, finding.text) for finding in found}
+
+
+def test_a_demo_worker_needs_neither_a_gpu_nor_weights(monkeypatch):
+    found = findings(monkeypatch, AVATAR_MODEL="demo")
+
+    states = {name: state for name, (state, _) in found.items()}
+    assert states == {
+        "settings": "ok",
+        "GPU": "skipped",
+        "weights": "skipped",
+        "disk speed": "skipped",
+        "encoders": "ok",
+        "storage": "skipped",
+        "uptime": "ok",
+    }
+
+
+def test_a_model_that_is_cut_short_is_named_by_its_file(monkeypatch, tmp_path):
+    (tmp_path / "model_index.json").write_text('{"vae": ["diffusers", "AutoencoderKL"]}')
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+
+    state, text = findings(monkeypatch, MODEL_DIR=str(tmp_path))["weights"]
+
+    assert state == "failed"
+    assert "vae/model.safetensors" in text
+
+
+def test_a_bucket_that_refuses_the_keys_is_told_without_them(monkeypatch, object_store):
+    environment = object_store.environment | {"BUCKET_NAME": "no-such-bucket"}
+
+    state, text = findings(monkeypatch, **environment)["storage"]
+
+    assert state == "failed"
+    assert "NoSuchBucket" in text
+    assert environment["BUCKET_SECRET_ACCESS_KEY"] not in text

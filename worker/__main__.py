@@ -1,4 +1,4 @@
-"""`python -m worker doctor [--json]`: what an operator runs by hand."""
+"""`python -m worker doctor`: what an operator runs by hand."""
 
 import argparse
 import sys
@@ -10,11 +10,13 @@ def main() -> int:
     """The exit code of the command."""
     parser = argparse.ArgumentParser(prog="python -m worker", description=__doc__)
     commands = parser.add_subparsers(required=True)
-    examination = commands.add_parser(
-        "doctor", help="name the broken link from torch to the handler"
-    )
+    examination = commands.add_parser("doctor", help="say what keeps the worker from starting")
     examination.add_argument("--json", action="store_true", help="the same facts for a program")
-    return doctor.main(as_json=parser.parse_args().json)
+    examination.add_argument(
+        "--imports", action="store_true", help="the imports only: for the build of an image"
+    )
+    arguments = parser.parse_args()
+    return doctor.main(as_json=arguments.json, imports_only=arguments.imports)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,21 @@
-"""`python -m worker doctor`: which link of the chain from torch to the handler is broken, and why.
+"""`python -m worker doctor`: what keeps a worker from starting, and why, on one page.
 
-Each check imports real classes, as the worker does and in its order, and runs something tiny:
-`import transformers` succeeds with a broken torchvision, because its classes are imported when they
-are first used. A failure is named by the exception at the bottom of its chain; the libraries' own
-last line often says no more than "Could not import module".
+First the chain of imports from torch to the handler, then the machine. Each check of an import
+loads real classes, as the worker does and in its order, and runs something tiny: `import
+transformers` succeeds with a broken torchvision, because its classes are imported when they are
+first used. A failure is named by the exception at the bottom of its chain; the libraries' own last
+line often says no more than "Could not import module".
 
 A new check is a function that returns one line and raises if something is wrong, and its line in
-CHECKS.
+IMPORTS or MACHINE.
 """
 
 import functools
 import importlib.metadata
 import importlib.util
 import json
+import mmap
+import os
 import platform
 import sys
 import textwrap
@@ -21,10 +24,18 @@ import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Literal
 
+import psutil
+
 import worker
-from worker import import_guard
+from worker import import_guard, weights
+from worker.settings import Settings
+
+GIB = 2**30
+READ_BYTES = 8 * 2**20
+READ_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +58,8 @@ class Finding:
     chain: tuple[str, ...] = ()  # the failure as it was raised, then what each came from
 
 
-class NotInstalledError(Exception):
-    """Raised by a check of an optional part that this installation leaves out."""
+class NotApplicableError(Exception):
+    """Raised by a check of something that this worker leaves out or does not need."""
 
 
 def check_torch() -> str:
@@ -135,11 +146,77 @@ def check_handler() -> str:
 
 def check_local_endpoint() -> str:
     if importlib.util.find_spec("worker.local") is None:
-        raise NotInstalledError("worker.local is not part of this installation")
+        raise NotApplicableError("worker.local is not part of this installation")
     return import_module("worker.local").__name__
 
 
-CHECKS = (
+def check_settings() -> str:
+    settings = Settings.from_env()
+    return f"model {settings.avatar_model}, bucket {'set' if settings.bucket else 'not set'}"
+
+
+def check_gpu() -> str:
+    _require_production_model()
+    import torch
+
+    from worker import engine
+
+    engine.check_gpu()
+    properties = torch.cuda.get_device_properties(0)
+    free_bytes, total_bytes = torch.cuda.mem_get_info(0)
+    return (
+        f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
+        f"{free_bytes / GIB:.0f} of {total_bytes / GIB:.0f} GiB free"
+    )
+
+
+def check_weights() -> str:
+    found = weights.find(_require_production_model())
+    return f"{found}; {sum(map(_size, found.path.rglob('*'))) / 1e9:.1f} GB, every file whole"
+
+
+def check_disk_speed() -> str:
+    """Reads from the largest file of the model past the page cache."""
+    path = max(weights.find(_require_production_model()).path.rglob("*"), key=_size)
+    buffer = mmap.mmap(-1, READ_BYTES)  # page-aligned, as O_DIRECT demands
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    except OSError:
+        raise NotApplicableError("this file system reads through the page cache only") from None
+    try:
+        started, num_bytes = time.perf_counter(), 0
+        while time.perf_counter() - started < READ_SECONDS and (read := os.readv(file, [buffer])):
+            num_bytes += read
+        seconds = time.perf_counter() - started
+    finally:
+        os.close(file)
+    return f"{num_bytes / seconds / 1e9:.2f} GB/s, one reader, {path.name}"
+
+
+def check_encoders() -> str:
+    from worker import video
+
+    video.check_encoders()
+    return "H.264 and AAC"
+
+
+def check_storage() -> str:
+    bucket = Settings.from_env().bucket
+    if bucket is None:
+        raise NotApplicableError("BUCKET_ENDPOINT_URL, its key and its secret are not all set")
+    from worker.storage import Storage
+
+    storage = Storage(bucket)
+    storage.check()
+    return f"bucket {storage.bucket_name} answers"
+
+
+def check_uptime() -> str:
+    seconds = time.time() - psutil.Process(1).create_time()
+    return f"the container's first process started {seconds:.0f} s ago"
+
+
+IMPORTS = (
     Check("torch", check_torch),
     Check("import guard", check_import_guard),
     Check("image processors", check_image_processors),
@@ -149,6 +226,15 @@ CHECKS = (
     Check("handler", check_handler),
     Check("local endpoint", check_local_endpoint),
 )
+MACHINE = (
+    Check("settings", check_settings),
+    Check("GPU", check_gpu),
+    Check("weights", check_weights),
+    Check("disk speed", check_disk_speed),
+    Check("encoders", check_encoders),
+    Check("storage", check_storage),
+    Check("uptime", check_uptime),
+)
 
 
 def examine(check: Check) -> Finding:
@@ -156,7 +242,7 @@ def examine(check: Check) -> Finding:
     started = time.perf_counter()
     try:
         text = check.run()
-    except NotInstalledError as reason:
+    except NotApplicableError as reason:
         return Finding(name=check.name, state="skipped", text=str(reason))
     except Exception as error:
         import_guard.forget_leftovers()  # or the next check's cause would be hidden behind them
@@ -172,13 +258,13 @@ def examine(check: Check) -> Finding:
     return Finding(name=check.name, state="ok", text=text, seconds=time.perf_counter() - started)
 
 
-def main(*, as_json: bool) -> int:
+def main(*, as_json: bool, imports_only: bool) -> int:
     """The exit code, 1 if a check failed, after the findings were printed.
 
     The page grows line by line, so that a check which takes the process down is the one missing.
     """
     findings = []
-    for check in CHECKS:
+    for check in IMPORTS if imports_only else IMPORTS + MACHINE:
         findings.append(examine(check))
         if not as_json:
             _print(page_entry(findings[-1]))
@@ -222,6 +308,17 @@ def _print(text: str) -> None:
 def _require(condition: bool, otherwise: str) -> None:
     if not condition:
         raise ValueError(otherwise)
+
+
+def _require_production_model() -> Settings:
+    settings = Settings.from_env()
+    if settings.avatar_model == "demo":
+        raise NotApplicableError("the demo model needs none")
+    return settings
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _names(classes: Iterable[type]) -> str:
