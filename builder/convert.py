@@ -169,8 +169,9 @@ MODEL_INDEX = {
     "tokenizer_2": ["transformers", "CLIPTokenizer"],
     "audio_encoder": ["transformers", "WhisperModel"],
     "feature_extractor": ["transformers", "WhisperFeatureExtractor"],
-    "face_detector": [None, None],  # TorchScript, which diffusers does not load
+    "face_detector": [None, None],  # may be left out
 }
+FACE_DETECTOR = ["worker.face", "TorchScriptFaceDetector"]
 
 
 def convert(source: Path, target: Path, dtype: Dtype = "keep") -> None:
@@ -211,7 +212,9 @@ def conversions(source: Path, target: Path, dtype: Dtype) -> dict[str, Callable[
 def finish(target: Path) -> None:
     """Makes the directory a model, once every folder is converted."""
     FlowMatchEulerDiscreteScheduler(shift=5.0).save_pretrained(target / "scheduler")
-    write_json(target / "model_index.json", MODEL_INDEX)
+    has_detector = (target / "face_detector").is_dir()
+    index = MODEL_INDEX | ({"face_detector": FACE_DETECTOR} if has_detector else {})
+    write_json(target / "model_index.json", index)
 
 
 def _copy_detector(source: Path, target: Path) -> None:
