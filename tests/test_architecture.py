@@ -44,7 +44,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     | VALUES,
     "fitness": {"jobs", "engine", "storage", "video", "import_guard"} | VALUES,
     "serve": {"jobs", "fitness", "progress", "logs"},
-    "doctor": {"import_guard", "model", "pipeline", "engine", "weights", "video", "storage"} | VALUES,
+    "doctor": {"import_guard", "model", "pipeline", "engine", "weights", "video", "storage"}
+    | VALUES,
     "local": set(),
     "__main__": {"doctor"},
     "__init__": {"import_guard"},
