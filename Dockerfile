@@ -32,6 +32,6 @@ COPY worker worker
 COPY builder builder
 # Proves that the classes load and run in this very environment; "require" does not hide, it fails.
 RUN IMPORT_GUARD=require python -m worker doctor --imports
-USER avatar
+USER 1000
 ENTRYPOINT ["tini", "--"]
 CMD ["python", "handler.py"]
