@@ -281,7 +281,7 @@ def test_ten_jobs_each_end_as_they_should_and_leave_nothing_behind(
     beats = [beat.at_seconds for beat in plane.heartbeats if beat.worker_id == worker.worker_id]
     assert max(after - before for before, after in pairwise(beats)) < 3.0
     assert max(rss_bytes[3:]) < max(rss_bytes[:3]) + 48 * 2**20
-    assert max(open_files[3:]) <= max(open_files[:3])
+    assert max(open_files[3:]) <= max(open_files[:3]) + 2  # a poll is just opened or just closed
 
 
 def test_a_worker_without_weights_says_so_and_takes_no_job(own_control_plane, tmp_path):
