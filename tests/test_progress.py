@@ -99,3 +99,20 @@ def test_the_remaining_time_is_unknown_until_the_first_step():
     for payload in listener.payloads:
         known = payload["eta_seconds"] is not None
         assert known == (payload["progress"] > 0.05)
+
+
+def test_a_job_that_is_stopped_while_its_last_value_is_posted_leaves_no_task_behind():
+    async def stop_late() -> set[asyncio.Task[Any]]:
+        async def job() -> None:
+            async with ProgressReporter(Listener(delay_seconds=5.0)) as progress:
+                progress.enter("upload")
+                await asyncio.sleep(0.02)
+
+        task = asyncio.create_task(job())
+        await asyncio.sleep(0.1)  # the body has ended; the post has not
+        task.cancel()
+        await asyncio.wait({task})
+        await asyncio.sleep(0.05)
+        return asyncio.all_tasks() - {asyncio.current_task()}
+
+    assert asyncio.run(stop_late()) == set()

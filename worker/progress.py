@@ -75,11 +75,11 @@ class ProgressReporter:
             self._newest = None
         self._closing.set()
         self._changed.set()
-        _, late = await asyncio.wait({self._task}, timeout=CLOSE_SECONDS)
-        for task in late:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        try:
+            await asyncio.wait({self._task}, timeout=CLOSE_SECONDS)
+        finally:  # also when the job is stopped just now
+            self._task.cancel()
+        await asyncio.wait({self._task})
 
     def enter(self, stage: str) -> None:
         """Begins a stage. Callable from any thread."""
