@@ -446,18 +446,20 @@ def test_a_gpu_seed_is_drawn_on_the_gpu(toy_model):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_the_loop_does_not_wait_for_the_gpu(toy_model):
     pipeline = load(toy_model).to("cuda")
     arguments = small()
-    del arguments["output_type"], arguments["generator"]
-    num_steps = arguments.pop("num_inference_steps")
+    del arguments["output_type"], arguments["generator"], arguments["num_inference_steps"]
     conditioning = pipeline.encode(**arguments)
-    pipeline.denoise(conditioning, num_inference_steps=num_steps)  # fills the caches
 
-    def mode(step: int, num_steps: int) -> None:
-        torch.cuda.set_sync_debug_mode("error" if step < num_steps else "default")
+    def refuse_to_wait(step: int, num_steps: int) -> None:
+        torch.cuda.set_sync_debug_mode("error")  # from the second step on
 
-    pipeline.denoise(conditioning, num_inference_steps=12, on_step=mode)
+    try:
+        pipeline.denoise(conditioning, num_inference_steps=12, on_step=refuse_to_wait)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_each_component_runs_in_its_own_dtype(toy_model):
