@@ -1,6 +1,7 @@
 import inspect
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -289,6 +290,7 @@ def test_the_arguments_and_their_defaults_are_the_documented_ones():
         {"latents": torch.zeros(1, 4, 33, 4, 4)},
         {"reference_noise": torch.zeros(1, 4, 1, 4, 4)},
         {"full_steps": [1]},
+        {"num_inference_steps": 0},
         {"output_type": "mp4"},
     ],
     ids=lambda changes: f"{next(iter(changes))}",
@@ -326,6 +328,17 @@ def test_a_face_box_is_in_the_pixels_of_the_given_picture(pipeline):
 
     large = PORTRAIT.resize((256, 192))
     assert torch.equal(mask(PORTRAIT, (40, 20, 16, 18)), mask(large, (80, 60, 32, 54)))
+
+
+def test_a_detected_face_is_told_in_the_pixels_of_the_given_picture(pipeline):
+    photo = Image.open(Path(__file__).parent / "data" / "astronaut.jpg")
+    arguments = {"audio": speech(0.2), "prompt": "", "height": 256, "width": 256}
+    conditioning = pipeline.encode(image=photo, **arguments)
+    x, y, width, height = conditioning.face_box
+    assert x < 95 < x + width
+    assert y < 65 < y + height
+    given = pipeline.encode(image=photo, face_box=conditioning.face_box, **arguments)
+    assert torch.equal(given.face_mask, conditioning.face_mask)
 
 
 # Repeating, stopping, saving
@@ -416,6 +429,21 @@ def test_the_checkpoint_s_face_detector_is_converted_loaded_and_saved(tmp_path):
         output = each(**small(face_box=None, height=64, width=128))
         assert output.face_box == pytest.approx((40, 20, 16, 18))
         assert output.warnings == ()
+
+
+def test_a_lora_of_the_base_model_changes_the_video_and_comes_off_again(toy_model):
+    pipeline = load(toy_model)
+    plain = pipeline(**small()).frames
+    layer = "transformer.single_transformer_blocks.0.attn.to_q"
+    weight = pipeline.transformer.single_transformer_blocks[0].attn.to_q.weight
+    lora = {
+        f"{layer}.lora_A.weight": torch.randn(2, weight.shape[1], generator=seeded(0)),
+        f"{layer}.lora_B.weight": torch.randn(weight.shape[0], 2, generator=seeded(1)),
+    }
+    pipeline.load_lora_weights(lora)
+    assert relative_difference(pipeline(**small()).frames, plain) > 1e-3
+    pipeline.unload_lora_weights()
+    assert torch.equal(pipeline(**small()).frames, plain)
 
 
 def test_offload_hooks_change_nothing(toy_model, pipeline):

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from diffusers import AutoencoderKLHunyuanVideo, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.loaders import HunyuanVideoLoraLoaderMixin
 from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
@@ -111,12 +112,12 @@ class Step:
         return self.index < sampling.PROMPT_GUIDED_STEPS
 
 
-class HunyuanVideoAvatarPipeline(DiffusionPipeline):
+class HunyuanVideoAvatarPipeline(DiffusionPipeline, HunyuanVideoLoraLoaderMixin):
     """Talking-avatar video from a portrait, speech and a prompt.
 
     The default arguments and the bfloat16 latent state are the reference's; `docs/reference.md`
-    names each deviation. Each component runs in its own dtype; without `face_detector` a frontal
-    face is found by OpenCV.
+    names each deviation. Each component runs in its own dtype. Without `face_detector` a frontal
+    face is found by OpenCV. LoRAs made for HunyuanVideo load with `load_lora_weights`.
     """
 
     model_cpu_offload_seq = "audio_encoder->text_encoder->text_encoder_2->transformer->vae"
@@ -262,38 +263,29 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
         size = _frame_size(image, resolution, height, width)
         waveform = _checked_waveform(audio, fps)
         portrait = resize(image, size)
-        warnings: list[str] = []
 
         self._onload(self.audio_encoder)
         audio_embeds = encode_audio(waveform, fps, self.feature_extractor, self.audio_encoder)
-
-        prompts = [NEGATIVE_PROMPT if negative_prompt is None else negative_prompt]
-        prompts.append(PROMPT_PREFIX + prompt)
-        tokens = [tokenize(text, self.tokenizer) for text in prompts]
-        for name, token in zip(("negative prompt", "prompt"), tokens, strict=True):
-            if token.was_cut:
-                warnings.append(f"the {name} is longer than the model reads: its end was cut off")
-        self._onload(self.text_encoder)
-        prompt_embeds, prompt_mask = encode_llava(
-            tokens, to_llava_pixels(portrait), self.text_encoder
-        )
-        pooled_prompt_embeds = encode_clip(prompts, self.tokenizer_2, self.text_encoder_2)
+        negative_prompt = NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
+        prompts, warnings = self._encode_prompts(negative_prompt, PROMPT_PREFIX + prompt, portrait)
 
         given_size = FrameSize(image.height, image.width)
-        box = _checked_box(face_box, given_size) or self._find_face(portrait, given_size)
+        if face_box is None:
+            box = largest_face(portrait, self.face_detector)
+            used_box = scale_box(box, size, given_size) if box else None
+        else:
+            used_box = _checked_box(face_box, given_size)
+            box = scale_box(used_box, given_size, size)
         if box is None:
             warnings.append("no face was found: the whole picture moves; give face_box")
-        mask = face_mask(scale_box(box, given_size, size) if box else None, size)
 
         device = self._execution_device
         reference = self.vae.encode(to_pixels(portrait).to(device, self.vae.dtype)).latent_dist
 
         return Conditioning(
-            prompt_embeds=prompt_embeds,
-            prompt_mask=prompt_mask,
-            pooled_prompt_embeds=pooled_prompt_embeds,
+            **prompts,
             audio_embeds=audio_embeds,
-            face_mask=mask.to(device),
+            face_mask=face_mask(box, size).to(device),
             reference_mean=reference.mean.float(),
             reference_std=reference.std.float(),
             motion_pose=motion_pose,
@@ -302,9 +294,26 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
             width=size.width,
             num_frames=count_frames(len(waveform), fps),
             fps=fps,
-            face_box=box,
+            face_box=used_box,
             warnings=tuple(warnings),
         )
+
+    def _encode_prompts(
+        self, negative_prompt: str, prompt: str, portrait: Image.Image
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """The fields of `Conditioning` that come from the prompts, and what to tell the user."""
+        texts = {"negative prompt": negative_prompt, "prompt": prompt}
+        tokens = [tokenize(text, self.tokenizer) for text in texts.values()]
+        warnings = [
+            f"the {name} is longer than the model reads: its end was cut off"
+            for name, each in zip(texts, tokens, strict=True)
+            if each.was_cut
+        ]
+        self._onload(self.text_encoder)
+        embeds, mask = encode_llava(tokens, to_llava_pixels(portrait), self.text_encoder)
+        pooled = encode_clip(list(texts.values()), self.tokenizer_2, self.text_encoder_2)
+        fields = {"prompt_embeds": embeds, "prompt_mask": mask, "pooled_prompt_embeds": pooled}
+        return fields, warnings
 
     @torch.no_grad()
     def denoise(
@@ -361,6 +370,9 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
                     reuses_tails=index in cached,
                     keeps_tails=index not in cached and index + 1 in cached,
                 )
+                if not step.reuses_tails:
+                    for branch in branches:
+                        branch.tails.clear()  # gigabytes that nothing reads any more
                 weight = sampling.guidance_weight(index, num_inference_steps, guidance_scale)
                 total = torch.zeros_like(latents)
                 count = torch.zeros_like(latents[:1, :1, :, :1, :1])  # (1, 1, T, 1, 1)
@@ -458,13 +470,6 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
                     break
         self.maybe_free_model_hooks()
 
-    def _find_face(self, portrait: Image.Image, given_size: FrameSize) -> Box | None:
-        """The box of the largest face, in pixels of the given image."""
-        box = largest_face(portrait, self.face_detector)
-        return (
-            scale_box(box, FrameSize(portrait.height, portrait.width), given_size) if box else None
-        )
-
     @staticmethod
     def _onload(module: torch.nn.Module) -> None:
         """Brings a module to its device before a part of it runs: offload hooks its whole only."""
@@ -500,10 +505,8 @@ def _checked_waveform(audio: np.ndarray | Tensor, fps: float) -> np.ndarray:
     return waveform
 
 
-def _checked_box(box: Sequence[float] | None, size: FrameSize) -> Box | None:
+def _checked_box(box: Sequence[float], size: FrameSize) -> Box:
     """The box as a tuple, if it lies in the picture."""
-    if box is None:
-        return None
     x, y, width, height = box
     in_picture = x < size.width and y < size.height and x + width > 0 and y + height > 0
     if width < 1 or height < 1 or not in_picture:

@@ -115,6 +115,10 @@ class TailRing:
     def __init__(self) -> None:
         self._tokens: dict[int, tuple[Tail, int]] = {}  # latent frame: a tail, and its place in it
 
+    def clear(self) -> None:
+        """Forgets all tokens."""
+        self._tokens.clear()
+
     def store(self, frames: Sequence[int], tail: Tail) -> None:
         """Keeps the tail of a window whose latent frames are these."""
         for place, frame in enumerate(frames):

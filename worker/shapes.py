@@ -159,8 +159,10 @@ def resolve_full_steps(full_steps: FullSteps, num_inference_steps: int) -> froze
     The fixed list was made for 50 steps; with fewer it ends early, with more the rest is cached.
 
     Raises:
-        ValueError: step 0 is not among them, or one is not a step of the run.
+        ValueError: no steps; step 0 is not among the full ones, or one is not a step of the run.
     """
+    if num_inference_steps < 1:
+        raise ValueError("num_inference_steps must be at least 1")
     if full_steps is None:
         return frozenset(full_step_indices(num_inference_steps))
     if full_steps == "reference":
