@@ -54,6 +54,7 @@ class Engine:
             pipeline = HunyuanVideoAvatarPipeline.from_pretrained(
                 found.path, torch_dtype=_dtypes(device)
             )
+        pipeline.set_progress_bar_config(disable=True)  # the reporter's values go to the client
         _place(pipeline, device)
         load_seconds = time.monotonic() - started
         logger.info("model %s ready on %s in %.1f s", settings.avatar_model, device, load_seconds)
