@@ -32,7 +32,7 @@ def to_pixels(image: Image.Image) -> Tensor:  # (1, 3, 1, H, W) float32 in [-1, 
 def to_llava_pixels(image: Image.Image) -> Tensor:  # (1, 3, 336, 336) float16
     """The picture as the text encoder sees it: squeezed to a square, normalised as CLIP is.
 
-    Differs from the processor that comes with the encoder, which would crop: so does the reference.
+    Not by the processor that comes with the encoder, which would crop: the reference does not.
     """
     square = image.resize((LLAVA_SIDE, LLAVA_SIDE), Image.Resampling.BILINEAR)
     mean = torch.tensor(CLIP_MEAN).view(3, 1, 1)

@@ -1,9 +1,9 @@
 """Prompts into embeddings: LLaVA reads them beside the portrait, CLIP makes one pooled vector.
 
-LLaVA's sequence has one layout whatever the prompt, at the published sizes:
+LLaVA's sequence has one length whatever the prompt. With v valid tokens, the image's last:
 
-    0        95              351 - pads     + 576        926
-    | system | prompt, suffix | image tokens | pads       |
+    0        95               v - 1          v + 575  926
+    | system | prompt, suffix | image tokens | pads   |
 
 Positions before `crop_start` (95) are dropped, which leaves 831. Pads are embedded as zeros, and
 what the decoder makes of them matters, because the mask that the transformer gets marks them.
