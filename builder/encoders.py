@@ -26,6 +26,7 @@ from transformers import (
 
 from builder.checks import require_shapes
 from builder.shards import PlannedTensors, copy_file, write_json, write_shards
+from worker.loading import canonical_name
 
 VAE_SETTINGS = {
     "in_channels": "in_channels",
@@ -41,8 +42,6 @@ VAE_SETTINGS = {
     "mid_block_add_attention": "mid_block_add_attention",
 }
 UNUSED_LLAVA_LAYERS = 2  # the transformer gets the states before the last two, hidden_states[-3]
-# Prefixes that a module has in the published files or in some versions of transformers only.
-OPTIONAL_PREFIXES = re.compile(r"^(text_model|model)\.|(?<=language_model\.)model\.|vision_model\.")
 BUFFERS = re.compile(r"\.position_ids$|\.rotary_emb\.inv_freq$")  # saved by older versions
 DTYPES = {
     "F32": torch.float32,
@@ -143,8 +142,8 @@ def _convert_encoder(
                 planned.append(PlannedTensors({name: (found[name], new_dtype)}, make))
     require_shapes(
         f"the encoder in {source}",
-        _without_prefixes(_shapes(model.state_dict())),
-        _without_prefixes(found),
+        {canonical_name(name): shape for name, shape in _shapes(model.state_dict()).items()},
+        {canonical_name(name): shape for name, shape in found.items()},
     )
     write_shards(target, "model", planned)
     if dtype is not None:
@@ -159,10 +158,6 @@ def _weight_files(source: Path) -> list[Path]:
         return [source / "model.safetensors"]
     weight_map = json.loads(index.read_text())["weight_map"]
     return [source / name for name in sorted(set(weight_map.values()))]
-
-
-def _without_prefixes(shapes: Mapping[str, Size]) -> dict[str, Size]:
-    return {OPTIONAL_PREFIXES.sub("", name): shape for name, shape in shapes.items()}
 
 
 def _read(path: Path, name: str, dtype: torch.dtype) -> Mapping[str, Tensor]:

@@ -38,7 +38,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sampling": {"shapes", "model"},
     "pipeline": {"audio", "image", "text", "face", "sampling", "model", "shapes"},
     "demo": {"pipeline", "model", "text"},
-    "engine": {"pipeline", "demo", "weights"} | VALUES,
+    "loading": {"pipeline", "model", "face"},
+    "engine": {"pipeline", "demo", "weights", "loading"} | VALUES,
     "jobs": {"engine", "inputs", "video", "delivery", "progress", "estimate", "logs"}
     | {"import_guard"}
     | VALUES,
@@ -94,9 +95,9 @@ def test_only_the_network_module_fetches_and_only_the_storage_module_uploads():
         assert "boto3" not in _imports(path) or _layer(path) == "storage", path
 
 
-def test_only_the_engine_places_modules_on_a_device():
+def test_only_the_engine_and_the_loader_speak_to_a_gpu():
     for path in SOURCES:
-        if _layer(path) not in ("engine", "doctor"):
+        if _layer(path) not in ("engine", "loading", "doctor"):
             assert "torch.cuda." not in path.read_text(), path
 
 

@@ -9,12 +9,14 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from worker import errors, weights
+from worker import errors, loading, weights
+from worker.loading import LoadReport
 from worker.pipeline import Conditioning, HunyuanVideoAvatarPipeline
 from worker.schema import GenerationParams
 from worker.settings import Settings
@@ -33,6 +35,7 @@ class Engine:
     pipeline: HunyuanVideoAvatarPipeline
     device: torch.device
     load_seconds: float
+    load_report: LoadReport | None  # None: the demo model, which is read from nowhere
 
     @classmethod
     def load(cls, settings: Settings) -> "Engine":
@@ -44,21 +47,20 @@ class Engine:
         """
         started = time.monotonic()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        report: LoadReport | None = None
         if settings.avatar_model == "demo":
             from worker import demo
 
-            pipeline = demo.build_pipeline()
+            pipeline = demo.build_pipeline().to(device)
         else:
             found = weights.find(settings)
             logger.info("%s", found)
-            pipeline = HunyuanVideoAvatarPipeline.from_pretrained(
-                found.path, torch_dtype=_dtypes(device)
-            )
+            pipeline, report = _load(found.path, device)
+            logger.info("weights: %s", report)
         pipeline.set_progress_bar_config(disable=True)  # the reporter's values go to the client
-        _place(pipeline, device)
         load_seconds = time.monotonic() - started
         logger.info("model %s ready on %s in %.1f s", settings.avatar_model, device, load_seconds)
-        return cls(pipeline, device, load_seconds)
+        return cls(pipeline, device, load_seconds, report)
 
     def encode(
         self, portrait: Image.Image, waveform: np.ndarray, params: GenerationParams
@@ -138,12 +140,12 @@ def _dtypes(device: torch.device) -> dict[str, torch.dtype]:
     return {"transformer": torch.bfloat16, "default": torch.float16}
 
 
-def _place(pipeline: HunyuanVideoAvatarPipeline, device: torch.device) -> None:
-    """All of it on the GPU where it fits, else one component at a time."""
+def _load(model_dir: Path, device: torch.device) -> tuple[HunyuanVideoAvatarPipeline, LoadReport]:
+    """The model, all of it on the GPU where it fits, else one component at a time."""
+    dtypes = _dtypes(device)
     if device.type == "cpu":
-        return
-    modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
-    weights_gib = sum(p.nbytes for module in modules for p in module.parameters()) / GIB
+        return loading.load(model_dir, device, dtypes)
+    weights_gib = loading.weight_bytes(model_dir, dtypes) / GIB
     free_gib = torch.cuda.mem_get_info(device)[0] / GIB
     resident = free_gib > weights_gib + ACTIVATIONS_GIB
     logger.info(
@@ -153,9 +155,10 @@ def _place(pipeline: HunyuanVideoAvatarPipeline, device: torch.device) -> None:
         "all on the GPU" if resident else "one component on the GPU at a time",
     )
     if resident:
-        pipeline.to(device)
-    else:
-        pipeline.enable_model_cpu_offload(device=device)
+        return loading.load(model_dir, device, dtypes)
+    pipeline, report = loading.load(model_dir, torch.device("cpu"), dtypes)
+    pipeline.enable_model_cpu_offload(device=device)
+    return pipeline, report
 
 
 @contextlib.contextmanager

@@ -302,7 +302,7 @@ class Worker:
                 "total_seconds": round(run.elapsed_seconds, 3),
                 "peak_memory_gib": engine.peak_memory_gib if engine else None,
                 "gpu": engine.gpu_name if engine else None,
-                "model_load_seconds": round(engine.load_seconds, 1) if engine else None,
+                **_load_metrics(engine),
             },
             "worker": self._identity(),
         }
@@ -313,6 +313,20 @@ class Worker:
             "model": self.settings.avatar_model,
             "imports": import_guard.report().brief(),
         }
+
+
+def _load_metrics(engine: "Engine | None") -> dict[str, float | None]:
+    """How this worker's model was loaded; None where nothing was read from a disk."""
+    report = engine.load_report if engine else None
+    ratio = report.disk_ratio if report else None
+    return {
+        "model_load_seconds": round(engine.load_seconds, 1) if engine else None,
+        "model_load_bytes": report.num_bytes if report else None,
+        "model_load_gigabytes_per_second": (
+            round(report.bytes_per_second / 1e9, 2) if report else None
+        ),
+        "model_load_disk_ratio": None if ratio is None else round(ratio, 2),
+    }
 
 
 def _step_report(run: Run) -> Callable[[int, int], None]:
