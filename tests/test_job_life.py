@@ -284,6 +284,24 @@ def test_ten_jobs_each_end_as_they_should_and_leave_nothing_behind(
     assert max(open_files[3:]) <= max(open_files[:3]) + 2  # a poll is just opened or just closed
 
 
+def test_the_log_names_each_job_and_never_what_it_sent_or_got(
+    own_control_plane, demo_environment, make_job, tmp_path
+):
+    environment = {**demo_environment, "RUNPOD_LOG_LEVEL": "DEBUG"}
+    with WorkerProcess(own_control_plane, tmp_path / "w", environment=environment) as worker:
+        worker.wait_until_polling(timeout_seconds=120)
+        secret_job = make_job(image="https://user:pass-word@127.0.0.1/a?X-Amz-Signature=sig-nature")
+        jobs = [run(own_control_plane, job) for job in (make_job(), secret_job)]
+
+    assert [job.status for job in jobs] == ["COMPLETED", "FAILED"]
+    for job in jobs:
+        assert f"job {job.id}: " in worker.log
+    signature = jobs[0].output["video_url"].partition("X-Amz-Signature=")[2]
+    secrets = [signature, "pass-word", "sig-nature", demo_environment["BUCKET_SECRET_ACCESS_KEY"]]
+    assert not [secret for secret in secrets if secret in worker.log]
+    assert make_job()["input"]["image"][:200] not in worker.log
+
+
 def test_a_worker_without_weights_says_so_and_takes_no_job(own_control_plane, tmp_path):
     environment = {"MODEL_DIR": str(tmp_path / "nothing")}
     with (

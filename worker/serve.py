@@ -14,7 +14,7 @@ from typing import Any
 
 import runpod
 from runpod.http_client import AsyncClientSession, ClientSession
-from runpod.serverless.modules import rp_http, rp_job, rp_scale
+from runpod.serverless.modules import rp_http, rp_job, rp_logger, rp_scale
 from runpod.serverless.modules.worker_state import IS_LOCAL_TEST
 
 from worker import fitness, logs
@@ -29,7 +29,10 @@ RETRY_SECONDS = 2.0
 
 def serve(worker: Worker) -> None:
     """Loads the models, registers the fitness checks and serves jobs. Returns on shutdown."""
-    logs.configure(worker.settings.runpod_log_level)
+    level = worker.settings.runpod_log_level
+    logs.configure(level)
+    # the SDK's own default is DEBUG, and its debug lines hold whole results, signed URLs included
+    rp_logger.RunPodLogger().level = "INFO" if level in ("TRACE", "DEBUG") else level
     worker.load()
     for check in fitness.checks(worker):
         runpod.serverless.register_fitness_check(check)
