@@ -1,0 +1,264 @@
+"""The loader against from_pretrained, on files that do not fit, and at its limits."""
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from builder.convert import convert
+from tests.goldens.weights import build_toy_checkpoint
+from worker import loading
+from worker.engine import Engine
+from worker.loading import PAGE_BYTES, Reading
+from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
+from worker.pipeline import HunyuanVideoAvatarPipeline
+from worker.settings import Settings
+
+CPU = torch.device("cpu")
+ON_GPU = {"transformer": torch.bfloat16, "default": torch.float16}  # as the engine has them there
+ON_CPU = {"default": torch.float32}
+SMALL = Reading(num_threads=3, block_bytes=4 * PAGE_BYTES)  # most tensors come in several pieces
+
+TRANSFORMER_FILE = "transformer/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def models(toy_model, tmp_path_factory) -> dict[str, Path]:
+    """The toy checkpoint as it is, and with the transformer in 8 bits."""
+    directory = tmp_path_factory.mktemp("models")
+    convert(build_toy_checkpoint(directory), directory / "fp8", "fp8")
+    return {"keep": toy_model, "fp8": directory / "fp8"}
+
+
+@pytest.fixture
+def own_model(toy_model, tmp_path) -> Path:
+    """A model directory for tests that change it."""
+    return Path(shutil.copytree(toy_model, tmp_path / "model"))
+
+
+def all_tensors(pipeline: HunyuanVideoAvatarPipeline) -> dict[str, Tensor]:
+    """Every parameter and buffer, those that are in no file among them."""
+    return {
+        f"{component}.{name}": tensor
+        for component, module in pipeline.components.items()
+        if isinstance(module, torch.nn.Module)
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
+    }
+
+
+def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name].cpu(), tensor), name
+
+
+def rewrite(path: Path, changes: Mapping[str, Tensor | None]) -> None:
+    """The file with other tensors; None takes one out."""
+    tensors = load_file(path) | changes
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+
+
+def own_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("load")]
+
+
+def num_open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.mark.parametrize("reading", [Reading(), SMALL], ids=["blocks of 16 MiB", "small blocks"])
+@pytest.mark.parametrize("dtypes", [ON_GPU, ON_CPU], ids=["as on a GPU", "as on a CPU"])
+@pytest.mark.parametrize("variant", ["keep", "fp8"])
+def test_every_tensor_is_bit_for_bit_that_of_from_pretrained(variant, dtypes, reading, models):
+    expected = HunyuanVideoAvatarPipeline.from_pretrained(models[variant], dtype=dtypes)
+    pipeline, _ = loading.load(models[variant], CPU, dtypes, reading)
+    assert_same(all_tensors(pipeline), all_tensors(expected))
+
+
+def test_the_components_are_of_the_same_classes_and_ready_to_run(toy_model):
+    expected = HunyuanVideoAvatarPipeline.from_pretrained(toy_model)
+    pipeline, _ = loading.load(toy_model, CPU, ON_CPU)
+    for name, component in expected.components.items():
+        found = pipeline.components[name]
+        assert type(found) is type(component), name
+        if isinstance(component, torch.nn.Module):
+            assert not any(module.training for module in found.modules()), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", ["keep", "fp8"])
+def test_on_a_gpu_every_tensor_is_the_same_too(variant, models):
+    expected = HunyuanVideoAvatarPipeline.from_pretrained(models[variant], dtype=ON_GPU)
+    for reading in (Reading(), SMALL):
+        pipeline, _ = loading.load(models[variant], torch.device("cuda"), ON_GPU, reading)
+        tensors = all_tensors(pipeline)
+        assert {tensor.device.type for tensor in tensors.values()} == {"cuda"}
+        assert_same(tensors, all_tensors(expected))
+
+
+def test_the_engine_loads_a_model_directory_and_says_how_fast(toy_model):
+    report = Engine.load(Settings(model_dir=str(toy_model))).load_report
+    tensors = [load_file(path) for path in toy_model.glob("*/*.safetensors")]
+    stored = sum(tensor.nbytes for file in tensors for tensor in file.values())
+    headers = report.num_bytes - stored
+    assert 0 < headers < 200_000
+    assert sum(part.num_bytes for part in report.components) == report.num_bytes
+    assert 0 < report.bytes_per_second < 1e11
+    assert [part.name for part in report.components] == list(loading.NETWORKS)
+    assert all(0 < part.ready_seconds <= report.seconds for part in report.components)
+    assert str(report).startswith("0.01 GB in ")
+
+
+def test_the_memory_that_the_weights_take_is_known_from_their_headers(models):
+    for variant in models.values():
+        pipeline, _ = loading.load(variant, CPU, ON_GPU)
+        taken = sum(tensor.nbytes for tensor in all_tensors(pipeline).values())
+        speech = sum(parameter.nbytes for parameter in pipeline.audio_encoder.parameters())
+        expected = loading.weight_bytes(variant, ON_GPU)
+        assert taken - speech / 2 == pytest.approx(expected, abs=20_000)  # it runs in float32
+
+
+# Files that do not fit
+
+
+def test_a_missing_tensor_is_named(own_model):
+    rewrite(own_model / TRANSFORMER_FILE, {"proj_out.bias": None})
+    with pytest.raises(ValueError, match=r"model/transformer: proj_out\.bias is missing"):
+        loading.load(own_model, CPU, ON_CPU)
+
+
+def test_an_unknown_tensor_is_named_with_its_file(own_model):
+    rewrite(own_model / TRANSFORMER_FILE, {"proj_in.bias": torch.zeros(2)})
+    with pytest.raises(ValueError, match=rf"{TRANSFORMER_FILE}: proj_in\.bias is unknown"):
+        loading.load(own_model, CPU, ON_CPU)
+
+
+def test_a_tensor_that_is_there_twice_is_named_with_its_file(own_model):
+    stray = own_model / "vae" / "old.safetensors"
+    save_file({"decoder.conv_in.conv.bias": torch.zeros(16)}, stray)
+    with pytest.raises(ValueError, match=r"old\.safetensors: decoder.* or there twice"):
+        loading.load(own_model, CPU, ON_CPU)
+
+
+def test_a_misshapen_tensor_is_named_with_its_file(own_model):
+    path = own_model / "text_encoder_2" / "model.safetensors"
+    name = "text_model.final_layer_norm.weight"
+    rewrite(path, {name: torch.zeros(3)})
+    with pytest.raises(ValueError, match=rf"2/model.safetensors: {name} is of shape \(3,\), not"):
+        loading.load(own_model, CPU, ON_CPU)
+
+
+def test_bits_do_not_pass_for_numbers(own_model):
+    path = own_model / TRANSFORMER_FILE
+    bits = load_file(path)["proj_out.weight"].to(torch.uint8)
+    rewrite(path, {"proj_out.weight": bits})
+    with pytest.raises(
+        ValueError, match=r"proj_out\.weight is of torch\.uint8, not torch\.float32"
+    ):
+        loading.load(own_model, CPU, ON_CPU)
+
+
+def test_many_faults_are_counted_and_the_first_ones_named(own_model):
+    path = own_model / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"float8_blocks": True}))
+    with pytest.raises(ValueError, match=r"is of torch\.\w+, not torch\.uint8; .*; and 138 more$"):
+        loading.load(own_model, CPU, ON_CPU)
+
+
+def test_a_dtype_that_no_network_has_is_named(own_model):
+    rewrite(own_model / TRANSFORMER_FILE, {"proj_out.bias": torch.zeros(16, dtype=torch.int64)})
+    with pytest.raises(ValueError, match=r"proj_out\.bias is of an unknown dtype, I64"):
+        loading.load(own_model, CPU, ON_CPU)
+
+
+def test_a_component_without_weights_is_named(own_model):
+    (own_model / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="model/vae holds no weights"):
+        loading.load(own_model, CPU, ON_CPU)
+
+
+@pytest.mark.parametrize("past_cache", [True, False])
+def test_a_file_that_ends_early_is_named_and_nothing_stays_behind(past_cache, own_model):
+    path = own_model / TRANSFORMER_FILE
+    os.truncate(path, path.stat().st_size - 10_000)
+    open_files = num_open_files()
+    reading = Reading(num_threads=3, block_bytes=4 * PAGE_BYTES, past_cache=past_cache)
+    with pytest.raises(OSError, match=rf"{TRANSFORMER_FILE} ends at byte \d+, inside a tensor"):
+        loading.load(own_model, CPU, ON_CPU, reading)
+    assert own_threads() == []
+    assert num_open_files() == open_files
+
+
+# Memory and the page cache
+
+
+@pytest.fixture(scope="module")
+def larger_model(toy_model, tmp_path_factory) -> Path:
+    """The toy model with a transformer of 300 MB, whose file the disk has."""
+    model = Path(shutil.copytree(toy_model, tmp_path_factory.mktemp("larger") / "model"))
+    config = json.loads((model / "transformer" / "config.json").read_text())
+    shutil.rmtree(model / "transformer")
+    with torch.device("meta"):
+        transformer = HunyuanVideoAvatarTransformer3DModel.from_config(
+            config | {"num_attention_heads": 32, "num_layers": 6}
+        )
+    transformer.to_empty(device="cpu").save_pretrained(model / "transformer")
+    with (model / TRANSFORMER_FILE).open("rb") as file:
+        os.fsync(file.fileno())
+    return model
+
+
+def drop_from_page_cache(path: Path) -> None:
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def memory_bytes(field: str) -> int:
+    """A figure of this process: VmRSS, or VmHWM, the most that VmRSS has been."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) << 10 for line in status.splitlines() if field in line)
+
+
+def test_beside_the_weights_only_the_ring_takes_memory(larger_model):
+    reading = Reading(num_threads=2, block_bytes=2**20)
+    loading.load(larger_model, CPU, ON_CPU, reading)  # what else is done once in a process
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    before = memory_bytes("VmRSS")
+    pipeline, report = loading.load(larger_model, CPU, ON_CPU, reading)
+    assert report.num_bytes > 250e6
+    assert memory_bytes("VmHWM") - before < report.num_bytes + 60e6
+    del pipeline
+
+
+def test_a_file_outside_the_page_cache_is_read_past_it_and_one_inside_from_it(larger_model):
+    path = larger_model / TRANSFORMER_FILE
+    drop_from_page_cache(path)
+    if loading._File(path).is_cached(0, path.stat().st_size):
+        pytest.skip("the file system keeps its files in memory")
+    for _ in range(2):  # the first load leaves nothing in the cache
+        _, report = loading.load(larger_model, CPU, ON_CPU)
+        assert report.cached_bytes < report.num_bytes / 2
+    path.read_bytes()
+    _, report = loading.load(larger_model, CPU, ON_CPU)
+    assert report.cached_bytes == report.num_bytes
+    assert "100% from the page cache" in str(report)
+
+
+def test_the_disk_s_speed_comes_with_the_report_of_a_model_that_is_large_enough(
+    larger_model, toy_model
+):
+    _, report = loading.load(larger_model, CPU, ON_CPU)
+    assert report.disk_ratio == pytest.approx(
+        report.bytes_per_second / report.disk_bytes_per_second
+    )
+    assert f"{report.disk_ratio:.2f} of the disk's" in str(report)
+    _, report = loading.load(toy_model, CPU, ON_CPU)
+    assert report.disk_ratio is None
