@@ -160,7 +160,7 @@ def write_model(directory: Path, size: Size) -> None:
                 network.config.save_pretrained(directory / name)
                 stem = "model"
             write_shards(directory / name, stem, network, dtype, patterns[dtype], threads)
-    byte_tokenizer(size.vocabulary).save_pretrained(directory / "tokenizer")
+    write_tokenizer(directory / "tokenizer", size.vocabulary)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     clip_tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
@@ -170,18 +170,19 @@ def write_model(directory: Path, size: Size) -> None:
     (directory / "model_index.json").write_text(json.dumps(MODEL_INDEX))
 
 
-def byte_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """A tokenizer whose file is as large as the published one's: that takes time to read."""
+def write_tokenizer(directory: Path, vocabulary: int) -> None:
+    """Writes a tokenizer whose files are as large as the published one's: reading takes time."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     pairs = itertools.product(letters, repeat=2)
-    triples = (
-        (first + second, third) for first, second, third in itertools.product(letters, repeat=3)
-    )
+    triples = ((a + b, c) for a, b, c in itertools.product(letters, repeat=3))
     merges = list(itertools.islice(itertools.chain(pairs, triples), vocabulary - len(letters)))
     words = [*letters, *(first + second for first, second in merges)]
     tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
+    path = directory / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"added_tokens_decoder": {}}))  # as the published one has
 
 
 def write_shards(
@@ -289,7 +290,7 @@ def by_worker_through_the_cache(directory: Path) -> Iterator[dict[str, Any]]:
 
 def by_worker_in_other_settings(directory: Path) -> Iterator[dict[str, Any]]:
     """The same with other threads and blocks, one after the other."""
-    for num_threads, block_mib in itertools.product((4, 8, 16), (4, 16, 64)):
+    for num_threads, block_mib in itertools.product((4, 8, 16), (8, 16, 32, 64)):
         reading = Reading(num_threads, block_mib * MIB - loading.PAGE_BYTES)
         measured = load_as_worker(directory, reading)[1]
         yield measured | {"threads": num_threads, "block_mib": block_mib}

@@ -43,6 +43,7 @@ from transformers import (
     WhisperFeatureExtractor,
     WhisperModel,
 )
+from transformers.initialization import no_init_weights
 
 from worker.face import TorchScriptFaceDetector
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
@@ -241,7 +242,8 @@ def _without_storage(network_class: Network, directory: Path, dtype: torch.dtype
     """The network as its config describes it; its parameters are on the meta device."""
     if issubclass(network_class, PreTrainedModel):
         config = network_class.config_class.from_pretrained(directory)
-        with init_empty_weights():  # its buffers are in no file: they are made here, for real
+        # Its buffers are in no file: they are made here, for real.
+        with init_empty_weights(), no_init_weights():
             return network_class._from_config(config, dtype=dtype).eval()
     with torch.device("meta"):  # it has no buffers
         return network_class.from_config(network_class.load_config(directory)).eval()
@@ -413,7 +415,7 @@ class _Incoming:
         self.start, self.end = stored.start, stored.end  # in the file
         self._stored_dtype = stored.dtype
         self._tensor = tensor
-        self._landing: Tensor | None = None  # where the pieces go; None before the first one
+        self._landing: Tensor | None = None  # where the pieces go, from the first to the last
         self._missing_bytes = stored.end - stored.start
         self._lock = threading.Lock()
 
@@ -424,18 +426,19 @@ class _Incoming:
         with self._lock:
             if self._landing is None:
                 self._landing = self._prepare_landing()
-            landing = self._landing.view(-1).view(torch.uint8)
+            landing = self._landing
         piece = block[start - block_start : end - block_start]
-        landing[start - self.start : end - self.start].copy_(piece, non_blocking=True)
+        target = landing.view(-1).view(torch.uint8)[start - self.start : end - self.start]
+        target.copy_(piece, non_blocking=True)
         with self._lock:
             self._missing_bytes -= end - start
-            if self._missing_bytes == 0:  # all pieces are on the stream, before what comes now
-                if self._landing is not self._tensor:
-                    self._tensor.copy_(self._landing)
+            if self._missing_bytes == 0:  # every piece is on the stream, before what comes now
                 self._landing = None
+                if landing is not self._tensor:
+                    self._tensor.copy_(landing)
 
     def _prepare_landing(self) -> Tensor:
-        """The tensor itself, or one of the stored dtype, which is then cast."""
+        """The tensor itself, or one of the stored dtype, which is cast in the end."""
         if self._stored_dtype == self._tensor.dtype:
             return self._tensor
         return torch.empty_like(self._tensor, dtype=self._stored_dtype)
