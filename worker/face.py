@@ -5,6 +5,7 @@ whose weights are in its package: frontal faces only, but nothing to download. B
 (x, y, width, height) in pixels, and the largest is taken.
 """
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -43,7 +44,9 @@ class TorchScriptFaceDetector(ModelMixin):
     def from_pretrained(cls, directory: str | Path, **_: Any) -> Self:
         """The detector in the directory; it stays float32, whatever the others are loaded as."""
         path = Path(directory) / cls.FILE_NAME
-        return cls(torch.jit.load(str(path), map_location="cpu")).eval()
+        with warnings.catch_warnings():  # TorchScript is old, but it is what was published
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return cls(torch.jit.load(str(path), map_location="cpu")).eval()
 
     def save_pretrained(self, directory: str | Path, **_: Any) -> None:
         """Writes the TorchScript file."""

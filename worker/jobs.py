@@ -7,6 +7,7 @@ files are gone, and nothing is posted.
 
 import asyncio
 import contextvars
+import ctypes
 import json
 import logging
 import secrets
@@ -15,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,6 +166,8 @@ class Worker:
             reference = secrets.token_hex(4)
             logger.exception("unforeseen failure, reference %s", reference)
             failure = InternalError(f"something unforeseen went wrong; reference {reference}")
+        finally:
+            _give_back_memory()
         self.damaged |= failure.refresh_worker
         return failure.to_output(stage=run.progress.stage)
 
@@ -352,6 +355,12 @@ def _watched(
         passed += len(frames)
         yield frames
         run.progress.update(passed / num_frames)
+
+
+def _give_back_memory() -> None:
+    """Returns what the job has freed to the system: glibc keeps it, and the process would swell."""
+    with suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 async def _ended(work: "asyncio.Future[Any]") -> None:
