@@ -83,6 +83,7 @@ class Size:
 
 SIZES = {
     "full": Size(20, 40, 24, 30, 4096, 128_320, (128, 256, 512, 512)),
+    "half": Size(10, 20, 24, 15, 4096, 128_320, (128, 256, 512, 512)),  # 21 GB
     "medium": Size(6, 8, 8, 6, 2048, 32_000, (128, 256, 512, 512)),  # 2 GB
     "tiny": Size(2, 2, 2, 2, 256, 4000, (32, 32, 64, 64)),
 }
@@ -377,12 +378,17 @@ def by_fastsafetensors(directory: Path) -> Iterator[dict[str, Any]]:
     from fastsafetensors import SafeTensorsFileLoader, SingleGroup
 
     device = "cuda:0" if DEVICE.type == "cuda" else "cpu"
-    loader = SafeTensorsFileLoader(SingleGroup(), device, nogds=True)
-    loader.add_filenames({0: [str(path) for path in weight_files(directory)]})
+    paths = itertools.groupby(weight_files(directory), key=lambda path: path.parent)
+    components = [[str(path) for path in own] for _, own in paths]
 
     def load() -> Any:
-        buffers = loader.copy_files_to_device()
-        return buffers, [buffers.get_tensor(key) for key in loader.get_keys()]
+        kept = []
+        for component in components:  # a loader wants the names of its tensors to be unique
+            loader = SafeTensorsFileLoader(SingleGroup(), device, nogds=True)
+            loader.add_filenames({0: component})
+            buffers = loader.copy_files_to_device()
+            kept.append((buffers, [buffers.get_tensor(key) for key in loader.get_keys()]))
+        return kept
 
     yield timed(directory, load)
 
