@@ -5,9 +5,12 @@ Nothing heavy happens on import, because the SDK's heartbeat process imports thi
 """
 
 import functools
+import gc
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from typing import Any
 
-from worker import import_guard
+from worker import import_guard, logs
 from worker.jobs import Worker
 from worker.settings import Settings
 
@@ -24,11 +27,17 @@ async def handler(job: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Serves RunPod's queue, or one job with `--test_input`."""
+    gc.disable()  # imports leave next to no garbage, and the search for it is a fifth of the start
     worker = _worker()
+    logs.configure(worker.settings.runpod_log_level)
     import_guard.ensure()
-    from worker.serve import serve  # imports the SDK, which takes a second
-
-    serve(worker)
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        # the SDK, whose import waits a second for a process that asks for the processor's name
+        serving = beside.submit(import_module, "worker.serve")
+        worker.load()
+    gc.freeze()  # what is there now stays
+    gc.enable()
+    serving.result().serve(worker)
 
 
 if __name__ == "__main__":

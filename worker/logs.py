@@ -42,7 +42,7 @@ _SECRETS = [
 def configure(level: str) -> None:
     """Sends all logging of this process to stderr, redacted, one line an event.
 
-    Call it after the SDK's import, which sets up the root logger for itself.
+    Call it before the SDK's import, which sets up the root logger unless somebody has.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_LineFormatter())

@@ -1,4 +1,4 @@
-"""The worker on RunPod's queue: load, check, then take jobs until told to stop.
+"""The worker on RunPod's queue: check, then take jobs until told to stop.
 
 The SDK's loop is kept. Three things about it are mended here, each seen in version 1.12.0:
 
@@ -17,7 +17,7 @@ from runpod.http_client import AsyncClientSession, ClientSession
 from runpod.serverless.modules import rp_http, rp_job, rp_logger, rp_scale
 from runpod.serverless.modules.worker_state import IS_LOCAL_TEST
 
-from worker import fitness, logs
+from worker import fitness
 from worker.jobs import Worker
 from worker.progress import PostProgress
 
@@ -28,12 +28,10 @@ RETRY_SECONDS = 2.0
 
 
 def serve(worker: Worker) -> None:
-    """Loads the models, registers the fitness checks and serves jobs. Returns on shutdown."""
+    """Registers the fitness checks and serves jobs with the loaded model. Returns on shutdown."""
     level = worker.settings.runpod_log_level
-    logs.configure(level)
     # the SDK's own default is DEBUG, and its debug lines hold whole results, signed URLs included
     rp_logger.RunPodLogger().level = "INFO" if level in ("TRACE", "DEBUG") else level
-    worker.load()
     for check in fitness.checks(worker):
         runpod.serverless.register_fitness_check(check)
 
