@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types unit packages format clean
+.PHONY: demo test lint types unit slow packages format clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m demo
@@ -20,6 +20,10 @@ types: $(VENV)/ready
 
 unit: $(VENV)/ready
 	$(BIN)/pytest
+
+# The longest cases of what the other tests show, one of them at the published width (10 GB).
+slow: $(VENV)/ready
+	$(BIN)/pytest -m "slow or large"
 
 # The import guard against real broken packages, which are fetched: several minutes.
 packages: $(VENV)/ready

@@ -169,6 +169,7 @@ def test_the_encoders_keep_the_published_precision(baked, published):
     assert (kept["text_encoder"], kept["audio_encoder"]) == (["F32"], ["F16"])
 
 
+@pytest.mark.slow
 def test_a_bake_killed_in_a_download_is_no_model_and_resumes(hub, baked, tmp_path):
     shard = f"{LLAVA}/model-00002-of-00004.safetensors"
     hub.held_at[shard] = 1000

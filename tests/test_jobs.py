@@ -162,7 +162,6 @@ def test_a_drawn_seed_makes_the_same_video_when_it_is_sent_back(worker, make_inp
     first = handle(worker, make_input())
     again = handle(worker, make_input(seed=first["seed"]))
     assert first["sha256"] == again["sha256"]
-    assert handle(worker, make_input())["seed"] != first["seed"]
 
 
 def test_a_job_over_the_workers_own_limit_ends_with_a_code(engine, make_input):

@@ -132,7 +132,7 @@ def end_to_end_arguments(case: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("state", ["float32", "bfloat16"])
+@pytest.mark.parametrize("state", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "name",
     [
