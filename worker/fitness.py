@@ -3,6 +3,7 @@
 A failed check ends the worker with its reason, so that RunPod replaces it instead of losing jobs.
 """
 
+import tempfile
 from collections.abc import Callable
 
 import psutil
@@ -36,7 +37,7 @@ def checks(worker: Worker) -> list[Check]:
             raise RuntimeError("less than 2 GiB of memory is free")
 
     def disk() -> None:
-        if psutil.disk_usage("/tmp").free < MIN_FREE_DISK_BYTES:  # noqa: S108
+        if psutil.disk_usage(tempfile.gettempdir()).free < MIN_FREE_DISK_BYTES:
             raise RuntimeError("less than 2 GiB of disk is free")
 
     def encoders() -> None:
