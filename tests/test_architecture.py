@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sampling": {"shapes", "model"},
     "pipeline": {"audio", "image", "text", "face", "sampling", "model", "shapes"},
     "demo": {"pipeline", "model", "text"},
-    "loading": {"pipeline", "model", "face"},
+    "loading": {"pipeline", "model", "face", "weights"},
     "engine": {"pipeline", "demo", "weights", "loading"} | VALUES,
     "jobs": {"engine", "inputs", "video", "delivery", "progress", "estimate", "logs"}
     | {"import_guard"}

@@ -24,7 +24,8 @@ from worker.settings import Settings
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
-# Room for activations at the largest size; measured values belong to the GPU table of the README.
+# Room for activations: the denoiser takes 8 at 704 x 768 (docs/performance.md), and more at the
+# largest size; what the VAE's tiles take is not measured yet.
 ACTIVATIONS_GIB = 30
 
 

@@ -14,18 +14,9 @@ BLOCKS = 60
 BLOCK_PARAMETERS = 12.46e9
 CACHED_SHARE = 1 / BLOCKS  # a cached step runs one block of 60
 
-# Sustained bfloat16 rates, in FLOP/s, of this worker's path. Only the H200's is measured
-# (a full step at 704 x 768 in 16.1 s); the others are scaled from published attention rates.
-RATES = {
-    "H200": 6.0e14,
-    "H100": 6.0e14,
-    "B200": 1.4e15,
-    "A100": 2.1e14,
-    "L40S": 1.8e14,
-    "RTX PRO 6000": 3.2e14,
-    "RTX 5090": 2.0e14,
-    "RTX 4090": 1.5e14,
-}
+# Sustained bfloat16 rate of this worker, in FLOP/s: a guided full step at 704 x 768, 9.75e15, in
+# 19.1 s on an H200 (benchmarks/full_size_forward.py). The H100 has the same arithmetic.
+RATES = {"H200": 5.1e14, "H100": 5.1e14}
 
 
 def job_flops(plan: VideoPlan, size: FrameSize, num_inference_steps: int) -> float:

@@ -13,12 +13,10 @@ are on their way.
 """
 
 import ctypes
-import json
 import math
 import mmap
 import os
 import re
-import struct
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,6 +43,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
+from worker import weights
 from worker.face import TorchScriptFaceDetector
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
 from worker.pipeline import HunyuanVideoAvatarPipeline
@@ -277,16 +276,12 @@ class _Stored:
 
 def _stored_tensors(path: Path) -> list[_Stored]:
     """What the file holds, from front to back."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
+    header, first = weights.read_header(path)
     tensors = []
     for key, entry in header.items():
-        if key == "__metadata__":
-            continue
         if entry["dtype"] not in DTYPES:
             raise ValueError(f"{path}: {key} is of an unknown dtype, {entry['dtype']}")
-        start, end = (8 + length + offset for offset in entry["data_offsets"])
+        start, end = (first + offset for offset in entry["data_offsets"])
         tensors.append(_Stored(key, DTYPES[entry["dtype"]], tuple(entry["shape"]), start, end))
     return sorted(tensors, key=lambda tensor: tensor.start)
 

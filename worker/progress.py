@@ -29,7 +29,7 @@ class Stage(NamedTuple):
     message: str
 
 
-# Shares of a quality job on one H200; denoising is nearly all of it on any GPU.
+# Rough shares, for the bar: denoising is nearly all of a job on any GPU.
 STAGES = (
     Stage("download", 0.0, "Fetching the inputs"),
     Stage("preprocess", 0.02, "Encoding portrait, speech and prompt"),

@@ -32,7 +32,7 @@ from worker.settings import SEVEN_DAYS_SECONDS, BucketSettings
 MAX_SEED = 2**53 - 1  # the largest whole number that every JSON reader keeps exact
 MAX_PROMPT_CHARACTERS = 2000
 MAX_USER_DATA_CHARACTERS = 1000
-# 10 MB on /run and 20 MB on /runsync, less room for the rest of the reply (DOCS: endpoint limits).
+# 10 MB on /run and 20 MB on /runsync, less room for the rest of the reply (RunPod's limits).
 MAX_INLINE_CHARACTERS = {"run": 9_500_000, "runsync": 19_000_000}
 
 KEY_PATTERN = r"^[A-Za-z0-9!_.()=-]+(/[A-Za-z0-9!_.()=-]+)*$"

@@ -174,17 +174,28 @@ def _read_json(path: Path) -> Any:
         raise RuntimeError(f"{path} is damaged: it holds no JSON") from None
 
 
-def _has_full_length(path: Path) -> bool:
-    """Whether the file ends where its header says that its last tensor does."""
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of each tensor, and where in the file the first one begins.
+
+    Raises:
+        ValueError: the file ends before its header does, or the header is none.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
         if 8 + length > size:
-            return False
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            return False
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    return bool(size == 8 + length + max(ends, default=0))
+            raise ValueError(f"{path} is cut short")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def _has_full_length(path: Path) -> bool:
+    """Whether the file ends where its header says that its last tensor does."""
+    try:
+        header, start = read_header(path)
+    except ValueError:
+        return False
+    ends = (entry["data_offsets"][1] for entry in header.values())
+    return bool(path.stat().st_size == start + max(ends, default=0))
