@@ -6,7 +6,7 @@ RUN python -m venv /opt/venv
 WORKDIR /build
 COPY pyproject.toml constraints.txt ./
 # The dependencies alone, so that a change of our code does not fetch them again.
-RUN /opt/venv/bin/python -c "import tomllib; print('\n'.join(tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']))" > dependencies.txt \
+RUN /opt/venv/bin/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*project['dependencies'], *project['optional-dependencies']['worker'], sep='\n')" > dependencies.txt \
     && /opt/venv/bin/pip install --constraint constraints.txt --requirement dependencies.txt \
     && /opt/venv/bin/pip uninstall --yes torchvision torchaudio xformers
 

@@ -3,10 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types unit slow packages format clean
+STUDIO_VENV := .venv-studio
+
+.PHONY: demo studio test lint types unit slow packages browser format clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m demo
+
+# A page in the browser, with an endpoint of its own on this machine.
+studio: $(VENV)/ready $(STUDIO_VENV)/ready
+	$(STUDIO_VENV)/bin/python -m studio
 
 test: lint types unit
 
@@ -29,6 +35,10 @@ slow: $(VENV)/ready
 packages: $(VENV)/ready
 	$(BIN)/pytest -m packages
 
+# The studio in headless Chromium, which has to be installed.
+browser: $(VENV)/ready $(STUDIO_VENV)/ready
+	$(BIN)/pytest -m browser
+
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -39,5 +49,12 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# An environment of its own: the page's packages and the worker's do not fit together, and the page
+# needs none of the worker's.
+$(STUDIO_VENV)/ready: pyproject.toml studio/constraints.txt
+	$(PYTHON) -m venv $(STUDIO_VENV)
+	$(STUDIO_VENV)/bin/pip install --quiet --constraint studio/constraints.txt --editable '.[studio]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) .cache out
+	rm -rf $(VENV) $(STUDIO_VENV) .cache out
