@@ -1,7 +1,7 @@
 """What the operator sets: the only reader of the environment.
 
-Every field below is one environment variable, its name in capitals. The README's table and
-`.runpod/hub.json` list the same names; a test compares the three.
+Every field of a class below is one environment variable, its name in capitals. The README's table
+and `.runpod/hub.json` list the names of `Settings`; a test compares the three.
 """
 
 import os
@@ -29,10 +29,32 @@ class BucketSettings(BaseModel):
     from_client: bool = False  # True: the address came with the job and must be checked
 
 
-class Settings(BaseModel):
-    """The worker's settings, checked."""
+class FromEnvironment(BaseModel):
+    """Settings whose fields are environment variables."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Self:
+        """The settings of this process. An empty variable counts as not set.
+
+        Raises:
+            ValueError: a value is not allowed; the message names the variable, never its value.
+        """
+        environ = os.environ if environ is None else environ
+        names = {name: name.upper() for name in cls.model_fields}
+        given = {
+            name: environ[variable] for name, variable in names.items() if environ.get(variable)
+        }
+        try:
+            return cls.model_validate(given)
+        except ValidationError as error:
+            problems = "; ".join(f"{str(e['loc'][0]).upper()}: {e['msg']}" for e in error.errors())
+            raise ValueError(f"settings: {problems}") from None
+
+
+class Settings(FromEnvironment):
+    """The worker's settings, checked."""
 
     avatar_model: Literal["hunyuan-video-avatar", "demo"] = Field(
         default="hunyuan-video-avatar",
@@ -122,24 +144,6 @@ class Settings(BaseModel):
         description="Lets jobs name http and private addresses. For development only.",
     )
 
-    @classmethod
-    def from_env(cls, environ: Mapping[str, str] | None = None) -> Self:
-        """The settings of this process. An empty variable counts as not set.
-
-        Raises:
-            ValueError: a value is not allowed; the message names the variable, never its value.
-        """
-        environ = os.environ if environ is None else environ
-        names = {name: name.upper() for name in cls.model_fields}
-        given = {
-            name: environ[variable] for name, variable in names.items() if environ.get(variable)
-        }
-        try:
-            return cls.model_validate(given)
-        except ValidationError as error:
-            problems = "; ".join(f"{str(e['loc'][0]).upper()}: {e['msg']}" for e in error.errors())
-            raise ValueError(f"settings: {problems}") from None
-
     @property
     def bucket(self) -> BucketSettings | None:
         """The operator's own bucket; None if endpoint or keys are missing."""
@@ -157,3 +161,10 @@ class Settings(BaseModel):
             prefix=self.bucket_prefix,
             public_base_url=self.bucket_public_base_url,
         )
+
+
+class LocalSettings(FromEnvironment):
+    """What `python -m worker.local` and the client find in the environment."""
+
+    fastapi_port: int = Field(default=8000, ge=0, le=65535)  # of the local endpoint; 0: any
+    runpod_api_key: SecretStr | None = None
