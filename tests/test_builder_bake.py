@@ -1,31 +1,37 @@
 """From a hub on loopback to a model directory: the whole way, cut off in the middle, refused."""
 
-import json
-import os
+import base64
+import hashlib
+import io
 import shutil
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import av
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from builder.download import VARIANTS, read_upstream
-from tests.goldens.weights import build_toy_checkpoint
 from tests.hub_server import COMMIT, REPOSITORY, HubServer
+from tests.toy_repository import (
+    AGREEMENT,
+    BAKE,
+    ROOT,
+    arguments,
+    environment,
+    start_bake,
+    toy_repository,
+)
 from worker import manifest
+from worker.local import WorkerProcess
 from worker.pipeline import HunyuanVideoAvatarPipeline
 from worker.weights import require_whole
 
-ROOT = Path(__file__).parents[1]
 TRANSFORMERS = "ckpts/hunyuan-video-t2v-720p/transformers"
 LLAVA = "ckpts/llava_llama_image"
-AGREEMENT = b"TENCENT HUNYUAN COMMUNITY LICENSE AGREEMENT\n"
 
-BAKE = "from builder import bake; bake.main()"
 # Dies in the middle of writing the transformer's weights.
 DYING_BAKE = f"""
 import os, signal
@@ -49,34 +55,7 @@ bake.main()
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory) -> dict[str, bytes]:
-    """The toy checkpoint as the hub has it, with the plain and the 8-bit transformer."""
-    root = tmp_path_factory.mktemp("published")
-    ckpts = build_toy_checkpoint(root, float8=True)
-    spread_over_four_shards(ckpts / "llava_llama_image")
-    (ckpts / "det_align").mkdir()
-    with warnings.catch_warnings():  # TorchScript is what is published
-        warnings.simplefilter("ignore", DeprecationWarning)
-        torch.jit.script(torch.nn.Identity()).save(str(ckpts / "det_align" / "detface.pt"))
-    (ckpts / "stable_syncnet.pt").write_bytes(b"nothing that the worker uses")
-    (root / "LICENSE").write_bytes(AGREEMENT)
-    paths = (path for path in root.rglob("*") if path.is_file())
-    return {str(path.relative_to(root)): path.read_bytes() for path in paths}
-
-
-def spread_over_four_shards(directory: Path) -> None:
-    """The toy has two shards and the published model four."""
-    old = sorted(directory.glob("model-*.safetensors"))
-    tensors = {name: tensor for path in old for name, tensor in load_file(path).items()}
-    for path in old:
-        path.unlink()
-    weight_map = {}
-    for number in range(1, 5):
-        shard = {name: tensors[name] for name in sorted(tensors)[number - 1 :: 4]}
-        name = f"model-{number:05}-of-00004.safetensors"
-        save_file(shard, directory / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, name)
-    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return toy_repository(tmp_path_factory.mktemp("published"))
 
 
 @pytest.fixture
@@ -85,28 +64,9 @@ def hub(published) -> Iterator[HubServer]:
         yield server
 
 
-def arguments(variant: str, target: Path, code: str) -> list[str]:
-    return [sys.executable, "-c", code, "--variant", variant, "--target", str(target)]
-
-
-def environment(hub: HubServer, home: Path) -> dict[str, str]:
-    return {**os.environ, "HF_HOME": str(home / "home"), **hub.environment}
-
-
-def command(hub: HubServer, variant: str, target: Path, code: str = BAKE) -> subprocess.Popen:
-    return subprocess.Popen(
-        arguments(variant, target, code),
-        cwd=ROOT,
-        env=environment(hub, target.parent),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def run(hub: HubServer, variant: str, target: Path, code: str = BAKE) -> tuple[int, str]:
     """Exit code and log of the command."""
-    process = command(hub, variant, target, code)
+    process = start_bake(hub, variant, target, code)
     log = process.communicate(timeout=120)[1]
     return process.returncode, log
 
@@ -116,7 +76,7 @@ def baked(published, tmp_path_factory) -> dict[str, Path]:
     """A model directory for each variant, each in a folder of its own."""
     directories = {variant: tmp_path_factory.mktemp(variant) / "model" for variant in VARIANTS}
     with HubServer(dict(published)) as server:
-        bakes = [command(server, *item) for item in directories.items()]
+        bakes = [start_bake(server, *item) for item in directories.items()]
         for process in bakes:
             log = process.communicate(timeout=120)[1]
             assert process.returncode == 0, log
@@ -135,6 +95,31 @@ def test_a_baked_directory_is_a_pipeline(baked, variant):
     require_whole(baked[variant], hashes=True)
     pipeline = HunyuanVideoAvatarPipeline.from_pretrained(baked[variant])
     assert pipeline.transformer.config.float8_blocks is (variant == "fp8")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_handler_serves_a_job_from_a_baked_directory(
+    baked, variant, control_plane, tmp_path, make_portrait, make_speech
+):
+    operator = {"AVATAR_MODEL": "hunyuan-video-avatar", "MODEL_DIR": str(baked[variant])}
+    job = {
+        "image": base64.b64encode(make_portrait()).decode(),
+        "audio": base64.b64encode(make_speech(seconds=0.2)).decode(),
+        "resolution": 256,
+        "num_inference_steps": 2,
+    }
+    with WorkerProcess(control_plane, tmp_path / "worker", environment=operator) as worker:
+        worker.wait_until_polling(timeout_seconds=120)
+        done = control_plane.wait(control_plane.submit({"input": job}), timeout_seconds=120)
+        assert done.status == "COMPLETED", worker.log
+    assert f"model directory {baked[variant]} (MODEL_DIR)" in worker.log
+    assert done.output["worker"]["model"] == "hunyuan-video-avatar"
+    assert done.output["warnings"] == []  # the checkpoint's detector has found its face
+    video = base64.b64decode(done.output["video_base64"])
+    assert hashlib.sha256(video).hexdigest() == done.output["sha256"]
+    with av.open(io.BytesIO(video)) as container:
+        frames = sum(1 for _ in container.decode(video=0))
+    assert frames == done.output["num_frames"] == 5
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -173,7 +158,7 @@ def test_the_encoders_keep_the_published_precision(baked, published):
 def test_a_bake_killed_in_a_download_is_no_model_and_resumes(hub, baked, tmp_path):
     shard = f"{LLAVA}/model-00002-of-00004.safetensors"
     hub.held_at[shard] = 1000
-    process = command(hub, "bf16", tmp_path / "model")
+    process = start_bake(hub, "bf16", tmp_path / "model")
     assert hub.waiting.wait(60)
     part = tmp_path / "model.sources" / f"{shard}.part"
     while part.stat().st_size < 1000:

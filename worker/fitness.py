@@ -10,6 +10,7 @@ import psutil
 
 from worker import import_guard
 from worker.jobs import Worker
+from worker.settings import PlatformSettings
 from worker.storage import Storage
 from worker.video import check_encoders
 
@@ -27,7 +28,8 @@ def checks(worker: Worker) -> list[Check]:
         import_guard.ensure()
 
     def gpu() -> None:
-        if settings.avatar_model != "demo":
+        skipped = PlatformSettings.from_env().runpod_skip_gpu_check
+        if settings.avatar_model != "demo" and not skipped:
             from worker.engine import check_gpu
 
             check_gpu()

@@ -163,8 +163,21 @@ class Settings(FromEnvironment):
         )
 
 
+class PlatformSettings(FromEnvironment):
+    """Variables of the RunPod SDK that the worker's own checks heed too."""
+
+    runpod_skip_gpu_check: bool = False  # a worker without a GPU may start
+
+
 class LocalSettings(FromEnvironment):
     """What `python -m worker.local` and the client find in the environment."""
 
     fastapi_port: int = Field(default=8000, ge=0, le=65535)  # of the local endpoint; 0: any
     runpod_api_key: SecretStr | None = None
+
+
+class ClientSettings(FromEnvironment):
+    """What `python -m worker.client` finds in the environment."""
+
+    runpod_api_key: SecretStr | None = None
+    runpod_endpoint_id: str | None = None  # or the endpoint's base URL
