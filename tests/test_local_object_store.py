@@ -16,7 +16,6 @@ from datetime import UTC, datetime, timedelta
 from fractions import Fraction
 from hashlib import md5, sha256
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import av
 import boto3
