@@ -47,7 +47,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serve": {"jobs", "fitness", "progress", "logs"},
     "doctor": {"import_guard", "model", "pipeline", "engine", "weights", "video", "storage"}
     | VALUES,
-    "local": set(),
+    "client": {"storage", "logs", "errors", "settings", "schema"},
+    "local": {"settings"},
     "__main__": {"doctor"},
     "__init__": {"import_guard"},
 }
@@ -89,7 +90,7 @@ def test_nothing_imports_the_handler_or_the_builder():
 
 def test_only_the_network_module_fetches_and_only_the_storage_module_uploads():
     for path in SOURCES:
-        if _layer(path) in ("network", "local"):
+        if _layer(path) in ("network", "client", "local"):
             continue
         assert not _imports(path) & NETWORK_LIBRARIES, path
         assert "boto3" not in _imports(path) or _layer(path) == "storage", path

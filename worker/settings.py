@@ -181,3 +181,16 @@ class ClientSettings(FromEnvironment):
 
     runpod_api_key: SecretStr | None = None
     runpod_endpoint_id: str | None = None  # or the endpoint's base URL
+
+
+def worker_environment() -> dict[str, str]:
+    """What a worker that this process starts takes over of its environment.
+
+    Neither RunPod's variables, unless they are settings, nor where its files lie.
+    """
+    settings = {name.upper() for name in Settings.model_fields}
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in settings or not name.startswith(("RUNPOD_", "HOME", "TMPDIR", "FASTAPI_PORT"))
+    }
