@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from worker.local import ControlPlane, WorkerProcess
+from worker.local import LocalEndpoint, WorkerProcess
 
 TIMEOUT_SECONDS = 120.0
 
@@ -151,7 +151,7 @@ class Start:
     threads: dict[str, str]
 
 
-def start_once(control_plane: ControlPlane, *, probe: bool) -> Start:
+def start_once(endpoint: LocalEndpoint, *, probe: bool) -> Start:
     """Starts a worker, waits for its first poll, and ends it."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
@@ -160,7 +160,7 @@ def start_once(control_plane: ControlPlane, *, probe: bool) -> Start:
         if probe:
             (directory / "sitecustomize.py").write_text(PROBE)
             environment |= {"PYTHONPATH": name, "STARTUP_PROBE": str(notes_path)}
-        worker = WorkerProcess(control_plane, directory / "worker", environment=environment)
+        worker = WorkerProcess(endpoint, directory / "worker", environment=environment)
         begun = time.monotonic()
         with worker:
             worker.wait_until_polling(TIMEOUT_SECONDS)
@@ -213,11 +213,11 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     runs: int = parser.parse_args().runs
     plain, probed = [], []
-    with ControlPlane() as control_plane:
-        start_once(control_plane, probe=False)  # brings the files into the page cache
+    with LocalEndpoint() as endpoint:
+        start_once(endpoint, probe=False)  # brings the files into the page cache
         for _ in range(runs):
-            plain.append(start_once(control_plane, probe=False))
-            probed.append(start_once(control_plane, probe=True))
+            plain.append(start_once(endpoint, probe=False))
+            probed.append(start_once(endpoint, probe=True))
     print_rows(probed)
     figures: dict[str, Callable[[Start], Any]] = {
         "seconds until the first poll": lambda start: start.seconds,

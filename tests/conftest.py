@@ -17,7 +17,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 from PIL import Image, ImageDraw
 
-from worker.local import ControlPlane, WorkerProcess
+from worker.local import LocalEndpoint, WorkerProcess
 from worker.settings import Settings
 
 
@@ -234,10 +234,10 @@ def media_server() -> Iterator[MediaServer]:
 
 
 @pytest.fixture(scope="session")
-def control_plane() -> Iterator[ControlPlane]:
-    """A running control plane, shared: each test has its own jobs in it."""
-    with ControlPlane() as control_plane:
-        yield control_plane
+def endpoint() -> Iterator[LocalEndpoint]:
+    """A running endpoint, shared: each test has its own jobs in it."""
+    with LocalEndpoint() as endpoint:
+        yield endpoint
 
 
 @pytest.fixture(scope="session")
@@ -253,26 +253,26 @@ def demo_environment(object_store, tmp_path_factory) -> Mapping[str, str]:
 
 
 @pytest.fixture(scope="session")
-def demo_worker(control_plane, demo_environment, tmp_path_factory) -> Iterator[WorkerProcess]:
-    """The shared worker: `handler.py` with the demo model, ready for jobs of `control_plane`."""
+def demo_worker(endpoint, demo_environment, tmp_path_factory) -> Iterator[WorkerProcess]:
+    """The shared worker: `handler.py` with the demo model, ready for jobs of `endpoint`."""
     directory = tmp_path_factory.mktemp("demo-worker")
-    with WorkerProcess(control_plane, directory, environment=demo_environment) as worker:
+    with WorkerProcess(endpoint, directory, environment=demo_environment) as worker:
         worker.wait_until_polling(timeout_seconds=120)
         yield worker
 
 
 @pytest.fixture
-def own_control_plane() -> Iterator[ControlPlane]:
-    """A control plane for tests that end their worker."""
-    with ControlPlane() as control_plane:
-        yield control_plane
+def own_endpoint() -> Iterator[LocalEndpoint]:
+    """An endpoint for tests that end their worker."""
+    with LocalEndpoint() as endpoint:
+        yield endpoint
 
 
 @pytest.fixture
-def own_demo_worker(own_control_plane, demo_environment, tmp_path: Path) -> Iterator[WorkerProcess]:
-    """A worker that the test may end, ready for jobs of `own_control_plane`."""
+def own_demo_worker(own_endpoint, demo_environment, tmp_path: Path) -> Iterator[WorkerProcess]:
+    """A worker that the test may end, ready for jobs of `own_endpoint`."""
     directory = tmp_path / "worker"
-    with WorkerProcess(own_control_plane, directory, environment=demo_environment) as worker:
+    with WorkerProcess(own_endpoint, directory, environment=demo_environment) as worker:
         worker.wait_until_polling(timeout_seconds=120)
         yield worker
 

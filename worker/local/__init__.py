@@ -1,10 +1,13 @@
-"""RunPod on this machine: the platform's side of the worker protocol, and a worker to run on it.
+"""RunPod on this machine: an endpoint, its workers and its object store.
 
-For tests and for trying the worker. Nothing here runs on the platform, and nothing here imports the
-worker's own code: `handler.py` is started as it is, in a process of its own.
+`python -m worker.local` serves them; the demo and the tests use the same classes. Nothing here runs
+on the platform, and `handler.py` is started as it is, in a process of its own.
 """
 
-from worker.local.control_plane import ControlPlane, Heartbeat, Job, Post, Status
+from worker.local.endpoint import LocalEndpoint
+from worker.local.fleet import Fleet
+from worker.local.job_queue import JobRecord, Post, Status
+from worker.local.worker_api import Heartbeat
 from worker.local.worker_process import WorkerProcess
 
-__all__ = ["ControlPlane", "Heartbeat", "Job", "Post", "Status", "WorkerProcess"]
+__all__ = ["Fleet", "Heartbeat", "JobRecord", "LocalEndpoint", "Post", "Status", "WorkerProcess"]

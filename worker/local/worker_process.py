@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Self
 
 import psutil
 
-from worker.local.control_plane import ControlPlane
+from worker.local.endpoint import LocalEndpoint
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -21,24 +22,26 @@ class WorkerProcess:
     """One running worker; leaving the context ends it and whatever it has started.
 
     Args:
-        control_plane: where it takes its jobs.
+        endpoint: where it takes its jobs.
         directory: holds its log, its home and its temporary files.
         script: the handler, run in the repository's root.
         environment: what the operator sets, and nothing else of this process's environment.
+        worker_id: None: a new one.
     """
 
     def __init__(
         self,
-        control_plane: ControlPlane,
+        endpoint: LocalEndpoint,
         directory: Path,
         *,
         script: Path = REPOSITORY / "handler.py",
         environment: Mapping[str, str] | None = None,
+        worker_id: str | None = None,
     ) -> None:
-        self.control_plane = control_plane
-        self.worker_id = f"worker-{os.urandom(4).hex()}"
+        self.worker_id = worker_id or new_worker_id()
         self.log_path = directory / "worker.log"
         self.temporary_directory = directory / "tmp"
+        self._endpoint = endpoint
         self._command = [sys.executable, str(script)]
         home = directory / "home"
         home.mkdir(parents=True)
@@ -46,7 +49,7 @@ class WorkerProcess:
         self._environment = {
             "PATH": os.defpath,
             "TMPDIR": str(self.temporary_directory),
-            **control_plane.worker_environment(self.worker_id, home),
+            **endpoint.worker_environment(self.worker_id, home),
             **(environment or {}),
         }
 
@@ -70,6 +73,11 @@ class WorkerProcess:
                 start_new_session=True,  # so that `kill` reaches its heartbeat process too
             )
 
+    @property
+    def pid(self) -> int:
+        """Of the process, which leads a group of its own."""
+        return self._process.pid
+
     def wait_until_polling(self, timeout_seconds: float) -> None:
         """Returns when the worker asks for its first job.
 
@@ -77,7 +85,7 @@ class WorkerProcess:
             RuntimeError: it ended, or asked for none in time; the message holds its log.
         """
         deadline = time.monotonic() + timeout_seconds
-        while not self.control_plane.wait_for_worker(self.worker_id, timeout_seconds=0.2):
+        while not self._endpoint.wait_for_worker(self.worker_id, timeout_seconds=0.2):
             if self._process.poll() is not None:
                 raise RuntimeError(f"the worker ended:\n{self.log}")
             if time.monotonic() > deadline:
@@ -97,8 +105,7 @@ class WorkerProcess:
 
     def kill(self) -> None:
         """Ends the worker and its heartbeat process at once, if they still run."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        kill_group(self.pid)
         self._process.wait()
 
     @property
@@ -108,10 +115,21 @@ class WorkerProcess:
 
     def rss_bytes(self) -> int:
         """Resident memory of the worker and its children."""
-        worker = psutil.Process(self._process.pid)
+        worker = psutil.Process(self.pid)
         family = [worker, *worker.children(recursive=True)]
         return sum(process.memory_info().rss for process in family)
 
     def open_files(self) -> int:
         """Open descriptors of the worker: files, sockets, pipes."""
-        return int(psutil.Process(self._process.pid).num_fds())
+        return int(psutil.Process(self.pid).num_fds())
+
+
+def new_worker_id() -> str:
+    """An id that no worker has had."""
+    return f"worker-{secrets.token_hex(4)}"
+
+
+def kill_group(pid: int) -> None:
+    """Ends the process and all that it has started, if they still run."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
