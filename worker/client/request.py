@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+from pydantic import HttpUrl, TypeAdapter, ValidationError
 
 from worker import schema
 from worker.client.errors import EndpointError
@@ -171,9 +171,7 @@ def _milliseconds(execution_timeout_seconds: float) -> int:
 
 def _checked_webhook(url: str) -> str:
     try:
-        parsed = httpx.URL(url)
-    except httpx.InvalidURL:
-        parsed = httpx.URL()
-    if parsed.scheme not in ("https", "http") or not parsed.host:
-        raise InvalidInputError("must be an https URL", field="webhook")
+        TypeAdapter(HttpUrl).validate_python(url)
+    except ValidationError:
+        raise InvalidInputError("must be an https URL", field="webhook") from None
     return url

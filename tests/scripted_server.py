@@ -1,0 +1,115 @@
+"""An HTTP server that answers each request as the test has written down."""
+
+import json
+import threading
+from collections import defaultdict
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What comes back. `None` as status: the connection is closed instead."""
+
+    status: int | None = 200
+    body: Any = b""  # bytes as they are, anything else as JSON
+    headers: dict[str, str] = field(default_factory=dict)
+    cut_after: int | None = None  # bytes of the body that are sent; the length is the whole body's
+    serves_ranges: bool = False
+
+
+CLOSED = Answer(status=None)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request that came."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class ScriptedServer:
+    """Serves on the loopback interface inside its context.
+
+    Each `METHOD /path` has its answers, given in turn; the last one is given from then on.
+    """
+
+    def __init__(self) -> None:
+        self.requests: list[Asked] = []
+        self._answers: dict[str, list[Answer]] = defaultdict(list)
+
+    def on(self, route: str, *answers: Answer | dict[str, Any]) -> str:
+        """The URL of the route, which answers so from now on. A dict is a JSON body."""
+        self._answers[route] = [
+            answer if isinstance(answer, Answer) else Answer(body=answer) for answer in answers
+        ]
+        return self.origin + route.partition(" ")[2]
+
+    def asked(self, route: str) -> list[Asked]:
+        """The requests of one route."""
+        return [
+            asked
+            for asked in self.requests
+            if f"{asked.method} {asked.path.partition('?')[0]}" == route
+        ]
+
+    def __enter__(self) -> "ScriptedServer":
+        scripted = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                scripted._serve(self)
+
+            do_POST = do_GET  # noqa: N815
+
+            def log_message(self, *_: Any) -> None: ...
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.origin = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def _serve(self, request: BaseHTTPRequestHandler) -> None:
+        length = int(request.headers.get("Content-Length", 0))
+        asked = Asked(
+            request.command, request.path, dict(request.headers), request.rfile.read(length)
+        )
+        self.requests.append(asked)
+        answers = self._answers[f"{asked.method} {asked.path.partition('?')[0]}"]
+        if not answers:
+            answers = [Answer(status=404, body={"error": "not scripted"})]
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        if answer.status is None:
+            request.close_connection = True
+            return
+        body = answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode()
+        status, headers = answer.status, dict(answer.headers)
+        wanted = asked.headers.get("Range") if answer.serves_ranges else None
+        if wanted:
+            begin = int(wanted.removeprefix("bytes=").removesuffix("-"))
+            headers["Content-Range"] = f"bytes {begin}-{len(body) - 1}/{len(body)}"
+            status, body = 206, body[begin:]
+        request.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            request.send_header(name, value)
+        request.end_headers()
+        request.wfile.write(body[: answer.cut_after])
+        if answer.cut_after is not None:
+            request.close_connection = True
