@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import inspect
 import subprocess
 import sys
 import time
@@ -12,10 +11,10 @@ from urllib.request import urlopen
 import httpx
 import pytest
 
+from tests.client_kinds import KEY, KINDS, clients
 from tests.scripted_server import CLOSED, Answer, ScriptedServer
 from worker.client import (
     AsyncAvatarEndpoint,
-    AsyncAvatarJob,
     AuthenticationError,
     AvatarEndpoint,
     DownloadError,
@@ -37,7 +36,6 @@ from worker.client.answers import JobError
 from worker.errors import InputUrlBlockedError, InvalidInputError
 from worker.settings import BucketSettings
 
-KEY = "rpa_0123456789"
 IMAGE, AUDIO = "https://example.com/portrait.png", "https://example.com/speech.wav"
 QUEUED = {"id": "job-1", "status": "IN_QUEUE"}
 RUNNING = {
@@ -68,58 +66,16 @@ CODES = {"IN_QUEUE": False, "IN_PROGRESS": False} | dict.fromkeys(
 )
 
 
-class InLoop:
-    """An asynchronous object used as a blocking one, so that one test asks both."""
-
-    def __init__(self, wrapped, runner):
-        self._wrapped, self._runner = wrapped, runner
-
-    def __getattr__(self, name):
-        value = getattr(self._wrapped, name)
-        if not callable(value):
-            return value
-
-        def call(*arguments, **options):
-            result = value(*arguments, **options)
-            if inspect.isasyncgen(result):
-                return self._items(result)
-            if inspect.iscoroutine(result):
-                result = self._runner.run(result)
-            return InLoop(result, self._runner) if isinstance(result, AsyncAvatarJob) else result
-
-        return call
-
-    def _items(self, generator):
-        while True:
-            try:
-                yield self._runner.run(anext(generator))
-            except StopAsyncIteration:
-                return
-
-
 @pytest.fixture
 def server():
     with ScriptedServer() as server:
         yield server
 
 
-@pytest.fixture(params=["blocking", "asyncio"])
+@pytest.fixture(params=KINDS)
 def make_client(request):
-    """Makes clients of an address; they pause for milliseconds where others pause for seconds."""
-    made = []
-    with asyncio.Runner() as runner:
-
-        def make(url, **options):
-            options = {"poll_seconds": 0.005, **options}
-            if request.param == "blocking":
-                made.append(AvatarEndpoint(url, KEY, **options))
-            else:
-                made.append(InLoop(AsyncAvatarEndpoint(url, KEY, **options), runner))
-            return made[-1]
-
+    with clients(request.param) as make:
         yield make
-        for client in made:
-            client.aclose() if isinstance(client, InLoop) else client.close()
 
 
 @pytest.fixture

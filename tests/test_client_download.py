@@ -3,17 +3,18 @@
 import base64
 import hashlib
 import logging
-import os
+import resource
 
+import httpx
 import pytest
 
+from tests.client_kinds import KEY, KINDS, clients
 from tests.scripted_server import CLOSED, Answer, ScriptedServer
-from tests.test_client import KEY, STATUS, InLoop, make_client  # noqa: F401  # a fixture
 from worker.client import DownloadError
 
 VIDEO = bytes(range(256)) * 400
 SIGNATURE = "X-Amz-Signature=0123secret&X-Amz-Credential=4567secret"
-GET = "GET /store/video.mp4"
+STATUS, GET = "GET /v2/local/status/job-1", "GET /store/video.mp4"
 
 
 @pytest.fixture
@@ -22,9 +23,10 @@ def server():
         yield server
 
 
-@pytest.fixture
-def client(make_client, server):  # noqa: F811
-    return make_client(f"{server.origin}/v2/local")
+@pytest.fixture(params=KINDS)
+def client(request, server):
+    with clients(request.param) as make:
+        yield make(f"{server.origin}/v2/local")
 
 
 def finish(server, **output):
@@ -126,7 +128,7 @@ def test_a_store_that_cannot_go_on_is_asked_from_the_start(client, server, tmp_p
         (CLOSED, {}, r"0 of 102400 bytes .* \(RemoteProtocolError\)"),
         (Answer(302, headers={"Location": f"/store/video.mp4?{SIGNATURE}"}), {}, "TooManyRedir"),
         (Answer(302, headers={"Location": f"ftp://x/?{SIGNATURE}"}), {}, "UnsupportedProtocol"),
-        (Answer(), {"video_url": f"https://[x?{SIGNATURE}"}, "no URL"),
+        (Answer(), {"video_url": f"https://x:port/?{SIGNATURE}"}, "no URL"),
         (Answer(), {"video_url": f"file:///etc/passwd?{SIGNATURE}"}, "no URL"),
         (Answer(), {"video_url": None}, "no URL"),
         (Answer(), {"video_base64": "?"}, "no base64"),
@@ -162,15 +164,13 @@ def test_no_signature_and_no_key_is_logged_at_any_level(client, server, tmp_path
 
 
 def test_other_uses_of_the_http_library_log_as_they_did(server, caplog):
-    import httpx
-
     url = server.on("GET /mine", Answer())
     with caplog.at_level(logging.INFO):
         httpx.get(f"{url}?page=2")
     assert "/mine?page=2" in caplog.text
 
 
-def test_a_result_that_is_known_outlives_the_platform_s_memory(client, server, tmp_path):
+def test_a_result_that_is_known_outlives_the_memory_of_the_platform(client, server, tmp_path):
     finish(server)
     server.on(GET, Answer(body=VIDEO))
     job = client.job("job-1")
@@ -186,14 +186,14 @@ def test_a_directory_that_is_not_there_is_named(client, server, tmp_path):
         client.job("job-1").download(tmp_path / "nowhere" / "video.mp4")
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux")  # noqa: PTH110
-def test_a_full_disk_is_said_to_be_full(client, server, tmp_path, monkeypatch):
+def test_a_file_that_cannot_grow_is_said_so_and_removed(client, server, tmp_path):
     finish(server)
     server.on(GET, Answer(body=VIDEO))
-    from worker.client import video
-
-    # the temporary file leads to a device that is always full
-    monkeypatch.setattr(video.secrets, "token_hex", lambda _: "full")
-    (tmp_path / ".full.part").symlink_to("/dev/full")
-    with pytest.raises(DownloadError, match="cannot be written"):
-        client.job("job-1").download(tmp_path / "video.mp4")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(VIDEO) // 2, limits[1]))
+    try:
+        with pytest.raises(DownloadError, match=r"video.mp4 cannot be written: File too large"):
+            client.job("job-1").download(tmp_path / "video.mp4")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []

@@ -4,6 +4,7 @@ Both read alike, line by line. Whatever needs no waiting is in the modules that 
 """
 
 import asyncio
+import functools
 import inspect
 import itertools
 import time
@@ -26,6 +27,8 @@ from worker.settings import BucketSettings
 EXECUTION_TIMEOUT_SECONDS = 3600.0  # the platform's own default of 10 minutes ends most jobs
 USER_AGENT = f"avatar-worker-client/{__version__}"
 STORE_TIMEOUT = httpx.Timeout(30.0, connect=10.0)
+
+_certificates = functools.cache(httpx.create_ssl_context)  # read once, and shared
 
 OnStatus = Callable[[JobStatus], object]
 
@@ -55,18 +58,17 @@ class _Endpoint:
         self.uploads = uploads
         self.poll_seconds = poll_seconds
         key = api_key.get_secret_value() if isinstance(api_key, SecretStr) else api_key
-        certificates = httpx.create_ssl_context()
         self._api_options: dict[str, Any] = {
             "base_url": self.url,
             "headers": {
                 "Authorization": f"Bearer {calls.checked_key(key)}",
                 "User-Agent": USER_AGENT,
             },
-            "verify": certificates,
+            "verify": _certificates(),
         }
         self._store_options: dict[str, Any] = {
             "headers": {"User-Agent": USER_AGENT},
-            "verify": certificates,
+            "verify": _certificates(),
             "timeout": STORE_TIMEOUT,
             "follow_redirects": True,
             "max_redirects": 5,
