@@ -1,4 +1,5 @@
-# The worker without weights. They come from MODEL_DIR: see "Deploy" in README.md.
+# The worker: alone (the last stage, which is what `docker build` makes), or with the weights of one
+# variant inside (--target worker-bf16 or worker-fp8). See docs/image.md.
 
 FROM python:3.12-slim-bookworm AS packages
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -8,15 +9,20 @@ COPY pyproject.toml constraints.txt ./
 # The dependencies alone, so that a change of our code does not fetch them again.
 RUN /opt/venv/bin/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*project['dependencies'], *project['optional-dependencies']['worker'], sep='\n')" > dependencies.txt \
     && /opt/venv/bin/pip install --constraint constraints.txt --requirement dependencies.txt \
-    && /opt/venv/bin/pip uninstall --yes torchvision torchaudio xformers
+    && /opt/venv/bin/pip uninstall --yes torchvision torchaudio xformers \
+    && /opt/venv/bin/pip check
+# What the hosts must offer, as .runpod/hub.json asks of them.
+ARG CUDA_VERSION=13.0
+RUN /opt/venv/bin/python -c "import os, torch; assert str(torch.version.cuda) == os.environ['CUDA_VERSION'], torch.version.cuda; print(torch.__version__, 'cuDNN', torch.backends.cudnn.version())"
 
 
-FROM python:3.12-slim-bookworm AS worker
+FROM python:3.12-slim-bookworm AS base
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends tini \
     && rm -rf /var/lib/apt/lists/* \
-    && useradd --create-home --uid 1000 avatar
+    && useradd --create-home --uid 1000 avatar \
+    && install --directory --owner=avatar --group=avatar /models
 COPY --from=packages /opt/venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
@@ -27,11 +33,60 @@ ENV PATH=/opt/venv/bin:$PATH \
     RUNPOD_LOG_LEVEL=INFO \
     RUNPOD_MIN_DISK_PERCENT=1
 WORKDIR /app
+USER 1000
+ENTRYPOINT ["tini", "--"]
+CMD ["python", "handler.py"]
+
+
+FROM base AS worker
 COPY LICENSE NOTICE README.md pyproject.toml handler.py ./
 COPY worker worker
 COPY builder builder
 # Proves that the classes load and run in this very environment; "require" does not hide, it fails.
 RUN IMPORT_GUARD=require python -m worker doctor --imports
-USER 1000
-ENTRYPOINT ["tini", "--"]
-CMD ["python", "handler.py"]
+
+
+# What the builder needs and no more, so that few changes of our code make the weights again.
+FROM packages AS bake
+COPY builder builder
+COPY worker/__init__.py worker/import_guard.py worker/manifest.py worker/
+COPY worker/model worker/model
+
+
+FROM bake AS weights-bf16
+ARG HF_ENDPOINT=https://huggingface.co
+RUN --mount=type=secret,id=hf_token \
+    /opt/venv/bin/python -m builder.bake --variant bf16 --target /model --token-file /run/secrets/hf_token \
+    && /opt/venv/bin/python -m builder.layers /model /layers --count 6
+
+
+FROM bake AS weights-fp8
+ARG HF_ENDPOINT=https://huggingface.co
+RUN --mount=type=secret,id=hf_token \
+    /opt/venv/bin/python -m builder.bake --variant fp8 --target /model --token-file /run/secrets/hf_token \
+    && /opt/venv/bin/python -m builder.layers /model /layers --count 4
+
+
+# The weights below the code, whose changes then send only themselves. They belong to the user that
+# reads them: the kernel tells nobody else what the page cache holds.
+FROM base AS worker-bf16
+COPY --chown=1000:1000 --from=weights-bf16 /layers/1 /models/hunyuan-video-avatar/
+COPY --chown=1000:1000 --from=weights-bf16 /layers/2 /models/hunyuan-video-avatar/
+COPY --chown=1000:1000 --from=weights-bf16 /layers/3 /models/hunyuan-video-avatar/
+COPY --chown=1000:1000 --from=weights-bf16 /layers/4 /models/hunyuan-video-avatar/
+COPY --chown=1000:1000 --from=weights-bf16 /layers/5 /models/hunyuan-video-avatar/
+COPY --chown=1000:1000 --from=weights-bf16 /layers/6 /models/hunyuan-video-avatar/
+COPY --from=worker /app ./
+RUN python -m builder.verify /models/hunyuan-video-avatar
+
+
+FROM base AS worker-fp8
+COPY --chown=1000:1000 --from=weights-fp8 /layers/1 /models/hunyuan-video-avatar/
+COPY --chown=1000:1000 --from=weights-fp8 /layers/2 /models/hunyuan-video-avatar/
+COPY --chown=1000:1000 --from=weights-fp8 /layers/3 /models/hunyuan-video-avatar/
+COPY --chown=1000:1000 --from=weights-fp8 /layers/4 /models/hunyuan-video-avatar/
+COPY --from=worker /app ./
+RUN python -m builder.verify /models/hunyuan-video-avatar
+
+
+FROM worker

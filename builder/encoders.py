@@ -26,7 +26,7 @@ from transformers import (
 
 from builder.checks import require_shapes
 from builder.shards import PlannedTensors, copy_file, write_json, write_shards
-from worker.loading import canonical_name
+from worker.model.encoders import canonical_name
 
 VAE_SETTINGS = {
     "in_channels": "in_channels",

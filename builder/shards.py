@@ -42,7 +42,7 @@ def write_shards(
     A shard that an earlier run has written is kept.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    shards = _split(planned, max_shard_bytes)
+    shards = split(planned, max_shard_bytes)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         suffix = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
@@ -55,6 +55,21 @@ def write_shards(
         total = sum(tensors.num_bytes for tensors in planned)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(directory / f"{stem}.safetensors.index.json", index)
+
+
+def split(
+    planned: Sequence[PlannedTensors], max_bytes: int = MAX_SHARD_BYTES
+) -> list[list[PlannedTensors]]:
+    """The tensors of each shard, in their order."""
+    shards: list[list[PlannedTensors]] = [[]]
+    room = max_bytes
+    for tensors in planned:
+        if tensors.num_bytes > room and shards[-1]:
+            shards.append([])
+            room = max_bytes
+        shards[-1].append(tensors)
+        room -= tensors.num_bytes
+    return shards
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -71,18 +86,6 @@ def copy_file(path: Path, directory: Path) -> None:
     part = directory / f"{path.name}.part"
     shutil.copyfile(path, part)
     _publish(part, directory / path.name)
-
-
-def _split(planned: Sequence[PlannedTensors], max_bytes: int) -> list[list[PlannedTensors]]:
-    shards: list[list[PlannedTensors]] = [[]]
-    room = max_bytes
-    for tensors in planned:
-        if tensors.num_bytes > room and shards[-1]:
-            shards.append([])
-            room = max_bytes
-        shards[-1].append(tensors)
-        room -= tensors.num_bytes
-    return shards
 
 
 def _holds(path: Path, names: Sequence[str]) -> bool:

@@ -16,7 +16,6 @@ import ctypes
 import math
 import mmap
 import os
-import re
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,6 +44,7 @@ from transformers.initialization import no_init_weights
 
 from worker import weights
 from worker.face import TorchScriptFaceDetector
+from worker.model.encoders import canonical_name
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
 from worker.pipeline import HunyuanVideoAvatarPipeline
 
@@ -69,8 +69,6 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "U8": torch.uint8,
 }
-# Prefixes that a module has in the published files or in some versions of transformers only.
-OPTIONAL_PREFIXES = re.compile(r"^(text_model|model)\.|(?<=language_model\.)model\.|vision_model\.")
 PAGE_BYTES = 4096  # reads past the page cache begin and end at pages, on the disk and in memory
 DISK_SECONDS = 0.3  # for how long the disk's speed is measured
 FAULTS_SHOWN = 10
@@ -230,11 +228,6 @@ def disk_speed(model_dir: Path, reading: Reading, seconds: float = DISK_SECONDS)
         started = time.monotonic()
         num_bytes = sum(threads.map(read, buffers))
         return num_bytes / (time.monotonic() - started)
-
-
-def canonical_name(name: str) -> str:
-    """The name of an encoder's weight without what files and versions differ in."""
-    return OPTIONAL_PREFIXES.sub("", name)
 
 
 def _without_storage(network_class: Network, directory: Path, dtype: torch.dtype) -> nn.Module:
