@@ -7,6 +7,7 @@ The API key is read from RUNPOD_API_KEY, the endpoint from RUNPOD_ENDPOINT_ID un
 import argparse
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -224,8 +225,8 @@ def _help(schema: dict[str, Any]) -> str:
 
 
 def _media(text: str) -> Path | str:
-    """A URL as it is, anything else as a file."""
-    return text if text.lower().startswith(("https:", "http:", "data:")) else Path(text)
+    """An address as it is, anything else as a file."""
+    return text if re.match(r"[a-z]+://|data:", text, re.IGNORECASE) else Path(text)
 
 
 def _target(text: str) -> Path:
