@@ -2,8 +2,10 @@
 
 import asyncio
 import base64
+import os
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 from urllib.request import urlopen
@@ -28,7 +30,6 @@ from worker.client import (
     RequestRefusedError,
     WaitTimeoutError,
     calls,
-    progress_bar,
     request,
     webhook_token_matches,
 )
@@ -212,7 +213,7 @@ def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(kind, key):
 @pytest.mark.parametrize("kind", [AvatarEndpoint, AsyncAvatarEndpoint])
 def test_the_key_stands_in_no_text_of_the_objects(kind):
     endpoint = kind("abc", KEY)
-    assert KEY not in f"{endpoint!r} {endpoint} {endpoint.job('x')!r} {endpoint._api.headers!r}"
+    assert KEY not in f"{endpoint!r} {endpoint} {endpoint.job('x')!r} {vars(endpoint)}"
 
 
 def test_health_is_what_the_endpoint_says(client, server):
@@ -318,7 +319,16 @@ def test_a_status_carries_the_progress_of_a_running_job(client, server):
     assert (status.progress.eta_seconds, status.progress.message) == (236.0, "Denoising 21/50")
 
 
-@pytest.mark.parametrize("output", [None, "text", {"percent": 3}, {"stage": 1}, []])
+def test_a_message_of_a_worker_steers_no_terminal():
+    output = {**RUNNING["output"], "message": "\x1b[2J\nDenoising"}
+    progress = JobStatus.parse({**RUNNING, "output": output}).progress
+    assert progress is not None
+    assert progress.message == "[2J Denoising"
+
+
+@pytest.mark.parametrize(
+    "output", [None, "text", [], {"percent": 3}, {**RUNNING["output"], "progress": 42}]
+)
 def test_an_odd_progress_is_no_progress(output):
     assert JobStatus.parse({**RUNNING, "output": output}).progress is None
 
@@ -498,10 +508,28 @@ def test_a_job_that_is_not_over_has_no_video(client, server, tmp_path):
 # Beside it
 
 
-def test_a_progress_bar_takes_every_status():
-    with progress_bar() as show:
-        for body in (QUEUED, RUNNING, DONE, {"id": "a", "status": "CANCELLED"}):
-            show(JobStatus.parse(body))
+def test_a_progress_bar_follows_the_job_on_a_terminal(tmp_path):
+    script = tmp_path / "bar.py"
+    script.write_text(
+        "from worker.client import JobStatus, progress_bar\n"
+        "with progress_bar() as show:\n"
+        f"    for body in {[QUEUED, RUNNING, DONE]}:\n"
+        "        show(JobStatus.parse(body))\n"
+    )
+    terminal, end = os.openpty()
+    termios.tcsetwinsize(end, (24, 120))
+    subprocess.run([sys.executable, script], stderr=end, check=True)
+    os.close(end)
+    with os.fdopen(terminal, "rb") as screen:
+        lines = screen.read1(100_000).decode().split("\r")
+
+    shown = [line.strip() for line in lines if line.strip()]
+    assert any(line.startswith("Waiting in the queue ") and " 0 %" in line for line in shown)
+    assert any("Denoising 21/50" in line and "42 %" in line for line in shown)
+    assert any("236 s left" in line for line in shown)
+    assert shown[-1].startswith("Completed ")
+    assert "100 %" in shown[-1]
+    assert "left" not in shown[-1]
 
 
 def test_a_token_matches_itself_and_nothing_else():

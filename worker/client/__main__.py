@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from worker.client.answers import JobStatus, checked_id
+from worker.client.answers import JobStatus, checked_id, plain
 from worker.client.bar import progress_bar
 from worker.client.endpoint import EXECUTION_TIMEOUT_SECONDS, AvatarEndpoint, AvatarJob
 from worker.client.errors import EndpointError
@@ -89,8 +89,8 @@ def _wait_and_download(job: AvatarJob, target: Path) -> int:
     if output.get("dry_run"):
         print(json.dumps(output, indent=2))  # noqa: T201
         return DONE
-    for warning in output.get("warnings", []):
-        _say(f"warning: {warning}")
+    for warning in output.get("warnings") or []:
+        _say(f"warning: {plain(warning)}")
     print(job.download(target))  # noqa: T201
     return DONE
 

@@ -8,9 +8,9 @@ import contextlib
 import json
 import re
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from worker import logs
 from worker.errors import WorkerError
@@ -20,13 +20,23 @@ OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT")
 MAX_TEXT_CHARACTERS = 1000
 
 
+def plain(text: Any) -> str:
+    """Text of others in one line that can be shown and logged."""
+    words = logs.redact(str(text)).split()
+    line = " ".join(words)[:MAX_TEXT_CHARACTERS]
+    return "".join(character for character in line if character.isprintable())
+
+
+Text = Annotated[str, AfterValidator(plain)]
+
+
 @dataclass(frozen=True, slots=True)
 class Progress:
     """How far a running job is; the fields are those that the worker posts."""
 
-    stage: str
-    progress: float  # 0 to 1, never decreasing
-    message: str
+    stage: Text
+    progress: Annotated[float, Field(ge=0, le=1)]  # never decreasing
+    message: Text
     stage_index: int | None = None
     stage_count: int | None = None
     step: int | None = None
@@ -34,13 +44,16 @@ class Progress:
     elapsed_seconds: float | None = None
     eta_seconds: float | None = None
 
-    @classmethod
-    def parse(cls, output: Any) -> Self | None:
+    @staticmethod
+    def parse(output: Any) -> "Progress | None":
         """The progress in the output of a running job; None if it holds none."""
         try:
-            return TypeAdapter(cls).validate_python(output)
+            return _PROGRESS.validate_python(output)
         except ValidationError:
             return None
+
+
+_PROGRESS = TypeAdapter(Progress)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,13 +138,6 @@ def checked_id(job_id: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,128}", job_id):
         raise ValueError(f"{plain(job_id)[:60]!r} is not the id of a job")
     return job_id
-
-
-def plain(text: Any) -> str:
-    """Text of others in one line that can be shown and logged."""
-    words = logs.redact(str(text)).split()
-    line = " ".join(words)[:MAX_TEXT_CHARACTERS]
-    return "".join(character for character in line if character.isprintable())
 
 
 def _reason(error: Any) -> str:

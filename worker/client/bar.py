@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-from worker.client.answers import JobStatus
+from worker.client.answers import JobStatus, Progress
 
 FORM = "{desc:<40}|{bar}| {percentage:3.0f} %  {elapsed}{postfix}"
 
@@ -17,10 +17,10 @@ def progress_bar() -> Iterator[Callable[[JobStatus], None]]:
 
         def show(job: JobStatus) -> None:
             bar.set_description_str(_words(job), refresh=False)
+            bar.set_postfix_str(_time_left(job.progress), refresh=False)
             percent = 100.0 if job.status == "COMPLETED" else bar.n
             if job.progress is not None:
                 percent = 100 * job.progress.progress
-                bar.set_postfix_str(_time_left(job.progress.eta_seconds), refresh=False)
             bar.update(percent - bar.n)
             bar.refresh()
 
@@ -33,5 +33,7 @@ def _words(job: JobStatus) -> str:
     return job.progress.message if job.progress else job.status.replace("_", " ").capitalize()
 
 
-def _time_left(eta_seconds: float | None) -> str:
-    return "" if eta_seconds is None else f"{eta_seconds:.0f} s left"
+def _time_left(progress: Progress | None) -> str:
+    if progress is None or progress.eta_seconds is None:
+        return ""
+    return f"{progress.eta_seconds:.0f} s left"

@@ -30,7 +30,7 @@ PLATFORM_URL = "https://api.runpod.ai/v2"
 ATTEMPTS = 5  # of one call
 MAX_RETRY_AFTER_SECONDS = 60.0
 SLOWEST_POLL = 5  # times the shortest pause
-NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)
 
 Outcome = httpx.Response | httpx.RequestError
 

@@ -60,10 +60,10 @@ class _Endpoint:
         key = api_key.get_secret_value() if isinstance(api_key, SecretStr) else api_key
         self._api_options: dict[str, Any] = {
             "base_url": self.url,
-            "headers": {
-                "Authorization": f"Bearer {calls.checked_key(key)}",
-                "User-Agent": USER_AGENT,
-            },
+            # httpx.Headers does not show a key in its own text
+            "headers": httpx.Headers(
+                {"Authorization": f"Bearer {calls.checked_key(key)}", "User-Agent": USER_AGENT}
+            ),
             "verify": _certificates(),
         }
         self._store_options: dict[str, Any] = {
