@@ -101,7 +101,7 @@ def test_a_baked_directory_is_a_pipeline(baked, variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_handler_serves_a_job_from_a_baked_directory(
-    baked, variant, endpoint, tmp_path, make_portrait, make_speech
+    baked, variant, own_endpoint, tmp_path, make_portrait, make_speech
 ):
     operator = {"AVATAR_MODEL": "hunyuan-video-avatar", "MODEL_DIR": str(baked[variant])}
     job = {
@@ -110,9 +110,9 @@ def test_the_handler_serves_a_job_from_a_baked_directory(
         "resolution": 256,
         "num_inference_steps": 2,
     }
-    with WorkerProcess(endpoint, tmp_path / "worker", environment=operator) as worker:
+    with WorkerProcess(own_endpoint, tmp_path / "worker", environment=operator) as worker:
         worker.wait_until_polling(timeout_seconds=120)
-        done = endpoint.wait(endpoint.submit({"input": job}), timeout_seconds=120)
+        done = own_endpoint.wait(own_endpoint.submit({"input": job}), timeout_seconds=120)
         assert done.status == "COMPLETED", worker.log
     assert f"model directory {baked[variant]} (MODEL_DIR)" in worker.log
     assert done.output["worker"]["model"] == "hunyuan-video-avatar"
@@ -345,14 +345,14 @@ def test_a_model_that_has_lost_its_manifest_is_not_taken_for_verified(model_dir)
 
 
 def test_a_worker_with_a_damaged_model_says_which_file_and_takes_no_job(
-    model_dir, endpoint, tmp_path
+    model_dir, own_endpoint, tmp_path
 ):
     path = model_dir / "vae" / "diffusion_pytorch_model.safetensors"
     os.truncate(path, path.stat().st_size - 1)
     operator = {"AVATAR_MODEL": "hunyuan-video-avatar", "MODEL_DIR": str(model_dir)}
-    with WorkerProcess(endpoint, tmp_path / "worker", environment=operator) as worker:
+    with WorkerProcess(own_endpoint, tmp_path / "worker", environment=operator) as worker:
         assert worker.wait(timeout_seconds=120) == 1
-    assert not endpoint.wait_for_worker(worker.worker_id, timeout_seconds=0)
+    assert not own_endpoint.wait_for_worker(worker.worker_id, timeout_seconds=0)
     assert f"vae/{path.name} has" in worker.log
 
 
