@@ -10,23 +10,7 @@ import pytest
 
 from worker.local import LocalEndpoint, WorkerProcess
 
-HANDLER = """
-import asyncio
-import runpod
-
-async def handler(job):
-    do = job["input"]
-    for percent in range(0, do.get("progress", 0), 10):
-        runpod.serverless.progress_update(job, {"percent": percent})
-        await asyncio.sleep(0.1)
-    await asyncio.sleep(do.get("sleep", 0))
-    if do.get("raise"):
-        raise RuntimeError("as told")
-    return {"echo": job, "filler": "x" * do.get("size", 0), **do.get("return", {})}
-
-if __name__ == "__main__":
-    runpod.serverless.start({"handler": handler})
-"""
+HANDLER = Path(__file__).with_name("told_handler.py")
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +22,7 @@ def endpoint():
 @pytest.fixture(scope="module")
 def worker(endpoint, tmp_path_factory):
     directory = tmp_path_factory.mktemp("worker")
-    script = directory / "handler.py"
-    script.write_text(HANDLER)
-    with WorkerProcess(endpoint, directory / "run", script=script) as worker:
+    with WorkerProcess(endpoint, directory / "run", script=HANDLER) as worker:
         worker.wait_until_polling(timeout_seconds=30)
         yield worker
 
@@ -235,9 +217,7 @@ def test_a_worker_that_ends_before_its_first_poll_is_reported_with_its_log(endpo
 
 
 def test_killing_a_worker_ends_its_heartbeats(endpoint, tmp_path):
-    script = tmp_path / "handler.py"
-    script.write_text(HANDLER)
-    with WorkerProcess(endpoint, tmp_path / "run", script=script) as worker:
+    with WorkerProcess(endpoint, tmp_path / "run", script=HANDLER) as worker:
         worker.wait_until_polling(timeout_seconds=30)
         assert worker.rss_bytes() > 10 * 2**20
         assert worker.open_files() > 3

@@ -9,8 +9,9 @@ import json
 from collections.abc import Callable, Coroutine
 from typing import Annotated, Any, Literal, NoReturn
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Path, Query, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field, HttpUrl, TypeAdapter, field_validator
@@ -126,10 +127,8 @@ class Failure(BaseModel):
     error: str
 
 
-class JsonResponse(Response):
+class JsonResponse(JSONResponse):
     """JSON in ASCII, so that a lone surrogate in a worker's answer cannot break it."""
-
-    media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
         return json.dumps(content, separators=(",", ":")).encode()
@@ -173,7 +172,8 @@ async def read_bounded(request: Request, max_bytes: int) -> bytes:
         elif size > MAX_DRAINED_BYTES:
             break
     if size > max_bytes:
-        raise HTTPException(413, f"the body is over the limit of {max_bytes} bytes")
+        message = f"the body is over the limit of {max_bytes} bytes"
+        raise HTTPException(413, message, {"Connection": "close"})  # it may go on without end
     return bytes(body)
 
 
@@ -234,7 +234,6 @@ def client_routes(
     bad_id: dict[int | str, dict[str, Any]] = {
         404: {"model": Failure, "description": "No such job, or no longer."}
     }
-    JobId = Annotated[str, Path(min_length=1, max_length=256)]  # noqa: N806  # a type
 
     def find(job_id: str) -> Job:
         job = queue.get(job_id)
@@ -274,19 +273,19 @@ def client_routes(
         return JsonResponse(find(job_id).state())
 
     @router.get("/status/{job_id}", responses=bad_id, response_model=JobState)
-    async def status(job_id: JobId) -> Response:
+    async def status(job_id: str) -> Response:
         """Where a job stands, with its newest progress or its result."""
         return JsonResponse(find(job_id).state())
 
     @router.get("/stream/{job_id}", responses=bad_id, response_model=StreamState)
-    async def stream(job_id: JobId) -> Response:
+    async def stream(job_id: str) -> Response:
         """What the job's handler has yielded since the last call."""
         job = find(job_id)
         items = [{"output": item} for item in queue.read_stream(job_id, MAX_STREAM_BYTES)]
         return JsonResponse({"status": job.status, "stream": items})
 
     @router.post("/cancel/{job_id}", responses=bad_id, response_model=Accepted)
-    async def cancel(job_id: JobId) -> Response:
+    async def cancel(job_id: str) -> Response:
         """Ends a job that waits or runs; one that is over stays as it is."""
         find(job_id)
         queue.cancel(job_id)
@@ -298,7 +297,7 @@ def client_routes(
     }
 
     @router.post("/retry/{job_id}", responses=bad_id | not_failed, response_model=Accepted)
-    async def retry(job_id: JobId) -> Response:
+    async def retry(job_id: str) -> Response:
         """Runs a failed or timed out job again, under its id."""
         find(job_id)
         if not queue.retry(job_id):

@@ -139,7 +139,13 @@ class LocalEndpoint:
 
     def _app(self) -> FastAPI:
         # no page of documentation: it would fetch its scripts from elsewhere
-        app = FastAPI(title="Local RunPod endpoint", version="2", docs_url=None, redoc_url=None)
+        app = FastAPI(
+            title="Local RunPod endpoint",
+            version="2",
+            docs_url=None,
+            redoc_url=None,
+            separate_input_output_schemas=False,
+        )
         answer_failures_alike(app)
         self._workers = WorkerApi(
             self._queue,

@@ -1,0 +1,20 @@
+"""A handler that only does as its job tells it, in the SDK's own loop."""
+
+import asyncio
+
+import runpod
+
+
+async def handler(job):
+    do = job["input"]
+    for percent in range(0, do.get("progress", 0), 10):
+        runpod.serverless.progress_update(job, {"percent": percent})
+        await asyncio.sleep(0.1)
+    await asyncio.sleep(do.get("sleep", 0))
+    if do.get("raise"):
+        raise RuntimeError("as told")
+    return {"echo": job, "filler": "x" * do.get("size", 0), **do.get("return", {})}
+
+
+if __name__ == "__main__":
+    runpod.serverless.start({"handler": handler})
