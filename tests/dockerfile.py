@@ -30,7 +30,7 @@ root=$1 mounts=$2
 shift 2
 mount -t proc proc "$root/proc"
 mount --rbind /dev "$root/dev"
-echo "$mounts" | while read -r here inside; do
+printf %s "$mounts" | while read -r here inside; do
     if [ -d "$here" ]; then mkdir -p "$root$inside"; else
         mkdir -p "$(dirname "$root$inside")"
         [ -e "$root$inside" ] || touch "$root$inside"
@@ -110,7 +110,7 @@ class Image:
         log: io.BufferedWriter,
     ) -> subprocess.Popen:
         """The command in the image, as its user; `mounts` are paths here and inside."""
-        lines = "\n".join(f"{here} {there}" for here, there in mounts.items())
+        lines = "".join(f"{here} {there}\n" for here, there in mounts.items())
         users = [line.split(":") for line in (self.root / "etc/passwd").read_text().splitlines()]
         [home] = [home for _, _, number, _, _, home, _ in users if number == self.user]
         as_user = ["chroot", f"--userspec={self.user}:{self.user}", str(self.root)]
@@ -209,7 +209,8 @@ class Builder:
         return image
 
     def _run(self, instruction: Instruction, image: Image, arguments: Mapping[str, str]) -> None:
-        mounts = {path: str(path) for path in (*self.shared, Path("/etc/resolv.conf"))}
+        names = (Path("/etc/hosts"), Path("/etc/resolv.conf"))
+        mounts = {path: str(path) for path in (*self.shared, *names)}
         if mount := instruction.flags.get("mount"):
             options = dict(option.split("=") for option in mount.split(","))
             if options.keys() != {"type", "id"} or options["type"] != "secret":
