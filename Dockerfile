@@ -6,13 +6,13 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/venv
 WORKDIR /build
 COPY pyproject.toml constraints.txt ./
-# The dependencies alone, so that a change of our code does not fetch them again. In MB: they are one
-# layer, of which registries take 10 GB, and with it the image of the code alone stays below that.
+# The dependencies alone, so that a change of our code does not fetch them again. They are one layer, of
+# which registries take 10 GB; and the image of the code alone is to stay below that.
 RUN /opt/venv/bin/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*project['dependencies'], *project['optional-dependencies']['worker'], sep='\n')" > dependencies.txt \
     && /opt/venv/bin/pip install --constraint constraints.txt --requirement dependencies.txt \
     && /opt/venv/bin/pip uninstall --yes torchvision torchaudio xformers \
     && /opt/venv/bin/pip check \
-    && test "$(du --summarize --block-size=1MB /opt/venv | cut --fields=1)" -lt 9000
+    && test -z "$(du --summarize --threshold=9GB /opt/venv)"
 # What the hosts must offer, as .runpod/hub.json asks of them.
 ARG CUDA_VERSION=13.0
 RUN /opt/venv/bin/python -c "import os, torch; assert str(torch.version.cuda) == os.environ['CUDA_VERSION'], torch.version.cuda; print(torch.__version__, 'cuDNN', torch.backends.cudnn.version())"
