@@ -53,6 +53,7 @@ class Fleet:
         self._directory = endpoint.directory / "workers"
         self._notes_path = endpoint.directory / "workers.json"
         self._processes: dict[str, psutil.Process] = {}  # by worker id
+        self._children: dict[str, WorkerProcess] = {}  # those that were not adopted
         self._pause_seconds = FIRST_PAUSE_SECONDS
         self._next_start = 0.0  # of time.monotonic
         self._closing = threading.Event()
@@ -103,6 +104,7 @@ class Fleet:
         )
         worker.start()
         logger.info("%s started", worker_id)
+        self._children[worker_id] = worker
         self._processes[worker_id] = psutil.Process(worker.pid)
         self._note()
         self._drop_old_logs()
@@ -110,9 +112,13 @@ class Fleet:
     def _end(self, worker_id: str) -> None:
         """Ends a worker's process with all it has started, and removes its temporary files."""
         process = self._processes.pop(worker_id)
-        kill_group(process.pid)  # the heartbeats of a dead worker would go on
-        with suppress(psutil.TimeoutExpired):
-            process.wait(10)
+        # with all it has started: the heartbeats of a dead worker would go on
+        if child := self._children.pop(worker_id, None):
+            child.kill()
+        else:
+            kill_group(process.pid)
+            with suppress(psutil.TimeoutExpired):
+                process.wait(10)
         shutil.rmtree(self._directory / worker_id / "tmp", ignore_errors=True)
         self._note()
 
