@@ -1,5 +1,7 @@
 """The guard's rules, in fresh processes with packages written for the test."""
 
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -457,3 +459,33 @@ def test_a_chain_of_exceptions_ends_with_its_root_cause():
         chain = import_guard.exception_chain(error)
 
     assert [str(link).strip("'") for link in chain] == ["top", "middle", "root"]
+
+
+ENTRIES = ["handler", "worker.__main__", "worker.local.__main__", "worker.client.__main__"]
+ENTRIES += ["demo.__main__", "builder.bake", "builder.convert", "builder.download"]
+ENTRIES += ["builder.verify", "benchmarks.full_size_forward", "benchmarks.loading"]
+WATCH = """
+import importlib, sys
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("torch", "torchvision", "transformers", "diffusers"):
+            assert "worker.import_guard" in sys.modules, name + " came before the guard"
+            print(name, "after the guard")
+
+sys.meta_path.insert(0, Watch())
+importlib.import_module(sys.argv[1])
+import torch
+"""
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_whatever_is_started_passes_the_guard_before_torch(entry):
+    root = Path(__file__).parents[1]
+
+    done = subprocess.run(
+        [sys.executable, "-c", WATCH, entry], cwd=root, capture_output=True, text=True
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "torch after the guard" in done.stdout
