@@ -2,8 +2,8 @@
 
     python -m benchmarks.endpoint_load [--jobs 200] [--clients 20]
 
-The endpoint runs in a process of its own. Each client submits its share of the jobs and asks for
-the status of each until it is over. The bare answer beside it is the same server's 404, which
+The endpoint runs in a process of its own. All clients at once submit their share of the jobs, and
+then ask for the status of one after another until it is over. The bare answer beside it is the same server's 404, which
 touches no job: what is left when the endpoint's own work is taken away.
 """
 
@@ -56,9 +56,11 @@ def follow(client: httpx.Client, numbers: range) -> tuple[list[float], list[dict
     """Seconds of each status answer, and the last state of each job."""
     seconds: list[float] = []
     states = []
+    job_ids = []
     for number in numbers:
         job = {"input": {"number": number}}
-        job_id = client.post("/run", json=job).raise_for_status().json()["id"]
+        job_ids.append(client.post("/run", json=job).raise_for_status().json()["id"])
+    for job_id in job_ids:
         state = {"status": "IN_QUEUE"}
         while state["status"].startswith("IN_"):
             time.sleep(0.05)
