@@ -1,0 +1,126 @@
+"""An endpoint of its own for the studio: `python -m worker.local`, which ends with it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Self
+
+import httpx
+from pydantic import SecretStr
+
+from studio.connection import Connection
+from worker.settings import BucketSettings
+
+REPOSITORY = Path(__file__).parents[1]
+WORKER_PYTHON = REPOSITORY / ".venv" / "bin" / "python"
+START_SECONDS = 180
+END_SECONDS = 20
+NAME = "local"
+NOTE = (
+    "This machine answers with the demo model: the sound is yours, the picture is noise. "
+    "For a person who speaks, name an endpoint with the published weights."
+)
+FIRST_VALUES = {"resolution": 256, "preset": "draft", "num_inference_steps": 20}  # without a GPU
+# of its own: keys and buckets of the person stay out of it
+ENVIRONMENT = {"PATH": os.defpath, "AVATAR_MODEL": "demo"}
+
+
+class LocalEndpointError(Exception):
+    """The local endpoint cannot be started; the message says why."""
+
+
+class LocalEndpoint:
+    """A local endpoint with the demo model, to be entered as a context.
+
+    Args:
+        directory: holds its state, which outlives it.
+        python: of the environment that the worker is installed in.
+    """
+
+    def __init__(self, directory: Path, python: Path = WORKER_PYTHON) -> None:
+        self._directory = directory.absolute()
+        self._python = python
+        self._port = _free_port()
+        self._log_path = self._directory / "endpoint.log"
+
+    def __enter__(self) -> Self:
+        if not self._python.exists():
+            raise LocalEndpointError(
+                f"there is no {self._python}: `make demo` makes it; or name another with "
+                "--worker-python, or an endpoint with --endpoint"
+            )
+        self._directory.mkdir(parents=True, exist_ok=True)
+        with self._log_path.open("wb") as log:
+            self._process = subprocess.Popen(  # noqa: S603  # our own module
+                self._command(),
+                cwd=REPOSITORY,
+                env=ENVIRONMENT,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C reaches the studio alone, which then ends it
+            )
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.end()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.end()
+
+    def connection(self) -> Connection:
+        """How to use it."""
+        return Connection(
+            name=NAME,
+            url=f"http://127.0.0.1:{self._port}/v2/local",
+            api_key=SecretStr(self._key_path.read_text().strip()),
+            uploads=BucketSettings(**json.loads((self._directory / "bucket.json").read_text())),
+            key_path=self._key_path,
+            note=NOTE,
+            first_values=FIRST_VALUES,
+        )
+
+    def end(self) -> None:
+        """Ends it and what it has started."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(END_SECONDS)
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    @property
+    def _key_path(self) -> Path:
+        return self._directory / "api-key"
+
+    def _command(self) -> list[str]:
+        options = {"--port": self._port, "--state": self._directory, "--workers": 1}
+        words = [str(word) for option in options.items() for word in option]
+        return [str(self._python), "-m", "worker.local", *words]
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                raise LocalEndpointError(f"it ended at once: see {self._log_path}")
+            with suppress(httpx.HTTPError, OSError):
+                connection = self.connection()
+                key = connection.api_key.get_secret_value()
+                headers = {"Authorization": f"Bearer {key}"}
+                if httpx.get(f"{connection.url}/health", headers=headers).is_success:
+                    return
+            time.sleep(0.2)
+        raise LocalEndpointError(f"it was not ready in {START_SECONDS} s: see {self._log_path}")
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])

@@ -1,0 +1,480 @@
+"""The page: its layout, and what each of its controls does.
+
+A page holds no more than the id of the job that it shows, which also stands in its address. The
+jobs themselves run beside it, in `studio.runs`.
+"""
+
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.components import Component
+from gradio.themes import Default
+from pydantic import SecretStr
+
+from studio import snippets, views
+from studio.connection import Connection
+from studio.fields import Control, controls, page_values, preset_steps, request_fields
+from studio.runs import Runs, State
+from worker.client import AuthenticationError, EndpointError
+from worker.errors import InvalidInputError, WorkerError
+from worker.settings import BucketSettings, Settings
+
+TICK_SECONDS = 1.0
+FIRST = ("prompt", "preset")  # the others are folded away
+MAX_FILE_BYTES = Settings.model_fields["max_input_bytes"].default
+
+# The job that is shown stands in the address, so that a reload finds it and tabs differ.
+SHOW_IN_ADDRESS = """(id) => {
+  const address = new URL(location);
+  id ? address.searchParams.set("job", id) : address.searchParams.delete("job");
+  history.replaceState(null, "", address);
+}"""
+GO_TO_RESULT = """() => document.querySelector("#result").scrollIntoView(
+  {behavior: "smooth", block: "nearest"})"""
+GO_TO_ERROR = """() => setTimeout(() => document.querySelector("p.field-error")?.scrollIntoView(
+  {behavior: "smooth", block: "center"}), 200)"""
+
+Updates = dict[Component, Any]
+
+
+class ProblemError(Exception):
+    """What a person has to mend first, at one field of the page."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+        self.message = message
+
+
+class Page:
+    """The page of one studio.
+
+    Args:
+        runs: the studio's jobs.
+        default: what a page uses unless its person names another; None: there is no key for it.
+        endpoint: the name that the page begins with.
+        uploads: a bucket for large inputs of endpoints that a person names.
+    """
+
+    def __init__(
+        self,
+        runs: Runs,
+        default: Connection | None,
+        *,
+        endpoint: str,
+        uploads: BucketSettings | None,
+    ) -> None:
+        self._runs = runs
+        self._default = default
+        self._endpoint = endpoint
+        self._uploads = uploads
+        self._inputs: dict[str, Component] = {}  # by the field's name
+        self._errors: dict[str, gr.HTML] = {}
+        self.blocks = self._build()
+
+    # Layout
+
+    def _build(self) -> gr.Blocks:
+        with gr.Blocks(title="Avatar studio", analytics_enabled=False) as blocks:
+            gr.Markdown(
+                "# Avatar studio\nA portrait and a recording become a talking-avatar video.",
+                elem_classes="heading",
+            )
+            if self._default is not None and self._default.note:
+                gr.HTML(views.note(self._default.note))
+            self._shown = gr.Textbox(visible=False)  # the id of the job
+            self._listed = gr.State([])  # the ids in the history
+            self._session = gr.State(None)  # the connection that was typed in
+            self._timer = gr.Timer(TICK_SECONDS, active=False)
+            with gr.Row():
+                with gr.Column(scale=5, min_width=320):
+                    self._build_inputs()
+                with gr.Column(scale=6, min_width=320, elem_id="result"):
+                    self._build_result()
+            self._connect_events(blocks)
+        return blocks
+
+    def _build_inputs(self) -> None:
+        portrait = gr.Image(
+            label="Portrait",
+            type="filepath",
+            sources=["upload", "clipboard"],
+            height=220,
+            buttons=[],
+            elem_id="image",
+        )
+        portrait.preprocess = _path  # its own would decode the file and write it anew
+        self._inputs["image"] = portrait
+        self._error_slot("image")
+        self._inputs["audio"] = gr.Audio(
+            label="Speech",
+            type="filepath",
+            sources=["upload", "microphone"],
+            buttons=["download"],
+            elem_id="audio",
+        )
+        self._error_slot("audio")
+        known = controls()
+        for name in FIRST:
+            self._control(known[name])
+        self._settings = gr.Accordion("Settings", open=False)
+        with self._settings:
+            for name in known:
+                if name not in FIRST:
+                    self._control(known[name])
+        self._endpoint_part = gr.Accordion("Endpoint", open=self._default is None)
+        with self._endpoint_part:
+            self._build_endpoint()
+        self._make = gr.Button("Make the video", variant="primary", size="lg", elem_id="make")
+
+    def _build_endpoint(self) -> None:
+        self._inputs["endpoint"] = gr.Textbox(
+            label="Endpoint",
+            info="The id of an endpoint on RunPod, or its URL.",
+            value=self._endpoint,
+            elem_id="endpoint",
+        )
+        self._error_slot("endpoint")
+        hint = "Stays in the studio's memory, for this page alone."
+        if self._default is not None:
+            hint += " Empty: the studio's own key, for its own endpoint."
+        self._inputs["key"] = gr.Textbox(
+            "",
+            label="API key",
+            info=hint,
+            type="password",
+            html_attributes=gr.InputHTMLAttributes(autocomplete="off"),
+            elem_id="key",
+        )
+        self._error_slot("key")
+        self._connect = gr.Button("Connect", size="sm")
+        self._connected = gr.HTML(elem_classes="caption")
+
+    def _build_result(self) -> None:
+        self._status = gr.HTML(views.EMPTY)
+        self._headline = gr.HTML(
+            elem_classes="speech-only",
+            js_on_load='element.setAttribute("aria-live", "polite")',
+        )
+        self._video = gr.Video(
+            label="Video", interactive=False, visible=False, buttons=[], elem_id="video"
+        )
+        self._caption = gr.HTML(visible=False)
+        self._actions = gr.Row(visible=False)
+        with self._actions:
+            self._cancel = gr.Button("Cancel", visible=False, elem_id="cancel")
+            self._download = gr.DownloadButton("Download", visible=False, elem_id="download")
+            self._again = gr.Button("Use these inputs again", visible=False, elem_id="again")
+        self._history = gr.Gallery(
+            label="Earlier videos",
+            columns=4,
+            height="auto",
+            object_fit="cover",
+            allow_preview=False,
+            interactive=False,
+            fit_columns=False,
+            buttons=[],
+            visible=False,
+            elem_id="history",
+        )
+        with gr.Accordion("This request as code", open=False):
+            gr.Markdown("Files are read where it runs; the key comes from `RUNPOD_API_KEY`.")
+            with gr.Tab("curl"):
+                self._curl = gr.Code(label="curl", language="shell", interactive=False)
+            with gr.Tab("Python"):
+                self._python = gr.Code(label="Python", language="python", interactive=False)
+
+    def _control(self, control: Control) -> None:
+        """The component for a field, and the place of its error."""
+        component: Component
+        first_values = self._default.first_values if self._default else {}
+        value = first_values.get(control.name, control.default)
+        common = {"label": control.label, "info": control.help, "elem_id": control.name}
+        if control.kind == "choice":
+            choices = [(_choice_label(value), value) for value in control.choices]
+            component = gr.Radio(choices, value=value, **common)
+        elif control.kind == "slider":
+            component = gr.Slider(
+                control.minimum,
+                control.maximum,
+                value=value,
+                step=control.step,
+                buttons=["reset"],
+                **common,
+            )
+        elif control.kind == "number" and control.default is not None:
+            # its limits are checked with all others, and reported at the field
+            component = gr.Number(value, precision=0 if control.whole else None, **common)
+        else:  # also a number that may be missing: gradio's own shows 0 then
+            component = gr.Textbox(
+                value or "",
+                lines=2 if control.kind == "text" else 1,
+                max_length=control.max_characters,
+                **common,
+            )
+        self._inputs[control.name] = component
+        self._error_slot(control.name)
+
+    def _error_slot(self, name: str) -> None:
+        self._errors[name] = gr.HTML(visible=False)
+
+    # What happens
+
+    def _connect_events(self, blocks: gr.Blocks) -> None:
+        quiet = {"show_progress": "hidden", "api_visibility": "private"}
+        entered = {*self._inputs.values(), self._session}
+        result = [
+            self._shown,
+            self._timer,
+            self._status,
+            self._headline,
+            self._video,
+            self._caption,
+            self._actions,
+            self._cancel,
+            self._download,
+            self._again,
+            self._history,
+            self._listed,
+        ]
+        errors = [*self._errors.values(), self._settings, self._endpoint_part]
+        connection = [self._session, self._inputs["key"], self._connected]
+        form = [self._inputs[name] for name in ("image", "audio", *controls())]
+
+        blocks.load(self._open, None, [*result, *form], **quiet)
+        gr.on(
+            [self._make.click],
+            self._start,
+            entered,
+            [self._make, *result, *errors, *connection],
+            trigger_mode="once",
+            **quiet,
+        ).then(None, self._shown, None, js=SHOW_IN_ADDRESS, **quiet).then(
+            None, None, None, js=GO_TO_ERROR, **quiet
+        )
+        self._timer.tick(self._tick, self._shown, result, **quiet)
+        self._cancel.click(self._stop, self._shown, result, **quiet)
+        self._history.select(self._choose, self._listed, result, **quiet).then(
+            None, self._shown, None, js=SHOW_IN_ADDRESS, **quiet
+        ).then(None, None, None, js=GO_TO_RESULT, **quiet)
+        self._again.click(self._refill, self._shown, form, **quiet)
+        gr.on(
+            [self._connect.click, self._inputs["key"].submit],
+            self._connect_to,
+            [self._inputs["endpoint"], self._inputs["key"], self._session],
+            [*errors, *connection],
+            **quiet,
+        )
+        self._inputs["preset"].input(
+            preset_steps, self._inputs["preset"], self._inputs["num_inference_steps"], **quiet
+        )
+        gr.on(
+            [blocks.load, *(self._inputs[name].change for name in self._inputs if name != "key")],
+            self._write_snippets,
+            {*form, self._inputs["endpoint"], self._session},
+            [self._curl, self._python],
+            trigger_mode="always_last",
+            **quiet,
+        )
+
+    def _open(self, request: gr.Request) -> Updates:
+        """A page that is opened or loaded again: the job in its address, and that job's inputs."""
+        job = request.query_params.get("job")
+        state = self._runs.state(job)
+        updates = self._result(state) | self._listing()
+        return updates | (self._refill(state.record.id) if state else {})
+
+    async def _start(self, entered: dict[Component, Any]) -> AsyncIterator[Updates]:
+        """Sends the job; the errors at the fields, or the job at work."""
+        yield {self._make: gr.Button("Sending", interactive=False), **self._no_errors()}
+        ready: Updates = {self._make: gr.Button("Make the video", interactive=True)}
+        try:
+            connection, used = self._connection(
+                entered[self._inputs["endpoint"]],
+                entered[self._inputs["key"]],
+                entered[self._session],
+            )
+            values = {name: entered[self._inputs[name]] for name in controls()}
+            fields = request_fields(values)
+            portrait, speech = (entered[self._inputs[name]] for name in ("image", "audio"))
+            if not portrait:
+                raise ProblemError("image", "is missing")
+            if not speech:
+                raise ProblemError("audio", "is missing")
+            record = await self._runs.start(connection, Path(portrait), Path(speech), fields)
+        except (ProblemError, WorkerError, EndpointError, ValueError) as error:
+            yield ready | self._problem(error)
+        else:
+            yield ready | used | self._result(self._runs.state(record.id)) | self._listing()
+
+    def _tick(self, shown: str) -> Updates:
+        state = self._runs.state(shown)
+        if state is not None and not state.record.is_over and state.is_followed:
+            return {
+                self._status: views.status(state),
+                self._headline: views.headline(state),
+            }
+        return self._result(state) | self._listing()
+
+    async def _stop(self, shown: str) -> Updates:
+        try:
+            await self._runs.cancel(shown)
+        except EndpointError as error:
+            return {self._status: views.failure("The job could not be cancelled.", str(error))}
+        return self._result(self._runs.state(shown)) | self._listing()
+
+    def _choose(self, listed: list[str], event: gr.SelectData) -> Updates:
+        return self._result(self._runs.state(listed[event.index]))
+
+    def _refill(self, shown: str) -> Updates:
+        """The form as it was when the job was sent."""
+        record = self._runs.history.get(shown)
+        if record is None:
+            return {}
+        values = page_values(record.fields)
+        files = {
+            "image": str(self._runs.history.portrait(record)),
+            "audio": str(self._runs.history.speech(record)),
+        }
+        return {self._inputs[name]: value for name, value in {**values, **files}.items()}
+
+    async def _connect_to(self, endpoint: str, key: str, session: Connection | None) -> Updates:
+        try:
+            connection, used = self._connection(endpoint, key, session)
+            health = await connection.health()
+        except (ProblemError, EndpointError, ValueError) as error:
+            return self._no_errors() | {self._connected: ""} | self._problem(error)
+        self._runs.resume(connection)
+        return self._no_errors() | used | {self._connected: f'<p role="status">{health}</p>'}
+
+    def _write_snippets(self, entered: dict[Component, Any]) -> Updates:
+        known = {name: entered[self._inputs[name]] for name in controls()}
+        endpoint = entered[self._inputs["endpoint"]].strip()
+        own = self._default if endpoint == self._endpoint else None
+        try:
+            request = snippets.Request(
+                endpoint=own.url if own else endpoint or "ENDPOINT_ID",
+                fields=request_fields(known),
+            )
+            for name, field in (("image", "portrait"), ("audio", "speech")):
+                if path := entered[self._inputs[name]]:
+                    request = replace(request, **{field: Path(path).name})
+            if own and own.key_path:
+                request = replace(request, key_path=str(own.key_path))
+            return {self._curl: snippets.curl(request), self._python: snippets.python(request)}
+        except (InvalidInputError, ValueError):
+            return {}  # what is wrong is said when the video is made
+
+    # Parts of answers
+
+    def _connection(
+        self, endpoint: str, key: str, session: Connection | None
+    ) -> tuple[Connection, Updates]:
+        """The endpoint to use, and what the page then holds: the typed key leaves the page.
+
+        The studio's own key goes to the studio's own endpoint alone.
+        """
+        endpoint, key = endpoint.strip(), key.strip()
+        if not endpoint:
+            raise ProblemError("endpoint", "is missing")
+        own = self._default if endpoint == self._endpoint else None
+        if key:
+            typed = SecretStr(key)
+            if own is not None:
+                session = replace(own, api_key=typed)
+            else:
+                session = Connection(
+                    name=endpoint, url=endpoint, api_key=typed, uploads=self._uploads
+                )
+            return session, {self._session: session, self._inputs["key"]: ""}
+        if session is not None and session.name == endpoint:
+            return session, {}
+        if own is not None:
+            return own, {}
+        raise ProblemError("key", "is missing")
+
+    def _result(self, state: State | None) -> Updates:
+        """Everything about the job that is shown."""
+        record = state.record if state else None
+        is_done = record is not None and record.status == "COMPLETED"
+        is_running = state is not None and state.is_followed and not state.record.is_over
+        path = str(self._runs.history.video(record)) if record is not None and is_done else None
+        return {
+            self._shown: record.id if record else "",
+            self._timer: gr.Timer(active=is_running),
+            self._status: gr.HTML(views.status(state), visible=not is_done),
+            self._headline: views.headline(state),
+            self._video: gr.Video(path, visible=is_done),
+            self._caption: gr.HTML(views.caption(record) if record else "", visible=is_done),
+            self._actions: gr.Row(visible=record is not None),
+            self._cancel: gr.Button(visible=is_running),
+            self._download: gr.DownloadButton(value=path, visible=is_done),
+            self._again: gr.Button(visible=record is not None and not is_running),
+        }
+
+    def _listing(self) -> Updates:
+        """The history, newest first."""
+        states = self._runs.states()
+        thumbnails = [
+            (str(self._runs.history.thumbnail(state.record)), views.title(state))
+            for state in states
+        ]
+        return {
+            self._history: gr.Gallery(thumbnails, visible=bool(states)),
+            self._listed: [state.record.id for state in states],
+        }
+
+    def _no_errors(self) -> Updates:
+        return {slot: gr.HTML("", visible=False) for slot in self._errors.values()}
+
+    def _problem(self, error: Exception) -> Updates:
+        """The error at its field, and the part of the page that holds the field unfolded."""
+        if isinstance(error, AuthenticationError):
+            error = ProblemError("key", "is not taken by the endpoint")
+        elif isinstance(error, ValueError):
+            error = ProblemError("endpoint", f"cannot be used: {error}")
+        field = getattr(error, "field", None) or ""
+        slot = self._errors.get(field)
+        if slot is None:
+            message = views.sentence(error) if isinstance(error, WorkerError) else str(error)
+            return {self._status: views.failure("The job was not sent.", message)}
+        text = views.field_error(field, getattr(error, "message", str(error)))
+        updates: Updates = {slot: gr.HTML(text, visible=True)}
+        if field in ("endpoint", "key"):
+            updates[self._endpoint_part] = gr.Accordion(open=True)
+        elif field in controls() and field not in FIRST:
+            updates[self._settings] = gr.Accordion(open=True)
+        return updates
+
+
+def theme() -> Default:
+    """Gradio's own theme with the fonts of the person's system."""
+    return Default(
+        primary_hue="indigo",
+        neutral_hue="slate",
+        font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"],
+        font_mono=["ui-monospace", "Consolas", "monospace"],
+    ).set(  # darker, for the contrast
+        body_text_color_subdued="*neutral_600",
+        block_info_text_color="*neutral_600",
+        block_title_text_color="*neutral_800",
+        block_label_text_color="*neutral_700",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        button_primary_background_fill_dark="*primary_600",
+        button_primary_background_fill_hover_dark="*primary_700",
+    )
+
+
+def _choice_label(value: Any) -> str:
+    if isinstance(value, str):
+        return value.capitalize()
+    return f"{value:g}"
+
+
+def _path(payload: Any) -> str | None:
+    """The uploaded file itself."""
+    return payload.path if payload else None

@@ -1,0 +1,85 @@
+"""The page's server: for this machine alone, with a page that fetches nothing from elsewhere."""
+
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import gradio as gr
+import uvicorn
+from fastapi import FastAPI
+from starlette.datastructures import MutableHeaders
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from studio.connection import Connection
+from studio.page import MAX_FILE_BYTES, Page, theme
+from studio.runs import Runs
+
+LOOPBACK = ("127.0.0.1", "localhost")
+STYLE = Path(__file__).with_name("style.css")
+
+# gradio's page runs scripts and styles that stand in it; recordings and previews are blobs
+POLICY = (
+    "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
+    "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
+)
+
+
+class WithPolicy:
+    """Adds the policy to every answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one request."""
+
+        async def send_with_policy(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["Content-Security-Policy"] = POLICY
+                headers["Referrer-Policy"] = "same-origin"
+            await send(message)
+
+        await self._app(scope, receive, send_with_policy)
+
+
+def serve(page: Page, runs: Runs, connection: Connection | None, *, host: str, port: int) -> None:
+    """Serves the page until the process is told to stop."""
+    # the history's own files are shown as they are
+    gr.set_static_paths([runs.history.directory])
+
+    @contextlib.asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        if connection is not None:
+            runs.resume(connection)
+        print(f"The studio is at http://{host}:{port}", flush=True)  # noqa: T201
+        yield
+        await runs.close()
+
+    app = FastAPI(lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
+    if host in LOOPBACK:  # a name that somebody points to this machine is not answered
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK))
+
+    app.add_middleware(WithPolicy)
+    gr.mount_gradio_app(
+        app,
+        page.blocks,
+        path="/",
+        server_name=host,
+        server_port=port,
+        footer_links=[],
+        run_history=False,  # it keeps inputs in the browser, keys too
+        max_file_size=MAX_FILE_BYTES,
+        show_error=True,
+        enable_monitoring=False,
+        ssr_mode=False,
+        mcp_server=False,
+        theme=theme(),
+        css_paths=STYLE,
+    )
+    # open pages hold connections for ever
+    config = uvicorn.Config(
+        app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=1
+    )
+    uvicorn.Server(config).run()

@@ -1,0 +1,100 @@
+"""A request as a person would write it: for a shell, and in Python.
+
+The files are read where the snippet runs, and the key is that of its environment: neither stands in
+the text.
+"""
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from worker.client.calls import base_url
+from worker.client.endpoint import EXECUTION_TIMEOUT_SECONDS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What the page would send now."""
+
+    endpoint: str  # a URL, or the id of an endpoint on RunPod
+    portrait: str = "portrait.jpg"  # names of files
+    speech: str = "speech.wav"
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    key_path: str | None = None  # where the key is to be found
+
+
+def curl(request: Request) -> str:
+    """The request for a POSIX shell with curl, and the question for its result."""
+    url = shlex.quote(base_url(request.endpoint))
+    key = '-H "Authorization: Bearer $RUNPOD_API_KEY"'
+    media = {"image": request.portrait, "audio": request.speech}
+    lines = [
+        f"    {json.dumps(name)}: \"$(base64 < {shlex.quote(path)} | tr -d '\\n')\""
+        for name, path in media.items()
+    ]
+    for name, value in request.fields.items():
+        lines.append(f"    {json.dumps(name)}: {_in_here_document(value)}")
+    policy = json.dumps({"executionTimeout": round(EXECUTION_TIMEOUT_SECONDS * 1000)})
+    parts = [
+        *_key_hint(request),
+        f"curl -sS {url}/run {key} -H 'Content-Type: application/json' -d @- <<EOF",
+        '{\n  "input": {',
+        ",\n".join(lines),
+        f'  }},\n  "policy": {policy}\n}}\nEOF',
+        "",
+        "# The answer holds the id of the job. Its progress, and then its result:",
+        f"curl -sS {url}/status/JOB_ID {key}",
+    ]
+    return "\n".join(parts)
+
+
+def python(request: Request) -> str:
+    """The same with the client of this repository, down to the mp4."""
+    arguments = [
+        f"Path({_literal(request.portrait)})",
+        f"Path({_literal(request.speech)})",
+        *(f"{name}={_literal(value)}" for name, value in request.fields.items()),
+    ]
+    lines = [
+        *_key_hint(request),
+        "import os",
+        "from pathlib import Path",
+        "",
+        "from worker.client import AvatarEndpoint, progress_bar",
+        "",
+        f"url = {_literal(base_url(request.endpoint))}",
+        'with AvatarEndpoint(url, os.environ["RUNPOD_API_KEY"]) as endpoint:',
+        "    job = endpoint.submit(",
+        *(f"        {argument}," for argument in arguments),
+        "    )",
+        "    with progress_bar() as show:",
+        "        job.wait(on_status=show)",
+        '    job.download("avatar.mp4")',
+    ]
+    return "\n".join(lines)
+
+
+def _key_hint(request: Request) -> list[str]:
+    if request.key_path is None:
+        return []
+    return [f"# export RUNPOD_API_KEY=$(cat {shlex.quote(request.key_path)})"]
+
+
+def _in_here_document(value: Any) -> str:
+    """The value as JSON, with what a shell would expand made plain."""
+    text = json.dumps(value, ensure_ascii=False)
+    for special in ("\\", "$", "`"):
+        text = text.replace(special, f"\\{special}")
+    return text
+
+
+def _literal(value: Any) -> str:
+    """The value as Python source."""
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, Mapping):
+        pairs = (f"{_literal(key)}: {_literal(inner)}" for key, inner in value.items())
+        return f"{{{', '.join(pairs)}}}"
+    return repr(value)

@@ -1,0 +1,157 @@
+"""What the page says about a job: HTML and sentences, without the page itself."""
+
+from datetime import datetime
+from html import escape
+
+from studio.fields import controls
+from studio.history import Record
+from studio.runs import State
+from worker.errors import WorkerError
+
+EMPTY = (
+    '<div class="card empty"><p>Your video appears here.</p>'
+    "<p>Add a portrait and a recording, then make the video.</p></div>"
+)
+LABELS = {"image": "The portrait", "audio": "The speech"}
+WAITING = {
+    "SENDING": "Sending the inputs",
+    "IN_QUEUE": "Waiting for a worker",
+    "IN_PROGRESS": "Starting",
+}
+ENDINGS = {
+    "FAILED": "The video could not be made.",
+    "CANCELLED": "Cancelled.",
+    "TIMED_OUT": "The endpoint ended the job at its time limit.",
+}
+
+
+def status(state: State | None) -> str:
+    """The card above the video: how far the job is, or how it ended; empty once it is done."""
+    if state is None:
+        return EMPTY
+    record = state.record
+    if record.status == "COMPLETED":
+        return ""
+    if record.is_over:
+        return failure(ENDINGS[record.status], _reason(record))
+    if not state.is_followed:
+        return failure("Nobody follows this job now.", "Connect to its endpoint to go on.")
+    return _progress(state)
+
+
+def note(text: str) -> str:
+    """A line that a person should read first."""
+    return f'<p class="note">{escape(text)}</p>'
+
+
+def failure(title: str, reason: str = "") -> str:
+    """A card that says what went wrong."""
+    reason = f"<p>{escape(reason)}</p>" if reason else ""
+    return f'<div class="card failed" role="alert"><strong>{escape(title)}</strong>{reason}</div>'
+
+
+def headline(state: State | None) -> str:
+    """The job's stage in a few words, for a reader that speaks; changes with the stage alone."""
+    if state is None:
+        return ""
+    record = state.record
+    if record.status == "COMPLETED":
+        return "The video is ready."
+    return ENDINGS[record.status] if record.is_over else _stage(state)
+
+
+def caption(record: Record) -> str:
+    """The finished video's facts in one line, and what the worker warns of."""
+    if record.status != "COMPLETED":
+        return ""
+    output = record.output
+    facts = [
+        f"{output['duration_seconds']:.1f} s",
+        f"{output['width']} × {output['height']}",  # noqa: RUF001
+        f"{output['fps']:g} frames a second",
+        f"seed {output['seed']}",
+        f"made in {duration(output['metrics']['total_seconds'])}",
+    ]
+    warnings = "".join(f"<p>{escape(str(text))}</p>" for text in output.get("warnings", []))
+    return f'<div class="caption"><p>{escape(" · ".join(facts))}</p>{warnings}</div>'
+
+
+def title(state: State) -> str:
+    """The job in the history: when, and what became of it if it has brought no video."""
+    record = state.record
+    when = datetime.fromisoformat(record.created_at).astimezone()
+    words = {
+        "COMPLETED": "",
+        "FAILED": "failed",
+        "CANCELLED": "cancelled",
+        "TIMED_OUT": "timed out",
+    }
+    ending = words.get(record.status, "running" if state.is_followed else "left")
+    return f"{when:%d %b %H:%M}" + (f", {ending}" if ending else "")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def field_error(field: str, message: str) -> str:
+    """The sentence at a field."""
+    known = controls()
+    label = LABELS.get(field) or (known[field].label if field in known else field)
+    return f'<p class="field-error" role="alert">{escape(label)} {escape(message)}.</p>'
+
+
+def sentence(error: WorkerError) -> str:
+    """An error that belongs to no field of the page."""
+    subject = f"{error.field}: " if error.field else ""
+    return f"{subject}{error.message}."
+
+
+def _reason(record: Record) -> str:
+    error = record.error
+    if error is None:
+        return ""
+    text = f"{error['message'][:1].upper()}{error['message'][1:]}".rstrip(".") + "."
+    if error["field"]:
+        text = f"{LABELS.get(error['field'], error['field'])} {error['message']}."
+    return f"{text} Trying again may help." if error["retryable"] else text
+
+
+def _stage(state: State) -> str:
+    if state.note:
+        return state.note
+    progress = state.progress
+    if progress is None:
+        return WAITING.get(state.record.status, state.record.status)
+    return progress.message.removesuffix(f" {progress.step}/{progress.total_steps}")
+
+
+def _progress(state: State) -> str:
+    progress = state.progress
+    details, percent = [], None
+    if progress is not None:
+        percent = round(100 * progress.progress)
+        if progress.step is not None:
+            details.append(f"Step {progress.step} of {progress.total_steps}")
+        if progress.stage_index is not None:
+            details.append(f"stage {progress.stage_index} of {progress.stage_count}")
+        if state.left_seconds is not None:
+            left = duration(state.left_seconds)
+            details.append(f"about {left} left" if state.left_seconds >= 1 else "almost done")
+    else:
+        details.append(duration(state.elapsed_seconds))
+    value = "" if percent is None else f' aria-valuenow="{percent}"'
+    width = "" if percent is None else f' style="width: {percent}%"'
+    return (
+        '<div class="card"><div class="line">'
+        f"<strong>{escape(_stage(state))}</strong>"
+        f"<span>{'' if percent is None else f'{percent} %'}</span></div>"
+        f'<div class="bar" role="progressbar" aria-label="Progress" aria-valuemin="0" '
+        f'aria-valuemax="100"{value}><div{width}></div></div>'
+        f"<p>{escape(', '.join(details))}</p></div>"
+    )
