@@ -405,6 +405,11 @@ def test_the_keys_are_kept_for_this_user_alone(tmp_path):
         assert (tmp_path / name).stat().st_mode & 0o077 == 0
 
 
+def test_two_endpoints_never_share_a_directory(tmp_path):
+    with LocalEndpoint(tmp_path), pytest.raises(OSError, match="another endpoint uses"):
+        LocalEndpoint(tmp_path).start()
+
+
 @pytest.fixture
 def eager_worker(alone):
     """Takes each job at once, by the worker's protocol, and answers what it was given."""

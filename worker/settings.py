@@ -170,7 +170,7 @@ class PlatformSettings(FromEnvironment):
 
 
 class LocalSettings(FromEnvironment):
-    """What `python -m worker.local` and the client find in the environment."""
+    """What `python -m worker.local` finds in the environment."""
 
     fastapi_port: int = Field(default=8000, ge=0, le=65535)  # of the local endpoint; 0: any
     runpod_api_key: SecretStr | None = None

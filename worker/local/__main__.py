@@ -29,7 +29,12 @@ def main() -> int:
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    with endpoint:
+    try:
+        endpoint.start()
+    except OSError as error:
+        print(f"the endpoint cannot start: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    try:
         environment = worker_environment()
         if "BUCKET_ENDPOINT_URL" not in environment:
             environment |= endpoint.bucket_environment
@@ -39,6 +44,8 @@ def main() -> int:
             logger.info("endpoint %s, its key in %s", endpoint.url, where)
             stop.wait()
             logger.info("stopping; jobs that are not done are done after the next start")
+    finally:
+        endpoint.stop()
     return 0
 
 

@@ -5,6 +5,7 @@ called from any thread and do their work there.
 """
 
 import asyncio
+import fcntl
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TextIO, TypeVar
 
 import uvicorn
 from fastapi import FastAPI
@@ -92,9 +93,14 @@ class LocalEndpoint:
         """Serves from here on.
 
         Raises:
-            OSError: the port is taken.
+            OSError: the port is taken, or another endpoint uses the directory.
         """
         listener = socket.create_server(("127.0.0.1", self._port))
+        try:
+            self._lock = lock(self.directory / "lock")
+        except OSError:
+            listener.close()
+            raise
         # asyncio does so only for sockets that it has made; without it an answer takes 40 ms
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.origin = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -118,6 +124,7 @@ class LocalEndpoint:
         """Ends every open poll and the server. The jobs stay in the directory, unless temporary."""
         self._on_loop(self._close)
         self._thread.join()
+        self._lock.close()
         if self._is_temporary:
             shutil.rmtree(self.directory)
 
@@ -356,6 +363,21 @@ class LocalEndpoint:
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+def lock(path: Path) -> TextIO:
+    """The open file, which no other process can lock until it is closed.
+
+    Raises:
+        OSError: another one holds it.
+    """
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise OSError(f"another endpoint uses {path.parent}") from error
+    return file
 
 
 def kept_secret(path: Path) -> str:

@@ -6,6 +6,7 @@ Source: the requests of runpod-python 1.12.0, runpod/serverless/modules/{rp_job,
 import asyncio
 import hmac
 import json
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from worker.local.client_api import (
     read_bounded,
 )
 from worker.local.job_queue import JobQueue
+
+logger = logging.getLogger(__name__)
 
 MAX_RESULT_BYTES = MAX_REQUEST_BYTES  # the documented limits are the same both ways
 KEPT_HEARTBEATS = 4096
@@ -134,6 +137,7 @@ class WorkerApi:
         failed_check = None
         if query.get("status") == "unhealthy":
             failed_check = f"{query.get('check')}: {query.get('reason')}"
+            logger.warning("%s is unfit: %s", worker_id, failed_check)
         self._heard(worker_id).failed_check = failed_check
         self.heartbeats.append(Heartbeat(time.time(), worker_id, job_ids, failed_check))
         self._queue.heard(worker_id, job_ids)
