@@ -23,13 +23,13 @@ WORDS = {
         "Preset",
         f"Steps: {', '.join(f'{name} {preset[0]}' for name, preset in PRESETS.items())}.",
     ),
-    "num_inference_steps": ("Steps", "Denoising steps. The preset sets them."),
-    "guidance_scale": ("Guidance", "How closely prompt and speech are followed. Up to 1: off."),
-    "flow_shift": ("Flow shift", "Shift of the noise schedule."),
+    "num_inference_steps": ("Steps", "The preset sets them."),
+    "guidance_scale": ("Guidance", "Up to 1: off."),
+    "flow_shift": ("Flow shift", ""),
     "seed": ("Seed", "The same seed gives the same video. Empty: drawn."),
     "fps": ("Frames a second", ""),
-    "motion.pose": ("Head motion", "How much the head moves."),
-    "motion.expression": ("Expression", "How much the face moves."),
+    "motion.pose": ("Head motion", ""),
+    "motion.expression": ("Expression", ""),
     "face_box": (
         "Face",
         "The face that speaks: x, y, width, height in pixels. Empty: the largest.",
@@ -62,12 +62,13 @@ class Control:
 
     @property
     def help(self) -> str:
-        """What it does and what is allowed."""
-        return " ".join(filter(None, (WORDS.get(self.name, ("", ""))[1], self.limits)))
+        """What it does and what is allowed; a slider shows its ends by itself."""
+        limits = "" if self.kind == "slider" else self.limits
+        return " ".join(filter(None, (WORDS.get(self.name, ("", ""))[1], limits)))
 
     @property
     def limits(self) -> str:
-        """What is allowed, in words; empty where the control itself shows it."""
+        """What is allowed, in words."""
         if self.max_characters is not None:
             return f"At most {self.max_characters} characters."
         if self.minimum is not None and self.maximum is not None:

@@ -1,6 +1,6 @@
 """The studio's jobs on disk: a directory for each, with its inputs, its video and what is known.
 
-    <directory>/<id>/record.json  portrait.*  speech.*  thumbnail.jpg  video.mp4
+    <directory>/<id>/record.json  portrait.*  speech.*  thumbnail.jpg  avatar-<id>.mp4
 
 It holds no key and no address of a result, which may carry a signature.
 """
@@ -140,7 +140,7 @@ class History:
 
     def video(self, record: Record) -> Path:
         """Where the video lies once the job is completed."""
-        return self.directory / record.id / "video.mp4"
+        return self.directory / record.id / f"avatar-{record.id}.mp4"
 
     def thumbnail(self, record: Record) -> Path:
         """A small portrait."""

@@ -1,5 +1,6 @@
 """An endpoint of its own for the studio: `python -m worker.local`, which ends with it."""
 
+import ctypes
 import json
 import os
 import signal
@@ -22,8 +23,8 @@ START_SECONDS = 180
 END_SECONDS = 20
 NAME = "local"
 NOTE = (
-    "This machine answers with the demo model: the sound is yours, the picture is noise. "
-    "For a person who speaks, name an endpoint with the published weights."
+    "This machine runs the demo model: the sound is yours, the picture is noise. "
+    "To see a person speak, name an endpoint that has the published weights."
 )
 FIRST_VALUES = {"resolution": 256, "preset": "draft", "num_inference_steps": 20}  # without a GPU
 # of its own: keys and buckets of the person stay out of it
@@ -64,6 +65,7 @@ class LocalEndpoint:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches the studio alone, which then ends it
+                preexec_fn=_end_with_parent,
             )
         try:
             self._wait_until_ready()
@@ -119,6 +121,16 @@ class LocalEndpoint:
                     return
             time.sleep(0.2)
         raise LocalEndpointError(f"it was not ready in {START_SECONDS} s: see {self._log_path}")
+
+
+def _end_with_parent() -> None:
+    """Has Linux end this process when its parent is killed; elsewhere it goes on."""
+    if _PRCTL is not None:
+        _PRCTL(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+_PR_SET_PDEATHSIG = 1
+_PRCTL = getattr(ctypes.CDLL(None), "prctl", None)  # found here: nothing is loaded after a fork
 
 
 def _free_port() -> int:

@@ -122,9 +122,15 @@ class Page:
             self._control(known[name])
         self._settings = gr.Accordion("Settings", open=False)
         with self._settings:
-            for name in known:
-                if name not in FIRST:
-                    self._control(known[name])
+            rest = [known[name] for name in known if name not in FIRST]
+            for control in rest:
+                if control.kind == "text":
+                    self._control(control)
+            with gr.Row():
+                for control in rest:
+                    if control.kind != "text":
+                        with gr.Column(min_width=200):
+                            self._control(control)
         self._endpoint_part = gr.Accordion("Endpoint", open=self._default is None)
         with self._endpoint_part:
             self._build_endpoint()
@@ -159,15 +165,13 @@ class Page:
             elem_classes="speech-only",
             js_on_load='element.setAttribute("aria-live", "polite")',
         )
-        self._video = gr.Video(
-            label="Video", interactive=False, visible=False, buttons=[], elem_id="video"
-        )
+        self._video = gr.HTML(visible=False)
         self._caption = gr.HTML(visible=False)
         self._actions = gr.Row(visible=False)
         with self._actions:
-            self._cancel = gr.Button("Cancel", visible=False, elem_id="cancel")
-            self._download = gr.DownloadButton("Download", visible=False, elem_id="download")
-            self._again = gr.Button("Use these inputs again", visible=False, elem_id="again")
+            self._cancel = gr.Button("Cancel", visible=False, size="md")
+            self._download = gr.DownloadButton("Download", visible=False, size="md")
+            self._again = gr.Button("Use its inputs again", visible=False, size="md")
         self._history = gr.Gallery(
             label="Earlier videos",
             columns=4,
@@ -183,9 +187,13 @@ class Page:
         with gr.Accordion("This request as code", open=False):
             gr.Markdown("Files are read where it runs; the key comes from `RUNPOD_API_KEY`.")
             with gr.Tab("curl"):
-                self._curl = gr.Code(label="curl", language="shell", interactive=False)
+                self._curl = gr.Code(
+                    label="curl", language="shell", interactive=False, wrap_lines=True
+                )
             with gr.Tab("Python"):
-                self._python = gr.Code(label="Python", language="python", interactive=False)
+                self._python = gr.Code(
+                    label="Python", language="python", interactive=False, wrap_lines=True
+                )
 
     def _control(self, control: Control) -> None:
         """The component for a field, and the place of its error."""
@@ -401,13 +409,13 @@ class Page:
         record = state.record if state else None
         is_done = record is not None and record.status == "COMPLETED"
         is_running = state is not None and state.is_followed and not state.record.is_over
-        path = str(self._runs.history.video(record)) if record is not None and is_done else None
+        path = self._runs.history.video(record) if record is not None and is_done else None
         return {
             self._shown: record.id if record else "",
             self._timer: gr.Timer(active=is_running),
             self._status: gr.HTML(views.status(state), visible=not is_done),
             self._headline: views.headline(state),
-            self._video: gr.Video(path, visible=is_done),
+            self._video: gr.HTML(views.video(path) if path else "", visible=is_done),
             self._caption: gr.HTML(views.caption(record) if record else "", visible=is_done),
             self._actions: gr.Row(visible=record is not None),
             self._cancel: gr.Button(visible=is_running),

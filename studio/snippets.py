@@ -39,13 +39,16 @@ def curl(request: Request) -> str:
     policy = json.dumps({"executionTimeout": round(EXECUTION_TIMEOUT_SECONDS * 1000)})
     parts = [
         *_key_hint(request),
-        f"curl -sS {url}/run {key} -H 'Content-Type: application/json' -d @- <<EOF",
+        f"curl -sS {url}/run \\",
+        f"  {key} \\",
+        "  -H 'Content-Type: application/json' -d @- <<EOF",
         '{\n  "input": {',
         ",\n".join(lines),
         f'  }},\n  "policy": {policy}\n}}\nEOF',
         "",
         "# The answer holds the id of the job. Its progress, and then its result:",
-        f"curl -sS {url}/status/JOB_ID {key}",
+        f"curl -sS {url}/status/JOB_ID \\",
+        f"  {key}",
     ]
     return "\n".join(parts)
 

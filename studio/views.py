@@ -2,6 +2,8 @@
 
 from datetime import datetime
 from html import escape
+from pathlib import Path
+from urllib.parse import quote
 
 from studio.fields import controls
 from studio.history import Record
@@ -60,6 +62,12 @@ def headline(state: State | None) -> str:
     return ENDINGS[record.status] if record.is_over else _stage(state)
 
 
+def video(path: Path) -> str:
+    """The player: the browser's own, which gradio's is not as good as for a keyboard."""
+    address = f"gradio_api/file={quote(str(path))}"
+    return f'<video class="result" controls playsinline src="{address}" aria-label="Video"></video>'
+
+
 def caption(record: Record) -> str:
     """The finished video's facts in one line, and what the worker warns of."""
     if record.status != "COMPLETED":
@@ -80,6 +88,7 @@ def title(state: State) -> str:
     """The job in the history: when, and what became of it if it has brought no video."""
     record = state.record
     when = datetime.fromisoformat(record.created_at).astimezone()
+    is_today = when.date() == datetime.now(when.tzinfo).date()
     words = {
         "COMPLETED": "",
         "FAILED": "failed",
@@ -87,7 +96,7 @@ def title(state: State) -> str:
         "TIMED_OUT": "timed out",
     }
     ending = words.get(record.status, "running" if state.is_followed else "left")
-    return f"{when:%d %b %H:%M}" + (f", {ending}" if ending else "")
+    return f"{when:{'%H:%M' if is_today else '%d %b'}}" + (f", {ending}" if ending else "")
 
 
 def duration(seconds: float) -> str:
