@@ -145,9 +145,10 @@ class Bake:
             return
         from builder.convert import TRANSFORMER, conversions
 
-        # The encoders keep their published precision: the worker runs them in float16, of which
-        # bfloat16 would lose three bits.
-        dtype = self.variant if folder == TRANSFORMER else "keep"
+        # In bf16 the encoders keep their published precision: the worker runs them in float16, of
+        # which bfloat16 would lose three bits.
+        is_kept = self.variant == "bf16" and folder != TRANSFORMER
+        dtype = "keep" if is_kept else self.variant
         conversions(self.work / CHECKPOINT, self.target, dtype)[folder]()
 
     def _record(self, folder: str, files: Sequence[PublishedFile]) -> None:

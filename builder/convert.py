@@ -171,15 +171,16 @@ MODEL_INDEX = {
     "feature_extractor": ["transformers", "WhisperFeatureExtractor"],
     "face_detector": [None, None],  # may be left out
 }
+FLOAT8_LLAVA = ["worker.model.encoders", "Float8LlavaModel"]
 FACE_DETECTOR = ["worker.face", "TorchScriptFaceDetector"]
 
 
 def convert(source: Path, target: Path, dtype: Dtype = "keep") -> None:
     """Writes the model directory; what an interrupted run has finished is kept.
 
-    "keep" stores every tensor as it is found. The others concern the transformer and the text
-    encoders: "bf16" casts them; "fp8" keeps the linear layers of the transformer's blocks in 8
-    bits, with a scale for each output channel, and casts the rest of them to bfloat16.
+    "keep" stores every tensor as it is found. "bf16" casts the transformer and the text encoders.
+    "fp8" keeps the linear layers of the transformer's blocks and of LLaVA's decoder in 8 bits, with
+    a scale for each output channel, and casts the rest of the transformer to bfloat16.
 
     Raises:
         ValueError: a weight or setting that is unknown, missing or of the wrong shape, by name;
@@ -198,13 +199,14 @@ def convert(source: Path, target: Path, dtype: Dtype = "keep") -> None:
 
 def conversions(source: Path, target: Path, dtype: Dtype) -> dict[str, Callable[[], None]]:
     """For each folder of the checkpoint, what writes its part of the model directory."""
-    encoder_dtype = None if dtype == "keep" else torch.bfloat16
+    encoder_dtype = torch.bfloat16 if dtype == "bf16" else None
+    float8 = dtype == "fp8"
     return {
         VAE: partial(convert_vae, source / VAE, target),
         WHISPER: partial(convert_whisper, source / WHISPER, target),
         CLIP: partial(convert_clip, source / CLIP, target, encoder_dtype),
         TRANSFORMER: partial(convert_transformer, source / TRANSFORMER, target, dtype),
-        LLAVA: partial(convert_llava, source / LLAVA, target, encoder_dtype),
+        LLAVA: partial(convert_llava, source / LLAVA, target, encoder_dtype, float8=float8),
         DETECTOR: partial(_copy_detector, source / DETECTOR, target),
     }
 
@@ -212,8 +214,12 @@ def conversions(source: Path, target: Path, dtype: Dtype) -> dict[str, Callable[
 def finish(target: Path) -> None:
     """Makes the directory a model, once every folder is converted."""
     FlowMatchEulerDiscreteScheduler(shift=5.0).save_pretrained(target / "scheduler")
-    has_detector = (target / "face_detector").is_dir()
-    index = MODEL_INDEX | ({"face_detector": FACE_DETECTOR} if has_detector else {})
+    index = dict(MODEL_INDEX)
+    if (target / "face_detector").is_dir():
+        index["face_detector"] = FACE_DETECTOR
+    encoder_config = json.loads((target / "text_encoder" / "config.json").read_text())
+    if encoder_config["architectures"] == FLOAT8_LLAVA[1:]:
+        index["text_encoder"] = FLOAT8_LLAVA
     write_json(target / "model_index.json", index)
 
 

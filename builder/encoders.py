@@ -1,7 +1,7 @@
 """The published VAE and encoders, each to a folder that diffusers or transformers loads.
 
-The encoders keep the names of their weights, which every version of transformers reads; the parts
-of them that nothing uses are left out.
+The encoders keep the names of their weights, which every version of transformers reads; but not
+LLaVA in 8 bits, which is a class of ours. The parts of them that nothing uses are left out.
 """
 
 import json
@@ -26,7 +26,8 @@ from transformers import (
 
 from builder.checks import require_shapes
 from builder.shards import PlannedTensors, copy_file, write_json, write_shards
-from worker.model.encoders import canonical_name
+from worker.model.encoders import Float8LlavaModel, canonical_name
+from worker.model.linear import quantize
 
 VAE_SETTINGS = {
     "in_channels": "in_channels",
@@ -82,14 +83,22 @@ def convert_vae(source: Path, target: Path) -> None:
     model.save_config(target / "vae")
 
 
-def convert_llava(source: Path, target: Path, dtype: torch.dtype | None) -> None:
-    """Writes `text_encoder/`, without the layers behind the states in use, and `tokenizer/`."""
+def convert_llava(
+    source: Path, target: Path, dtype: torch.dtype | None, *, float8: bool = False
+) -> None:
+    """Writes `text_encoder/`, without the layers behind the states in use, and `tokenizer/`.
+
+    Args:
+        dtype: what its weights are cast to; None keeps each one's.
+        float8: keeps the linear layers of its decoder in 8 bits.
+    """
     config = AutoConfig.from_pretrained(source)
     config.text_config.num_hidden_layers -= UNUSED_LLAVA_LAYERS
     kept = config.text_config.num_hidden_layers
     unused_layers = "|".join(str(kept + i) for i in range(UNUSED_LLAVA_LAYERS))
     unused = re.compile(rf"language_model\.(lm_head\.|model\.layers\.({unused_layers})\.)")
-    _convert_encoder(source, target / "text_encoder", LlavaModel, config, unused, dtype)
+    model_class = Float8LlavaModel if float8 else LlavaModel
+    _convert_encoder(source, target / "text_encoder", model_class, config, unused, dtype)
 
     tokenizer_config = json.loads((source / "tokenizer_config.json").read_text())
     # The Llama class of transformers 5 would rebuild the tokenizer, and differently.
@@ -125,9 +134,14 @@ def _convert_encoder(
     unused: re.Pattern[str],
     dtype: torch.dtype | None,
 ) -> None:
-    """Writes the weights that the model has, and the config; a dtype of None keeps each one's."""
+    """Writes the weights that the model has, and the config; a dtype of None keeps each one's.
+
+    A weight for which the model has a scale is written in 8 bits, the scale beside it.
+    """
     with torch.device("meta"):
         model = model_class(config)
+    shapes = _shapes(model.state_dict())
+    names = {canonical_name(name): name for name in shapes}
     found: dict[str, Size] = {}
     planned = []
     for path in _weight_files(source):
@@ -136,15 +150,22 @@ def _convert_encoder(
                 if unused.match(name) or BUFFERS.search(name):
                     continue
                 stored = file.get_slice(name)
-                found[name] = Size(stored.get_shape())
-                new_dtype = dtype or DTYPES[stored.get_dtype()]
-                make = partial(_read, path, name, new_dtype)
-                planned.append(PlannedTensors({name: (found[name], new_dtype)}, make))
-    require_shapes(
-        f"the encoder in {source}",
-        {canonical_name(name): shape for name, shape in _shapes(model.state_dict()).items()},
-        {canonical_name(name): shape for name, shape in found.items()},
-    )
+                shape = Size(stored.get_shape())
+                found[canonical_name(name)] = shape
+                ours = names.get(canonical_name(name), name)
+                scale_name = f"{ours}_scale"
+                if scale_name in shapes:
+                    scale_shape = found[canonical_name(scale_name)] = Size([shape[0], 1])
+                    specs = {ours: (shape, torch.uint8), scale_name: (scale_shape, torch.bfloat16)}
+                    make = partial(_read_float8, path, name, ours)
+                else:
+                    new_dtype = dtype or DTYPES[stored.get_dtype()]
+                    new_name = ours if issubclass(model_class, Float8LlavaModel) else name
+                    specs = {new_name: (shape, new_dtype)}
+                    make = partial(_read, path, name, new_name, new_dtype)
+                planned.append(PlannedTensors(specs, make))
+    expected = {canonical_name(name): shape for name, shape in shapes.items()}
+    require_shapes(f"the encoder in {source}", expected, found)
     write_shards(target, "model", planned)
     if dtype is not None:
         config.dtype = dtype
@@ -160,9 +181,15 @@ def _weight_files(source: Path) -> list[Path]:
     return [source / name for name in sorted(set(weight_map.values()))]
 
 
-def _read(path: Path, name: str, dtype: torch.dtype) -> Mapping[str, Tensor]:
+def _read(path: Path, name: str, new_name: str, dtype: torch.dtype) -> Mapping[str, Tensor]:
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name).to(dtype)}
+        return {new_name: file.get_tensor(name).to(dtype)}
+
+
+def _read_float8(path: Path, name: str, new_name: str) -> Mapping[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        bits, scale = quantize(file.get_tensor(name))
+    return {new_name: bits, f"{new_name}_scale": scale}
 
 
 def _clone(name: str, weight: Tensor) -> Mapping[str, Tensor]:

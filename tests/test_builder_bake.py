@@ -137,6 +137,8 @@ def test_the_manifest_says_what_it_is_and_where_it_comes_from(baked, variant):
     content = manifest.read(baked[variant])
     assert content["variant"] == variant
     assert content["dtypes"]["transformer"] == {"bf16": ["BF16"], "fp8": ["BF16", "U8"]}[variant]
+    encoder = {"bf16": ["F32"], "fp8": ["BF16", "F32", "U8"]}  # the toy is published in 32 bits
+    assert content["dtypes"]["text_encoder"] == encoder[variant]
     on_disk = {str(path.relative_to(baked[variant])) for path in files_of(baked[variant])}
     assert content["files"].keys() == on_disk - {manifest.NAME}
     assert content["sources"]["repository"] == REPOSITORY

@@ -12,6 +12,7 @@ from builder import convert as command
 from builder.convert import convert, load_official_transformer
 from tests.goldens.transformer import arguments, relative_difference
 from tests.goldens.weights import build_toy_checkpoint, load_case
+from worker.model.encoders import Float8LlavaModel
 from worker.model.linear import Float8Linear, dequantize
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
 from worker.pipeline import HunyuanVideoAvatarPipeline
@@ -228,6 +229,27 @@ def test_fp8_has_a_scale_for_each_output_channel(plain, tmp_path):
         step = original.weight.abs() / 16 + largest / 448 / 512
         assert ((restored - original.weight).abs() <= step * 1.07).all()
     assert relative_difference(velocity(model, "plain"), reference("plain")) < 5e-2
+
+
+def test_fp8_keeps_llavas_decoder_in_8_bits_within_the_bound(plain, model_dir, tmp_path):
+    convert(plain, tmp_path / "model", "fp8")
+    whole = LlavaModel.from_pretrained(model_dir / "text_encoder", dtype=torch.float32)
+    encoder = Float8LlavaModel.from_pretrained(
+        tmp_path / "model" / "text_encoder", dtype=torch.float32
+    )
+
+    in_8_bits = [name for name, m in encoder.named_modules() if isinstance(m, Float8Linear)]
+    num_layers = encoder.config.text_config.num_hidden_layers
+    assert len(in_8_bits) == 7 * num_layers  # q, k, v, o, gate, up, down
+    for name in in_8_bits:
+        layer, original = encoder.get_submodule(name), whole.get_submodule(name).weight
+        error = (dequantize(layer.weight, layer.weight_scale) - original).abs()
+        largest = original.abs().amax(dim=1, keepdim=True)
+        assert (error <= torch.maximum(original.abs() / 16, largest / 450_000)).all()
+    layers = tuple(f"{name}." for name in in_8_bits)
+    others = encoder.state_dict()
+    for name, tensor in whole.state_dict().items():
+        assert name.startswith(layers) or torch.equal(others[name], tensor)
 
 
 def test_bf16_casts_transformer_and_text_encoders_but_not_the_vae(float8, tmp_path):

@@ -2,8 +2,10 @@ import pytest
 import torch
 from transformers import CLIPTextModel, CLIPTokenizer, LlavaModel, PreTrainedTokenizerFast
 
+from builder.convert import convert
 from tests.goldens.transformer import relative_difference
-from tests.goldens.weights import load_case
+from tests.goldens.weights import build_toy_checkpoint, load_case
+from worker.model.encoders import Float8LlavaModel
 from worker.text import (
     IMAGE_SUFFIX,
     NEGATIVE_PROMPT,
@@ -15,6 +17,7 @@ from worker.text import (
 )
 
 TOLERANCE = 1e-6
+FLOAT8_TOLERANCE = 7e-2  # of LLaVA's states, in relative norm; 6e-2 was found
 DESCRIBED, TENSORS = load_case("text")
 CASES = DESCRIBED["cases"]
 COMPLETE = [name for name in CASES if "hidden" in CASES[name]]
@@ -39,6 +42,14 @@ def clip_tokenizer(toy_model):
 @pytest.fixture(scope="module")
 def text_encoder(toy_model):
     return LlavaModel.from_pretrained(toy_model / "text_encoder", dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def text_encoder_in_8_bits(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("in 8 bits")
+    convert(build_toy_checkpoint(directory), directory / "model", "fp8")
+    encoder = directory / "model" / "text_encoder"
+    return Float8LlavaModel.from_pretrained(encoder, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +80,16 @@ def test_llava_s_states_and_mask_are_the_reference_s_at_every_position(
     embeds, mask = encode_llava([tokens], TENSORS["pixel_values"], text_encoder)
     assert torch.equal(mask, TENSORS[CASES[name]["dit_mask"]].long())
     assert relative_difference(embeds, TENSORS[CASES[name]["hidden"]]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", COMPLETE)
+def test_llava_s_states_in_8_bits_are_the_reference_s_within_the_bound(
+    name, tokenizer, text_encoder_in_8_bits
+):
+    tokens = tokenize(CASES[name]["prompt"], tokenizer)
+    embeds, mask = encode_llava([tokens], TENSORS["pixel_values"], text_encoder_in_8_bits)
+    assert torch.equal(mask, TENSORS[CASES[name]["dit_mask"]].long())
+    assert relative_difference(embeds, TENSORS[CASES[name]["hidden"]]) < FLOAT8_TOLERANCE
 
 
 def test_prompts_do_not_touch_one_another(tokenizer, text_encoder):

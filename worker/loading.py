@@ -44,7 +44,7 @@ from transformers.initialization import no_init_weights
 
 from worker import weights
 from worker.face import TorchScriptFaceDetector
-from worker.model.encoders import canonical_name
+from worker.model.encoders import Float8LlavaModel, canonical_name
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
 from worker.pipeline import HunyuanVideoAvatarPipeline
 
@@ -234,6 +234,8 @@ def _without_storage(network_class: Network, directory: Path, dtype: torch.dtype
     """The network as its config describes it; its parameters are on the meta device."""
     if issubclass(network_class, PreTrainedModel):
         config = network_class.config_class.from_pretrained(directory)
+        if config.architectures == [Float8LlavaModel.__name__]:
+            network_class = Float8LlavaModel
         # Its buffers are in no file: they are made here, for real.
         with init_empty_weights(), no_init_weights():
             return network_class._from_config(config, dtype=dtype).eval()

@@ -29,6 +29,7 @@ from worker.audio import encode_audio
 from worker.face import TorchScriptFaceDetector, largest_face
 from worker.image import face_mask, resize, scale_box, to_llava_pixels, to_pixels
 from worker.model import autoencoder
+from worker.model import encoders as encoders  # diffusers loads from modules that are there already
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
 from worker.sampling import TailRing
 from worker.shapes import (

@@ -60,6 +60,8 @@ def replace_linears(
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             has_bias = child.bias is not None
-            setattr(module, name, linear_class(child.in_features, child.out_features, has_bias))
+            with child.weight.device:
+                replacement = linear_class(child.in_features, child.out_features, has_bias)
+            setattr(module, name, replacement)
         elif not isinstance(child, kept):
             replace_linears(child, linear_class, kept)
