@@ -20,6 +20,7 @@ from worker.loading import LoadReport
 from worker.pipeline import Conditioning, HunyuanVideoAvatarPipeline
 from worker.schema import GenerationParams
 from worker.settings import Settings
+from worker.shapes import SAMPLE_RATE_HZ
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +43,12 @@ class Engine:
     def load(cls, settings: Settings) -> "Engine":
         """Loads the model that the settings name and places it.
 
+        On a GPU it is warmed up too: else the first job would pay for what the GPU's libraries set
+        up at their first use, and find out that they do not work.
+
         Raises:
             OSError, RuntimeError, ValueError: weights are missing, damaged, or do not fit the
-                model.
+                model, or the warm-up failed.
         """
         started = time.monotonic()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -61,7 +65,29 @@ class Engine:
         pipeline.set_progress_bar_config(disable=True)  # the reporter's values go to the client
         load_seconds = time.monotonic() - started
         logger.info("model %s ready on %s in %.1f s", settings.avatar_model, device, load_seconds)
-        return cls(pipeline, device, load_seconds, report)
+        engine = cls(pipeline, device, load_seconds, report)
+        if device.type == "cuda":
+            engine.warm_up()
+        return engine
+
+    def warm_up(self) -> None:
+        """Makes one frame of silence in one step, as a job would, at the smallest size.
+
+        Raises:
+            RuntimeError: it failed; says why.
+        """
+        started = time.monotonic()
+        params = GenerationParams(resolution=256, num_inference_steps=1)
+        portrait = Image.new("RGB", (params.resolution, params.resolution))
+        waveform = np.zeros(round(SAMPLE_RATE_HZ / params.fps), np.float32)
+        try:
+            conditioning = self.encode(portrait, waveform, params)
+            latents = self.denoise(conditioning, params, 0, lambda step, num_steps: None)
+            for _ in self.frames(conditioning, latents):
+                pass
+        except errors.WorkerError as error:
+            raise RuntimeError(f"the warm-up failed: {error.__cause__}") from error
+        logger.info("warmed up in %.1f s", time.monotonic() - started)
 
     def encode(
         self, portrait: Image.Image, waveform: np.ndarray, params: GenerationParams
