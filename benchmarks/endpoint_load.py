@@ -3,8 +3,8 @@
     python -m benchmarks.endpoint_load [--jobs 200] [--clients 20]
 
 The endpoint runs in a process of its own. All clients at once submit their share of the jobs, and
-then ask for the status of one after another until it is over. The bare answer beside it is the same server's 404, which
-touches no job: what is left when the endpoint's own work is taken away.
+then ask for the status of one after another until it is over. The bare answer beside it is the same
+server's 404, which touches no job: what is left when the endpoint's own work is taken away.
 """
 
 import argparse
