@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 STUDIO_VENV := .venv-studio
 
-.PHONY: demo studio test lint types unit slow packages browser format clean
+.PHONY: demo studio test lint types unit slow packages browser image format clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m demo
@@ -38,6 +38,10 @@ packages: $(VENV)/ready
 # The studio in headless Chromium, which has to be installed.
 browser: $(VENV)/ready $(STUDIO_VENV)/ready
 	$(BIN)/pytest -m browser
+
+# Every command of the Dockerfile, in a fresh root: needs root's rights and debootstrap.
+image: $(VENV)/ready
+	$(BIN)/pytest -m image
 
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix .
