@@ -222,6 +222,8 @@ def test_an_interrupt_cancels_the_job(server, tmp_path, answer, told):
         },
         stderr=subprocess.PIPE,
         text=True,
+        # a shell's background job inherits that Ctrl-C is ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     with process:
         assert process.stderr.readline() == "job job-1\n"
