@@ -4,6 +4,7 @@ A page holds no more than the id of the job that it shows, which also stands in 
 jobs themselves run beside it, in `studio.runs`.
 """
 
+import logging
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from studio.runs import Runs, State
 from worker.client import AuthenticationError, EndpointError
 from worker.errors import InvalidInputError, WorkerError
 from worker.settings import BucketSettings, Settings
+
+logger = logging.getLogger(__name__)
 
 TICK_SECONDS = 1.0
 FIRST = ("prompt", "preset")  # the others are folded away
@@ -98,7 +101,7 @@ class Page:
         return blocks
 
     def _build_inputs(self) -> None:
-        portrait = gr.Image(
+        self._inputs["image"] = gr.Image(
             label="Portrait",
             type="filepath",
             sources=["upload", "clipboard"],
@@ -106,8 +109,6 @@ class Page:
             buttons=[],
             elem_id="image",
         )
-        portrait.preprocess = _path  # its own would decode the file and write it anew
-        self._inputs["image"] = portrait
         self._error_slot("image")
         self._inputs["audio"] = gr.Audio(
             label="Speech",
@@ -252,18 +253,19 @@ class Page:
         connection = [self._session, self._inputs["key"], self._connected]
         form = [self._inputs[name] for name in ("image", "audio", *controls())]
 
-        blocks.load(self._open, None, [*result, *form], **quiet)
+        blocks.load(self._open, None, [*result, *errors, *form], **quiet)
         gr.on(
             [self._make.click],
             self._start,
             entered,
             [self._make, *result, *errors, *connection],
             trigger_mode="once",
+            preprocess=False,  # gradio's own would decode the image; the schema checks the rest
             **quiet,
         ).then(None, self._shown, None, js=SHOW_IN_ADDRESS, **quiet).then(
             None, None, None, js=GO_TO_ERROR, **quiet
         )
-        self._timer.tick(self._tick, self._shown, result, **quiet)
+        self._timer.tick(self._tick, self._shown, [*result, *errors], **quiet)
         self._cancel.click(self._stop, self._shown, result, **quiet)
         self._history.select(self._choose, self._listed, result, **quiet).then(
             None, self._shown, None, js=SHOW_IN_ADDRESS, **quiet
@@ -285,6 +287,7 @@ class Page:
             {*form, self._inputs["endpoint"], self._session},
             [self._curl, self._python],
             trigger_mode="always_last",
+            preprocess=False,
             **quiet,
         )
 
@@ -292,7 +295,7 @@ class Page:
         """A page that is opened or loaded again: the job in its address, and that job's inputs."""
         job = request.query_params.get("job")
         state = self._runs.state(job)
-        updates = self._result(state) | self._listing()
+        updates = self._result(state) | self._listing() | self._complaint(state)
         return updates | (self._refill(state.record.id) if state else {})
 
     async def _start(self, entered: dict[Component, Any]) -> AsyncIterator[Updates]:
@@ -307,14 +310,14 @@ class Page:
             )
             values = {name: entered[self._inputs[name]] for name in controls()}
             fields = request_fields(values)
-            portrait, speech = (entered[self._inputs[name]] for name in ("image", "audio"))
-            if not portrait:
-                raise ProblemError("image", "is missing")
-            if not speech:
-                raise ProblemError("audio", "is missing")
-            record = await self._runs.start(connection, Path(portrait), Path(speech), fields)
+            portrait, speech = (self._file(entered, name) for name in ("image", "audio"))
+            record = await self._runs.start(connection, portrait, speech, fields)
         except (ProblemError, WorkerError, EndpointError, ValueError) as error:
             yield ready | self._problem(error)
+        except Exception as error:  # the button has to come back
+            logger.error("a job could not be sent: %s", type(error).__name__)
+            failed = RuntimeError(f"The studio itself failed ({type(error).__name__}).")
+            yield ready | self._problem(failed)
         else:
             yield ready | used | self._result(self._runs.state(record.id)) | self._listing()
 
@@ -325,7 +328,7 @@ class Page:
                 self._status: views.status(state),
                 self._headline: views.headline(state),
             }
-        return self._result(state) | self._listing()
+        return self._result(state) | self._listing() | self._complaint(state)
 
     async def _stop(self, shown: str) -> Updates:
         try:
@@ -354,7 +357,7 @@ class Page:
             connection, used = self._connection(endpoint, key, session)
             health = await connection.health()
         except (ProblemError, EndpointError, ValueError) as error:
-            return self._no_errors() | {self._connected: ""} | self._problem(error)
+            return self._no_errors() | {self._connected: ""} | self._problem(error, self._connected)
         self._runs.resume(connection)
         return self._no_errors() | used | {self._connected: f'<p role="status">{health}</p>'}
 
@@ -368,8 +371,8 @@ class Page:
                 fields=request_fields(known),
             )
             for name, field in (("image", "portrait"), ("audio", "speech")):
-                if path := entered[self._inputs[name]]:
-                    request = replace(request, **{field: Path(path).name})
+                if entered[self._inputs[name]]:
+                    request = replace(request, **{field: self._file(entered, name).name})
             if own and own.key_path:
                 request = replace(request, key_path=str(own.key_path))
             return {self._curl: snippets.curl(request), self._python: snippets.python(request)}
@@ -377,6 +380,13 @@ class Page:
             return {}  # what is wrong is said when the video is made
 
     # Parts of answers
+
+    def _file(self, entered: dict[Component, Any], name: str) -> Path:
+        """The file that was dropped or recorded."""
+        file = entered[self._inputs[name]]
+        if not file:
+            raise ProblemError(name, "is missing")
+        return Path(file["path"])
 
     def _connection(
         self, endpoint: str, key: str, session: Connection | None
@@ -438,8 +448,18 @@ class Page:
     def _no_errors(self) -> Updates:
         return {slot: gr.HTML("", visible=False) for slot in self._errors.values()}
 
-    def _problem(self, error: Exception) -> Updates:
-        """The error at its field, and the part of the page that holds the field unfolded."""
+    def _complaint(self, state: State | None) -> Updates:
+        """The worker's reason for a failure, at the field that it concerns."""
+        error = state.record.error if state else None
+        if error is None or error["field"] not in self._errors:
+            return {}
+        return self._problem(ProblemError(error["field"], error["message"]))
+
+    def _problem(self, error: Exception, elsewhere: gr.HTML | None = None) -> Updates:
+        """The error at its field, with the part of the page that holds the field unfolded.
+
+        One that concerns no field of the page stands in `elsewhere`, or where the result would.
+        """
         if isinstance(error, AuthenticationError):
             error = ProblemError("key", "is not taken by the endpoint")
         elif isinstance(error, ValueError):
@@ -448,7 +468,9 @@ class Page:
         slot = self._errors.get(field)
         if slot is None:
             message = views.sentence(error) if isinstance(error, WorkerError) else str(error)
-            return {self._status: views.failure("The job was not sent.", message)}
+            title = "Not connected." if elsewhere else "The job was not sent."
+            place = elsewhere or self._status
+            return {place: gr.HTML(views.failure(title, message), visible=True)}
         text = views.field_error(field, getattr(error, "message", str(error)))
         updates: Updates = {slot: gr.HTML(text, visible=True)}
         if field in ("endpoint", "key"):
@@ -481,8 +503,3 @@ def _choice_label(value: Any) -> str:
     if isinstance(value, str):
         return value.capitalize()
     return f"{value:g}"
-
-
-def _path(payload: Any) -> str | None:
-    """The uploaded file itself."""
-    return payload.path if payload else None

@@ -14,7 +14,12 @@ EMPTY = (
     '<div class="card empty"><p>Your video appears here.</p>'
     "<p>Add a portrait and a recording, then make the video.</p></div>"
 )
-LABELS = {"image": "The portrait", "audio": "The speech"}
+LABELS = {
+    "image": "The portrait",
+    "audio": "The speech",
+    "endpoint": "The endpoint",
+    "key": "The API key",
+}
 WAITING = {
     "SENDING": "Sending the inputs",
     "IN_QUEUE": "Waiting for a worker",
