@@ -432,6 +432,7 @@ def eager_worker(alone):
     thread.join()
 
 
+@pytest.mark.slow
 def test_schemathesis_finds_no_fault(alone, eager_worker):
     command = [
         str(Path(sys.executable).with_name("schemathesis")),
@@ -451,6 +452,7 @@ def test_schemathesis_finds_no_fault(alone, eager_worker):
 # Many clients
 
 
+@pytest.mark.slow
 def test_many_jobs_of_many_clients_all_end_in_order_of_arrival(tmp_path):
     with LocalEndpoint() as endpoint:
         workers = [
