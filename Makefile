@@ -27,7 +27,7 @@ types: $(VENV)/ready
 unit: $(VENV)/ready
 	$(BIN)/pytest
 
-# The longest cases of what the other tests show, one of them at the published width (10 GB).
+# The longest cases, one of them at the published width (10 GB), and processes killed in mid-job.
 slow: $(VENV)/ready
 	$(BIN)/pytest -m "slow or large"
 
