@@ -168,7 +168,12 @@ def test_an_interrupted_command_leaves_no_job_behind(command, endpoint):
     with command("generate", *FILES, "--resolution", "704") as process:
         job_id = process.stderr.readline().split()[1]
         process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=60)
+        try:
+            _, told = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            endpoint.cancel(job_id)  # it would keep the shared worker for hours
+            raise
     assert process.returncode == 130
     assert f"job {job_id} is CANCELLED" in told
     assert endpoint.state(job_id).status == "CANCELLED"
