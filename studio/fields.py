@@ -62,9 +62,8 @@ class Control:
 
     @property
     def help(self) -> str:
-        """What it does and what is allowed; a slider shows its ends by itself."""
-        limits = "" if self.kind == "slider" else self.limits
-        return " ".join(filter(None, (WORDS.get(self.name, ("", ""))[1], limits)))
+        """What it does and what is allowed."""
+        return " ".join(filter(None, (WORDS.get(self.name, ("", ""))[1], self.limits)))
 
     @property
     def limits(self) -> str:

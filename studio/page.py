@@ -26,6 +26,7 @@ from worker.settings import BucketSettings, Settings
 logger = logging.getLogger(__name__)
 
 TICK_SECONDS = 1.0
+KEEP_UPLOADS = (3600, 86_400)  # looked at every hour, kept for a day; a job has its own copies
 FIRST = ("prompt", "preset")  # the others are folded away
 MAX_FILE_BYTES = Settings.model_fields["max_input_bytes"].default
 
@@ -35,10 +36,12 @@ SHOW_IN_ADDRESS = """(id) => {
   id ? address.searchParams.set("job", id) : address.searchParams.delete("job");
   history.replaceState(null, "", address);
 }"""
-GO_TO_RESULT = """() => document.querySelector("#result").scrollIntoView(
-  {behavior: "smooth", block: "nearest"})"""
-GO_TO_ERROR = """() => setTimeout(() => document.querySelector("p.field-error")?.scrollIntoView(
-  {behavior: "smooth", block: "center"}), 200)"""
+# On a phone the result stands far below the button, and an error may stand far above it.
+GO_TO_OUTCOME = """() => setTimeout(() => {
+  const error = document.querySelector("p.field-error");
+  const outcome = error ?? document.querySelector("#result .card, #result video");
+  outcome?.scrollIntoView({behavior: "smooth", block: error ? "center" : "nearest"});
+}, 200)"""
 
 Updates = dict[Component, Any]
 
@@ -81,7 +84,9 @@ class Page:
     # Layout
 
     def _build(self) -> gr.Blocks:
-        with gr.Blocks(title="Avatar studio", analytics_enabled=False) as blocks:
+        with gr.Blocks(
+            title="Avatar studio", analytics_enabled=False, delete_cache=KEEP_UPLOADS
+        ) as blocks:
             gr.Markdown(
                 "# Avatar studio\nA portrait and a recording become a talking-avatar video.",
                 elem_classes="heading",
@@ -174,7 +179,7 @@ class Page:
             self._download = gr.DownloadButton("Download", visible=False, size="md")
             self._again = gr.Button("Use its inputs again", visible=False, size="md")
         self._history = gr.Gallery(
-            label="Earlier videos",
+            label="Your videos",
             columns=4,
             height="auto",
             object_fit="cover",
@@ -254,8 +259,7 @@ class Page:
         form = [self._inputs[name] for name in ("image", "audio", *controls())]
 
         blocks.load(self._open, None, [*result, *errors, *form], **quiet)
-        gr.on(
-            [self._make.click],
+        self._make.click(
             self._start,
             entered,
             [self._make, *result, *errors, *connection],
@@ -263,13 +267,13 @@ class Page:
             preprocess=False,  # gradio's own would decode the image; the schema checks the rest
             **quiet,
         ).then(None, self._shown, None, js=SHOW_IN_ADDRESS, **quiet).then(
-            None, None, None, js=GO_TO_ERROR, **quiet
+            None, None, None, js=GO_TO_OUTCOME, **quiet
         )
         self._timer.tick(self._tick, self._shown, [*result, *errors], **quiet)
         self._cancel.click(self._stop, self._shown, result, **quiet)
         self._history.select(self._choose, self._listed, result, **quiet).then(
             None, self._shown, None, js=SHOW_IN_ADDRESS, **quiet
-        ).then(None, None, None, js=GO_TO_RESULT, **quiet)
+        ).then(None, None, None, js=GO_TO_OUTCOME, **quiet)
         self._again.click(self._refill, self._shown, form, **quiet)
         gr.on(
             [self._connect.click, self._inputs["key"].submit],
@@ -284,7 +288,7 @@ class Page:
         gr.on(
             [blocks.load, *(self._inputs[name].change for name in self._inputs if name != "key")],
             self._write_snippets,
-            {*form, self._inputs["endpoint"], self._session},
+            {*form, self._inputs["endpoint"]},
             [self._curl, self._python],
             trigger_mode="always_last",
             preprocess=False,
@@ -334,7 +338,7 @@ class Page:
         try:
             await self._runs.cancel(shown)
         except EndpointError as error:
-            return {self._status: views.failure("The job could not be cancelled.", str(error))}
+            gr.Warning(f"The job could not be cancelled: {error}.")
         return self._result(self._runs.state(shown)) | self._listing()
 
     def _choose(self, listed: list[str], event: gr.SelectData) -> Updates:
@@ -362,19 +366,18 @@ class Page:
         return self._no_errors() | used | {self._connected: f'<p role="status">{health}</p>'}
 
     def _write_snippets(self, entered: dict[Component, Any]) -> Updates:
-        known = {name: entered[self._inputs[name]] for name in controls()}
         endpoint = entered[self._inputs["endpoint"]].strip()
         own = self._default if endpoint == self._endpoint else None
+        files = (entered[self._inputs[name]] for name in ("image", "audio"))
+        portrait, speech = (Path(file["path"]).name if file else None for file in files)
         try:
             request = snippets.Request(
                 endpoint=own.url if own else endpoint or "ENDPOINT_ID",
-                fields=request_fields(known),
+                portrait=portrait or "portrait.jpg",
+                speech=speech or "speech.wav",
+                fields=request_fields({name: entered[self._inputs[name]] for name in controls()}),
+                key_path=str(own.key_path) if own and own.key_path else None,
             )
-            for name, field in (("image", "portrait"), ("audio", "speech")):
-                if entered[self._inputs[name]]:
-                    request = replace(request, **{field: self._file(entered, name).name})
-            if own and own.key_path:
-                request = replace(request, key_path=str(own.key_path))
             return {self._curl: snippets.curl(request), self._python: snippets.python(request)}
         except (InvalidInputError, ValueError):
             return {}  # what is wrong is said when the video is made

@@ -78,6 +78,8 @@ def serve(page: Page, runs: Runs, connection: Connection | None, *, host: str, p
         theme=theme(),
         css_paths=STYLE,
     )
+    # of a mounted page gradio would take any path of this machine for an uploaded file
+    page.blocks.has_launched = True
     # open pages hold connections for ever
     config = uvicorn.Config(
         app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=1

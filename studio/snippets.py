@@ -7,7 +7,7 @@ the text.
 import json
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from worker.client.calls import base_url
@@ -19,9 +19,9 @@ class Request:
     """What the page would send now."""
 
     endpoint: str  # a URL, or the id of an endpoint on RunPod
-    portrait: str = "portrait.jpg"  # names of files
-    speech: str = "speech.wav"
-    fields: Mapping[str, Any] = field(default_factory=dict)
+    portrait: str  # names of files
+    speech: str
+    fields: Mapping[str, Any]
     key_path: str | None = None  # where the key is to be found
 
 

@@ -144,7 +144,7 @@ def test_a_shell_sends_exactly_the_fields_that_the_snippet_stands_for(tmp_path):
 
 def test_the_python_snippet_holds_the_fields_and_no_key():
     fields = {"prompt": HOSTILE, "motion": {"pose": 1.5}, "seed": 7}
-    source = python(Request(endpoint="abc123", fields=fields))
+    source = python(Request(endpoint="abc123", portrait="me.png", speech="me.wav", fields=fields))
     call = next(
         node
         for node in ast.walk(ast.parse(source))

@@ -9,6 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -385,6 +386,24 @@ def test_a_wrong_key_is_named_at_its_field_and_a_right_one_connects(
         second.stop()
 
 
+def test_the_key_of_the_environment_connects_and_is_nowhere_on_the_page(
+    tmp_path_factory, studio, open_page
+):
+    key = (studio.directory / "local" / "api-key").read_text().strip()
+    local = f"http://127.0.0.1:{endpoint_port(studio)}/v2/local"
+    directory = tmp_path_factory.mktemp("third") / "files"
+    third = Studio(directory, "--endpoint", local, environment={"RUNPOD_API_KEY": key})
+    third.start()
+    try:
+        page = open_page(third.url)
+        page.get_by_role("button", name="Endpoint").click()
+        page.get_by_role("button", name="Connect").click()
+        expect(page.get_by_text("Connected.")).to_be_visible()
+        assert key not in page.content() + third.log
+    finally:
+        third.stop()
+
+
 def endpoint_port(studio):
     log = (studio.directory / "local" / "endpoint.log").read_text()
     return re.findall(r"http://127\.0\.0\.1:(\d+)/v2/local", log)[-1]
@@ -464,6 +483,30 @@ def test_a_keyboard_alone_begins_and_cancels_a_job(studio, open_page, files):
     page.get_by_role("button", name="Cancel").focus()
     page.keyboard.press("Space")
     expect(page.get_by_text("Cancelled.").first).to_be_visible()
+
+
+def test_a_file_of_this_machine_is_not_taken_for_an_uploaded_one(tmp_path):
+    """Speaks to the page's server as a program that has no page."""
+    studio = Studio(tmp_path / "files", "--endpoint", "http://127.0.0.1:9/v2/x")
+    studio.start()
+    try:
+        config = httpx.get(f"{studio.url}config").json()
+        start = next(each for each in config["dependencies"] if each["api_name"] == "_start")
+        parts = {part["id"]: part for part in config["components"]}
+        (tmp_path / "secret").write_text("secret")
+        for path in (tmp_path / "secret", ROOT / "README.md"):
+            file = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+            data = [
+                file if parts[part]["type"] in ("image", "audio") else None
+                for part in start["inputs"]
+            ]
+            body = {"data": data, "fn_index": start["id"], "session_hash": "a"}
+            answer = httpx.post(f"{studio.url}gradio_api/run/_start", json=body)
+            assert "not uploaded by a user" in answer.text
+        uploads = studio.directory / "uploads"
+        assert not any(path.name in ("secret", "README.md") for path in uploads.rglob("*"))
+    finally:
+        studio.stop()
 
 
 def test_another_name_for_this_machine_is_not_answered(studio, open_page):

@@ -8,12 +8,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 from pydantic import SecretStr
 
 from studio import snippets
 from studio.connection import Connection
 from studio.history import History
+from studio.local import LocalEndpoint, LocalEndpointError
 from studio.runs import Runs, State
 from worker.client import AuthenticationError, EndpointUnavailableError
 from worker.errors import InvalidInputError
@@ -167,6 +169,39 @@ def test_a_page_that_goes_away_while_the_inputs_are_sent_stops_nothing(
         return await until(runs, runs.history.all()[0].id, is_over)
 
     assert asyncio.run(story()).record.status == "COMPLETED"
+
+
+# The studio's own endpoint
+
+
+def test_a_large_recording_goes_through_the_bucket_of_the_studios_own_endpoint(
+    runs, portrait, make_speech, tmp_path
+):
+    recording = tmp_path / "long.wav"
+    recording.write_bytes(make_speech(240.0, 24_000))
+    assert recording.stat().st_size > 10e6
+
+    with LocalEndpoint(tmp_path / "local", Path(sys.executable)) as local:
+
+        async def story() -> State:
+            fields = {**SHORT, "max_seconds": 0.4}
+            record = await runs.start(local.connection(), portrait, recording, fields)
+            return await until(runs, record.id, is_over)
+
+        record = asyncio.run(story()).record
+        url = local.connection().url
+
+    assert record.status == "COMPLETED", record.error
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/health")
+
+
+def test_an_environment_without_the_worker_is_told_at_once(tmp_path):
+    with (
+        pytest.raises(LocalEndpointError, match="--worker-python"),
+        LocalEndpoint(tmp_path, tmp_path / "python"),
+    ):
+        pass
 
 
 # The snippets, run as they are
