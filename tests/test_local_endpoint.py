@@ -200,7 +200,7 @@ def test_a_job_over_its_execution_timeout_is_ended_stopped_and_can_be_retried(cl
 
 
 def test_a_job_over_its_time_to_live_is_gone_even_while_it_runs(client, told):
-    job_id = told.submit({"input": {"sleep": 60}, "policy": {"ttl": 1500}})
+    job_id = told.submit({"input": {"sleep": 60}, "policy": {"ttl": 4000}})
     wait_for_status(client, job_id, "IN_PROGRESS")
 
     following = client.post("/runsync", json={"input": {}}).json()
