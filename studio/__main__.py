@@ -19,7 +19,8 @@ def main() -> int:
     """Serves the page until it is told to stop."""
     arguments = _arguments()
     directory = arguments.directory.absolute()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the endpoint ends as well
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(0))  # so that the endpoint ends as well
     # gradio's own, which it reads as it is imported
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # noqa: TID251
     os.environ["GRADIO_TEMP_DIR"] = str(directory / "uploads")  # noqa: TID251

@@ -50,8 +50,8 @@ class Studio:
             assert time.monotonic() < deadline, self.log
             time.sleep(0.1)
 
-    def stop(self) -> None:
-        self.process.send_signal(signal.SIGTERM)
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        self.process.send_signal(number)
         assert self.process.wait(60) == 0, self.log
 
     @property
@@ -304,7 +304,7 @@ def test_a_closed_page_stops_nothing_and_the_history_outlives_the_studio(
         while '"COMPLETED"' not in record.read_text():
             assert time.monotonic() < deadline
             time.sleep(0.2)
-        studio.stop()
+        studio.stop(signal.SIGINT)
         studio.start()
         page = open_page(studio.url)
         page.locator("#history").get_by_role("button", name="Thumbnail 1 of 1").click()
@@ -314,6 +314,7 @@ def test_a_closed_page_stops_nothing_and_the_history_outlives_the_studio(
         expect(page.locator("#image img")).to_be_visible()
     finally:
         studio.stop()
+    assert "Traceback" not in studio.log
     left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     assert str(studio.directory) not in left
 
