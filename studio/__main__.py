@@ -44,7 +44,11 @@ def main() -> int:
             connection = Connection(name=endpoint, url=endpoint, api_key=key, uploads=uploads)
         runs = Runs(History(directory / "jobs"))
         page = Page(runs, connection, endpoint=endpoint, uploads=uploads)
-        serve(page, runs, connection, host=arguments.host, port=arguments.port)
+        try:
+            serve(page, runs, connection, host=arguments.host, port=arguments.port)
+        except OSError as error:
+            print(f"The studio: {error.strerror}", file=sys.stderr)  # noqa: T201
+            return 1
     return 0
 
 

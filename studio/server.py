@@ -1,6 +1,9 @@
 """The page's server: for this machine alone, with a page that fetches nothing from elsewhere."""
 
+import asyncio
 import contextlib
+import logging
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -44,8 +47,19 @@ class WithPolicy:
         await self._app(scope, receive, send_with_policy)
 
 
+def of_no_cut_page(record: logging.LogRecord) -> bool:
+    """Whether the record is more than the end of a page's stream, which is open until it is cut."""
+    cut = record.exc_info is not None and isinstance(record.exc_info[1], asyncio.CancelledError)
+    return not cut and not str(record.msg).startswith("Cancel %s running task")
+
+
 def serve(page: Page, runs: Runs, connection: Connection | None, *, host: str, port: int) -> None:
-    """Serves the page until the process is told to stop."""
+    """Serves the page until the process is told to stop.
+
+    Raises:
+        OSError: the port is taken, or the host is not this machine's.
+    """
+    listener = socket.create_server((host, port))
     # the history's own files are shown as they are
     gr.set_static_paths([runs.history.directory])
 
@@ -80,8 +94,7 @@ def serve(page: Page, runs: Runs, connection: Connection | None, *, host: str, p
     )
     # of a mounted page gradio would take any path of this machine for an uploaded file
     page.blocks.has_launched = True
-    # open pages hold connections for ever
-    config = uvicorn.Config(
-        app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=1
-    )
-    uvicorn.Server(config).run()
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+    logging.getLogger("uvicorn.error").addFilter(of_no_cut_page)
+    with listener:
+        uvicorn.Server(config).run(sockets=[listener])

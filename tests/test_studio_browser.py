@@ -510,6 +510,13 @@ def test_a_file_of_this_machine_is_not_taken_for_an_uploaded_one(tmp_path):
         studio.stop()
 
 
+def test_a_port_that_is_taken_is_told_in_one_line(studio, tmp_path):
+    second = Studio(tmp_path / "files", "--endpoint", "x", "--port", str(studio.port))
+    with pytest.raises(AssertionError, match="Address already in use"):
+        second.start()
+    assert len(second.log.splitlines()) == 1
+
+
 def test_another_name_for_this_machine_is_not_answered(studio, open_page):
     page = open_page(studio.url)
     for host, status in ((f"127.0.0.1:{studio.port}", 200), ("studio.example", 400)):
