@@ -2,8 +2,9 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
-from training import speech
+from training import audio_encoder, speech
 from training.speech import SpeechCorpus, formant_speech, mouth_track, state_track
 
 RATE_HZ = 16_000
@@ -114,6 +115,19 @@ def test_babble_has_the_length_asked_for_and_the_level_of_speech(num_samples):
     heard_db = 20 * np.log10(np.sqrt((rms[rms > 0.1 * rms.max()] ** 2).mean()))
     assert heard_db == pytest.approx(-24, abs=2)
     assert (rms < 1e-3).any()
+
+
+def test_the_encoder_is_trained_on_the_states_that_it_gives():
+    model = audio_encoder.build().eval()
+    mel = torch.randn(1, 80, 3000, generator=torch.Generator().manual_seed(7))
+
+    with torch.no_grad():
+        trained = audio_encoder.mouth_states(model, mel, first=0)
+        given = model.encoder(mel, output_hidden_states=True).hidden_states
+
+    assert len(trained) == len(given) - 1 == 4
+    for ours, theirs in zip(trained, given[1:], strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.fixture

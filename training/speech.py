@@ -234,7 +234,15 @@ class SpeechCorpus:
         if rng.random() < SILENT_SHARE:
             return _silence(rng, num_samples)
         utterances = self._formant if rng.random() < FORMANT_SHARE else self._spoken
-        speech = _with_silent_ends(rng, _excerpt(rng, utterances, num_samples))
+        stretch = 2 ** rng.uniform(-0.2, 0.2) if rng.random() < 0.5 else 1.0
+        speech = _excerpt(rng, utterances, int(num_samples * stretch) + 16)
+        if stretch != 1:  # slower and deeper, or quicker and higher: another throat
+            rate_hz = SAMPLE_RATE_HZ * stretch
+            speech = soxr.resample(speech, rate_hz, SAMPLE_RATE_HZ, quality="LQ")
+        speech = speech[:num_samples]
+        if rng.random() < 0.6:
+            speech = _coloured(rng, speech)
+        speech = _with_silent_ends(rng, speech)
         gain_db = rng.uniform(-GAIN_DB, GAIN_DB)
         speech = speech * 10 ** (gain_db / 20)
         if rng.random() < 0.3:
@@ -284,6 +292,18 @@ def _faded(samples: np.ndarray) -> np.ndarray:
     faded[:num_samples] *= ramp
     faded[len(faded) - num_samples :] *= ramp[::-1]
     return faded
+
+
+def _coloured(rng: np.random.Generator, speech: np.ndarray) -> np.ndarray:
+    """The speech, equally loud, as another microphone and room would colour it."""
+    knots_hz = np.geomspace(100, 8000, 7)
+    gains_db = np.clip(rng.normal(0, 5, len(knots_hz)), -10, 10)
+    hz = np.fft.rfftfreq(len(speech), 1 / SAMPLE_RATE_HZ)
+    gain = 10 ** (np.interp(np.log(hz + 1), np.log(knots_hz), gains_db) / 20)
+    coloured = np.fft.irfft(np.fft.rfft(speech) * gain, len(speech))
+    power = (coloured**2).mean()
+    scaled: np.ndarray = coloured * np.sqrt((speech**2).mean() / power if power > 0 else 1.0)
+    return scaled
 
 
 def _with_silent_ends(rng: np.random.Generator, speech: np.ndarray) -> np.ndarray:
