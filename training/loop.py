@@ -1,0 +1,125 @@
+"""One training run: a schedule, an average of the weights, a log, and going on after a stop."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CHECKPOINT_STEPS = 50
+AVERAGE_DECAY = 0.995
+
+
+def train(
+    model: nn.Module,
+    loss_of: Callable[[int], tuple[Tensor, dict[str, float]]],
+    *,
+    directory: Path,
+    steps: int,
+    learning_rate: float,
+    decay_share: float = 0.3,
+    accumulate: int = 1,
+) -> nn.Module:
+    """Trains the model in place; goes on where an earlier run in the directory stopped.
+
+    Matrices are stepped by Muon, all else by AdamW. The rate warms up over 50 steps, stays, and
+    falls to nothing over the last `decay_share` of the steps. What is returned is the model with
+    the running average of its weights.
+
+    Args:
+        model: in float32; its forward passes may run in bfloat16.
+        loss_of: the loss of a step, and figures for the log.
+        directory: gets `checkpoint.pt` and `log.jsonl`.
+        steps: in all, those of earlier runs counted.
+        learning_rate: AdamW's; Muon's is ten times as much.
+        decay_share: share of the steps over which the rate falls.
+        accumulate: losses a step.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    optimizers = _optimizers(model, learning_rate)
+    average = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    done = 0
+    path = directory / "checkpoint.pt"
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        model.load_state_dict(state["model"])
+        average, done = state["average"], state["step"]
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+    began, sums, count = time.monotonic(), dict[str, float](), 0
+    with (directory / "log.jsonl").open("a") as log:
+        for step in range(done, steps):
+            rate = min(1, (step + 1) / 50, (steps - step) / (decay_share * steps))
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["base_lr"] * rate
+            for part in range(accumulate):
+                loss, figures = loss_of(step * accumulate + part)
+                (loss / accumulate).backward()  # type: ignore[no-untyped-call]
+                for name, value in {"loss": loss.item(), **figures}.items():
+                    sums[name] = sums.get(name, 0) + value
+                count += 1
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            decay = min(AVERAGE_DECAY, step / (step + 10))
+            with torch.no_grad():
+                for name, value in model.state_dict().items():
+                    average[name].lerp_(value, 1 - decay)
+            if (step + 1) % CHECKPOINT_STEPS == 0 or step + 1 == steps:
+                means = {name: value / count for name, value in sums.items()}
+                line: dict[str, Any] = {"step": step + 1, "seconds": time.monotonic() - began}
+                log.write(json.dumps(line | means) + "\n")
+                log.flush()
+                print(json.dumps(line | means), flush=True)  # noqa: T201
+                sums, count = {}, 0
+                _save(path, model, average, optimizers, step + 1)
+    if any(not math.isfinite(value.sum().item()) for value in average.values()):
+        raise ArithmeticError("the training diverged")
+    model.load_state_dict(average)
+    return model.eval()
+
+
+def _optimizers(model: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    # Muon is for the matrices between hidden layers; the outermost ones are Adam's
+    outer = ("proj_out", "x_embedder", "ref_embedder", "time_text_embed", "motion_", "fps_")
+    matrices = [
+        value for name, value in trained.items() if value.ndim == 2 and not name.startswith(outer)
+    ]
+    others = [value for name, value in trained.items() if value.ndim != 2 or name.startswith(outer)]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.97), weight_decay=0.01)
+    ]
+    if matrices:
+        optimizers.append(
+            torch.optim.Muon(matrices, lr=10 * learning_rate, momentum=0.95, weight_decay=0.01)
+        )
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["base_lr"] = group["lr"]
+    return optimizers
+
+
+def _save(
+    path: Path,
+    model: nn.Module,
+    average: dict[str, Tensor],
+    optimizers: list[torch.optim.Optimizer],
+    step: int,
+) -> None:
+    """Writes the state beside the old one first, so that a stop in between costs nothing."""
+    partial = path.with_suffix(".partial")
+    state = {
+        "model": model.state_dict(),
+        "average": average,
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "step": step,
+    }
+    torch.save(state, partial)
+    partial.replace(path)
