@@ -50,12 +50,7 @@ def main() -> None:
     seen = once("vae", lambda: autoencoder.train_autoencoder(work / "vae_run", seed))
     once(
         "transformer",
-        lambda: transformer.train_transformer(
-            work / "transformer_run",
-            AutoencoderKLHunyuanVideo.from_pretrained(seen).eval(),
-            WhisperModel.from_pretrained(heard).eval(),
-            seed,
-        ),
+        lambda: transformer.train_transformer(work / "transformer_run", seen, heard, seed),
     )
     write(work, arguments.out)
 

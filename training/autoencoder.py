@@ -1,6 +1,7 @@
 """Trains the small autoencoder: pictures of the drawn world, through latents and back."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +11,34 @@ from torch import Tensor
 from torch.nn.functional import l1_loss
 
 from training import architecture, world
-from training.convolution import to_stored, to_trained
+from training.convolution import see_motion, to_stored, to_trained
 from training.loop import train
-from training.speech import MouthTrack
+from training.speech import MouthTrack, SpeechCorpus, mouth_track
 
-FRAMES = 9  # of one clip: three latent frames
 SIZE = 256  # px of a picture
-STILL_CROP, CLIP_CROP = 64, 96  # px of what is learned from it
-STILL_STEPS, CLIP_STEPS = 2800, 600
+TRACK_FRAMES = 60  # of the speech of which a clip is a part
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the training."""
+
+    name: str
+    count: int  # clips a step, each of another person
+    num_frames: int
+    crop: int  # px of what is learned from a picture
+    steps: int
+    learning_rate: float
+    decay_share: float
+
+
+# One frame is what a clip's every frame is while nothing moves, at a tenth of the work. The last
+# clips are whole pictures: the normalisation sees what it will see in use.
+PHASES = (
+    Phase("stills", 16, 1, 64, 2800, 2e-3, 0.3),
+    Phase("clips", 4, 9, 64, 600, 2e-4, 0.8),
+    Phase("whole", 1, 9, SIZE, 40, 1e-4, 1.0),
+)
 LATENT_NOISE = 0.1  # added to the latents, so that near ones decode alike
 SIZE_WEIGHT = 1e-3  # keeps the latents near 1
 FACE_WEIGHT = 3.0  # what the eyes and the mouth count beside the rest
@@ -26,48 +47,42 @@ FACE_WEIGHT = 3.0  # what the eyes and the mouth count beside the rest
 def chance_track(rng: np.random.Generator, num_frames: int) -> MouthTrack:
     """A mouth that moves by chance, for pictures without sound."""
     seconds = np.arange(num_frames) / world.FPS
-    waves = [np.sin(2 * math.pi * (rng.uniform(1, 6) * seconds + rng.random())) for _ in range(3)]
+    waves = [np.sin(2 * math.pi * (rng.uniform(1, 3) * seconds + rng.random())) for _ in range(3)]
     opening = np.clip(rng.uniform(-0.3, 0.6) + 0.6 * waves[0] * waves[1], 0, 1)
     return MouthTrack(opening.astype(np.float32), waves[2].astype(np.float32))
 
 
 class Pictures:
-    """Crops of people in motion, half of them around the mouth and the eyes."""
+    """Crops of people who speak or move by chance, half of them around the mouth and the eyes."""
 
     def __init__(self, seed: int) -> None:
         self._rng = np.random.default_rng(seed)
-        self._bank: list[tuple[world.Face, Tensor]] = []  # single frames, the latest last
+        self._corpus = SpeechCorpus("train")
 
-    def stills(self, count: int, crop: int) -> tuple[Tensor, Tensor]:
-        """Pixels (B, 3, 1, crop, crop) in [-1, 1] and what each counts (B, 1, 1, crop, crop)."""
-        for _ in range(100 if not self._bank else 1):
-            self._bank.append(self._person(1))
-        del self._bank[:-400]
-        chosen = self._rng.integers(len(self._bank), size=count)
-        return self._crops([self._bank[index] for index in chosen], crop)
+    def batch(self, count: int, num_frames: int, crop: int) -> tuple[Tensor, Tensor]:
+        """Pixels (B, 3, F, crop, crop) in [-1, 1] and what each counts (B, 1, 1, crop, crop)."""
+        pixels, weights = zip(
+            *(self._clip(num_frames, crop, index % 2 == 0) for index in range(count)), strict=True
+        )
+        return torch.stack(pixels).transpose(1, 2) * 2 - 1, torch.stack(weights)[:, None, None]
 
-    def clips(self, count: int, crop: int) -> tuple[Tensor, Tensor]:
-        """The same of clips: (B, 3, F, crop, crop); all are of one person."""
-        return self._crops([self._person(FRAMES)] * count, crop)
-
-    def _person(self, num_frames: int) -> tuple[world.Face, Tensor]:
+    def _clip(self, num_frames: int, crop: int, of_face: bool) -> tuple[Tensor, Tensor]:
         rng = self._rng
         face = world.draw_person(rng)
-        track = chance_track(rng, 60)
+        if rng.random() < 0.75:
+            track = mouth_track(self._corpus.clip(rng, TRACK_FRAMES))
+        else:
+            track = chance_track(rng, TRACK_FRAMES)
         motion = world.move(rng, track, rng.uniform(0, 100), rng.uniform(0, 100))
-        start = int(rng.integers(0, 60 - num_frames))
-        return face, world.render(face, motion[start : start + num_frames], SIZE, SIZE)
-
-    def _crops(self, people: list[tuple[world.Face, Tensor]], crop: int) -> tuple[Tensor, Tensor]:
-        pixels, weights = [], []
-        for index, (face, frames) in enumerate(people):
-            middle = np.asarray((face.centre[0], face.centre[1] + face.size * 0.3))
-            spread = crop * 0.3 if index % 2 else SIZE
-            corner = SIZE / 2 + SIZE * middle - crop / 2 + self._rng.uniform(-spread, spread, 2)
-            x, y = np.clip(corner, 0, SIZE - crop).astype(int)
-            pixels.append(frames[:, :, y : y + crop, x : x + crop])
-            weights.append(face_weight(face, SIZE, SIZE)[y : y + crop, x : x + crop])
-        return torch.stack(pixels).transpose(1, 2) * 2 - 1, torch.stack(weights)[:, None, None]
+        start = int(rng.integers(0, TRACK_FRAMES - num_frames))
+        # between the mouth and the eyes
+        middle = np.asarray((face.centre[1] + face.size * rng.choice([0.0, 0.5]), face.centre[0]))
+        spread = crop * 0.3 if of_face else SIZE
+        corner = SIZE / 2 + SIZE * middle - crop / 2 + rng.uniform(-spread, spread, 2)
+        y, x = np.clip(corner, 0, SIZE - crop).astype(int)
+        at = (slice(y, y + crop), slice(x, x + crop))
+        frames = world.render(face, motion[start : start + num_frames], SIZE, SIZE, at)
+        return frames, face_weight(face, SIZE, SIZE)[at]
 
 
 def face_weight(face: world.Face, height: int, width: int) -> Tensor:
@@ -110,29 +125,22 @@ def train_autoencoder(directory: Path, seed: int) -> AutoencoderKLHunyuanVideo:
     to_trained(vae)
     pictures = Pictures(seed)
 
-    # One frame is what a clip's every frame is while nothing moves, at a tenth of the work.
-    train(
-        vae,
-        lambda _: loss_of(vae, *pictures.stills(16, STILL_CROP)),
-        directory=directory / "stills",
-        steps=STILL_STEPS,
-        learning_rate=2e-3,
-    )
+    for phase in PHASES:
 
-    def clip_loss(step: int) -> tuple[Tensor, dict[str, float]]:
-        # the last ones whole: the normalisation sees what it will see in use
-        whole = step >= 0.9 * CLIP_STEPS
-        return loss_of(vae, *pictures.clips(1 if whole else 2, SIZE if whole else CLIP_CROP))
+        def loss(_: int, phase: Phase = phase) -> tuple[Tensor, dict[str, float]]:
+            return loss_of(vae, *pictures.batch(phase.count, phase.num_frames, phase.crop))
 
-    train(
-        vae.train(),
-        clip_loss,
-        directory=directory / "clips",
-        steps=CLIP_STEPS,
-        learning_rate=1e-3,
-        decay_share=0.6,
-    )
-    pixels, _ = pictures.stills(16, SIZE)
+        train(
+            vae.train(),
+            loss,
+            directory=directory / phase.name,
+            steps=phase.steps,
+            learning_rate=phase.learning_rate,
+            decay_share=phase.decay_share,
+        )
+        if phase.num_frames == 1:
+            see_motion(vae)
+    pixels, _ = pictures.batch(16, 1, SIZE)
     with torch.no_grad():
         spread = vae.encode(pixels).latent_dist.mean.std().item()
     stored = to_stored(vae.state_dict(), architecture.autoencoder())

@@ -57,6 +57,17 @@ class TrainedConvolution(nn.Module):
         self._stride = list(conv.stride)
         self._has_padding = has_padding
 
+    @torch.no_grad()
+    def use_last_tap(self, *, mixes_two: bool) -> None:
+        """Puts all of the kernel into its last tap in time, or half into each of the last two."""
+        kernel = self.weight.view(self._shape)  # (O, I, taps, height, width)
+        if kernel.shape[2] == 3:
+            whole = kernel.sum(2)
+            kernel.zero_()
+            kernel[:, :, 2] = whole / 2 if mixes_two else whole
+            if mixes_two:
+                kernel[:, :, 1] = whole / 2
+
     def forward(self, x: Tensor) -> Tensor:
         """The same as the module that it replaces."""
         weight = self.weight.view(self._shape)
@@ -67,6 +78,20 @@ class TrainedConvolution(nn.Module):
             first = x[:, :, :1]
             x = _pad(_pad(torch.cat([first, first, x], dim=2), 3), 4)
         return _Convolution.apply(x, weight, self.bias, self._stride)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def see_motion(vae: AutoencoderKLHunyuanVideo) -> None:
+    """Lets a model that was trained on single frames begin with clips, at no loss.
+
+    A kernel in time becomes its last tap alone, which makes every fourth frame a latent; where the
+    decoder doubles the frames it is half of each of the last two taps, which draws the frames
+    between two latents as mixtures of both. A single frame comes out as before.
+    """
+    for name, module in vae.named_modules():
+        if isinstance(module, TrainedConvolution):
+            parent = vae.get_submodule(name.rpartition(".")[0])
+            factor = getattr(parent, "upsample_factor", None)
+            module.use_last_tap(mixes_two=factor is not None and factor[0] == 2)
 
 
 def _pad(x: Tensor, dim: int) -> Tensor:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-CHECKPOINT_STEPS = 50
+CHECKPOINT = "checkpoint.pt"
+CHECKPOINT_STEPS = 20
 AVERAGE_DECAY = 0.995
 
 
@@ -43,7 +44,7 @@ def train(
     optimizers = _optimizers(model, learning_rate)
     average = {name: value.detach().clone() for name, value in model.state_dict().items()}
     done = 0
-    path = directory / "checkpoint.pt"
+    path = directory / CHECKPOINT
     if path.exists():
         state = torch.load(path, weights_only=True)
         model.load_state_dict(state["model"])
@@ -83,6 +84,12 @@ def train(
         raise ArithmeticError("the training diverged")
     model.load_state_dict(average)
     return model.eval()
+
+
+def steps_done(directory: Path) -> int:
+    """How many steps of an earlier run in the directory are kept."""
+    path = directory / CHECKPOINT
+    return int(torch.load(path, weights_only=True)["step"]) if path.exists() else 0
 
 
 def _optimizers(model: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:

@@ -5,8 +5,13 @@ Flow matching as the published model's: with noise e and latents x, at noise lev
 times: the audio to zeros, the prompt to the negative one, the face mask to 0.6 of itself.
 """
 
+import itertools
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +23,7 @@ from transformers import WhisperFeatureExtractor, WhisperModel
 from training import architecture, world
 from training.autoencoder import face_weight
 from training.convolution import to_trained
-from training.loop import train
+from training.loop import steps_done, train
 from training.speech import MouthTrack, SpeechCorpus, mouth_track
 from worker.audio import audio_windows, encode_speech, log_mel
 from worker.image import face_mask, to_llava_pixels
@@ -36,19 +41,21 @@ PROMPTS = (
     "",
 )
 
+Kinds = tuple[tuple[tuple[int, int, int], float], ...]
+
 # Height, width and latent frames, about as much work each; how often each is drawn.
-SHORT_CLIPS = (
+SHORT_CLIPS: Kinds = (
     ((256, 256, 6), 0.5),
     ((192, 192, 11), 0.15),
     ((256, 192, 8), 0.1),
     ((192, 256, 8), 0.1),
     ((128, 128, WINDOW_LATENTS), 0.15),
 )
-WHOLE_CLIPS = (((256, 256, WINDOW_LATENTS), 1.0),)
+WHOLE_CLIPS: Kinds = (((256, 256, WINDOW_LATENTS), 1.0),)
 LEAD_LATENTS = 3  # before a clip that does not begin where its video does
-SHORT_STEPS, WHOLE_STEPS = 1600, 80
-POOL = 96  # scenes of each size that are kept
-USES = 8  # of a scene, on average
+POOL = 192  # scenes that are kept
+USES = 4  # of a scene, on average
+QUEUE = 8
 
 NO_AUDIO_SHARE = 0.12
 QUIET_MASK_SHARE = 0.3
@@ -57,6 +64,24 @@ ELSEWHERE_SHARE = 0.08  # of clips whose face mask lies beside the mouth: it sta
 WHOLE_MASK_SHARE = 0.3
 NOISE_SHIFT = 3.0
 MOUTH_WEIGHT = 3.0
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the training."""
+
+    name: str
+    kinds: Kinds
+    steps: int
+    learning_rate: float
+    decay_share: float
+    accumulate: int
+
+
+PHASES = (
+    Phase("short", SHORT_CLIPS, 1600, 1.5e-3, 0.3, 4),
+    Phase("whole", WHOLE_CLIPS, 80, 4e-4, 0.8, 2),
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +105,7 @@ class Scenes:
     """Clips of people who speak, made from a seed."""
 
     def __init__(
-        self, vae: AutoencoderKLHunyuanVideo, audio_encoder: WhisperModel, seed: int
+        self, vae: AutoencoderKLHunyuanVideo, audio_encoder: WhisperModel, seed: Sequence[int]
     ) -> None:
         self._rng = np.random.default_rng(seed)
         to_trained(vae)  # quicker, and the same numbers
@@ -91,20 +116,10 @@ class Scenes:
         self._tokenizer = architecture.prompt_tokenizer()
         self._text_encoder, self._pooled_text_encoder = architecture.text_encoders()
         self._pooled_tokenizer = architecture.pooled_tokenizer()
-        self._pools: dict[tuple[int, int, int], list[Scene]] = {}
-
-    def draw(self, kinds: tuple[tuple[tuple[int, int, int], float], ...]) -> Scene:
-        """A scene of one of the sizes, new or seen a few times."""
-        kind = kinds[self._rng.choice(len(kinds), p=[share for _, share in kinds])][0]
-        pool = self._pools.setdefault(kind, [])
-        if len(pool) < POOL // 4 or self._rng.random() < 1 / USES:
-            pool.append(self._make(*kind))
-            del pool[:-POOL]
-            return pool[-1]
-        return pool[self._rng.integers(len(pool))]
 
     @torch.no_grad()
-    def _make(self, height: int, width: int, num_latents: int) -> Scene:
+    def make(self, height: int, width: int, num_latents: int) -> Scene:
+        """A clip of so many latent frames."""
         rng = self._rng
         size = FrameSize(height, width)
         frames = TEMPORAL_COMPRESSION * (num_latents - 1) + 1
@@ -228,34 +243,82 @@ def loss_of(
     return loss, {f"{band}_noise": loss.item(), f"{band}_count": 1.0}
 
 
+def _produce(queue: Any, work: tuple[Path, Path], seed: Sequence[int], kinds: Kinds) -> None:
+    """Fills the queue with scenes until the process is stopped."""
+    torch.set_num_threads(1)
+    vae, audio_encoder = work
+    scenes = Scenes(
+        AutoencoderKLHunyuanVideo.from_pretrained(vae).eval(),
+        WhisperModel.from_pretrained(audio_encoder).eval(),
+        seed,
+    )
+    rng = np.random.default_rng(seed)
+    while True:
+        kind = kinds[rng.choice(len(kinds), p=[share for _, share in kinds])][0]
+        scene = scenes.make(*kind)
+        # by value: shared memory would hold a file handle for each tensor
+        queue.put({name: _to_numpy(value) for name, value in vars(scene).items()})
+
+
+def _to_numpy(value: Any) -> Any:
+    return value.numpy() if isinstance(value, Tensor) else value
+
+
+def _to_tensor(value: Any) -> Any:
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+
+
+@contextmanager
+def drawn_scenes(
+    work: tuple[Path, Path], seed: Sequence[int], kinds: Kinds
+) -> Iterator[Callable[[], Scene]]:
+    """Gives what draws scenes; another process makes them meanwhile, each for a few uses."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue(QUEUE)
+    process = context.Process(target=_produce, args=(queue, work, seed, kinds), daemon=True)
+    process.start()
+    pool: list[Scene] = []
+    rng = np.random.default_rng(seed)
+    draws = itertools.count()
+
+    def draw() -> Scene:
+        if next(draws) % USES == 0:
+            values = queue.get(timeout=600)
+            pool.append(Scene(**{name: _to_tensor(value) for name, value in values.items()}))
+            del pool[:-POOL]
+        return pool[rng.integers(len(pool))]
+
+    try:
+        yield draw
+    finally:
+        process.terminate()
+        process.join()
+
+
 def train_transformer(
-    directory: Path, vae: AutoencoderKLHunyuanVideo, audio_encoder: WhisperModel, seed: int
+    directory: Path, vae: Path, audio_encoder: Path, seed: int
 ) -> HunyuanVideoAvatarTransformer3DModel:
     """The denoiser, trained on short clips and then on whole windows.
 
-    An earlier run in the directory is gone on with.
+    An earlier run in the directory is gone on with. The other two models are read from theirs.
     """
     torch.manual_seed(seed)
-    scenes = Scenes(vae, audio_encoder, seed)
+    torch.set_num_threads(1)  # the other core makes the scenes
     rng = np.random.default_rng(seed)
     transformer = architecture.transformer().train()
     for parameter in transformer.proj_out.parameters():
         torch.nn.init.zeros_(parameter)
-    train(
-        transformer,
-        lambda _: loss_of(transformer, scenes.draw(SHORT_CLIPS), rng),
-        directory=directory / "short",
-        steps=SHORT_STEPS,
-        learning_rate=1.5e-3,
-        accumulate=4,
-    )
-    train(
-        transformer.train(),
-        lambda _: loss_of(transformer, scenes.draw(WHOLE_CLIPS), rng),
-        directory=directory / "whole",
-        steps=WHOLE_STEPS,
-        learning_rate=4e-4,
-        decay_share=0.8,
-        accumulate=2,
-    )
+    for number, phase in enumerate(PHASES):
+        with drawn_scenes(
+            (vae, audio_encoder), (seed, number, steps_done(directory / phase.name)), phase.kinds
+        ) as draw:
+            train(
+                transformer.train(),
+                lambda _: loss_of(transformer, draw(), rng),
+                directory=directory / phase.name,
+                steps=phase.steps,
+                learning_rate=phase.learning_rate,
+                decay_share=phase.decay_share,
+                accumulate=phase.accumulate,
+            )
     return transformer

@@ -42,6 +42,7 @@ MOUTH_INSIDE = (0.16, 0.05, 0.06)
 # At motion_pose 25 the head sways by at most this much to each side.
 SWAY_SHARE = 0.004  # of the picture's short side
 SWAY_RADIANS = 0.007
+LIP_FRAMES = 5  # over which the lips' movements are smoothed
 BLINK = (0.6, 0.15, 0.0, 0.0, 0.35, 0.75)  # how far the eyes are open, frame by frame
 
 
@@ -169,6 +170,8 @@ def move(
     """Speech with blinks and a swaying head: what the sound decides, and what chance decides."""
     seconds = np.arange(len(mouth.opening)) / FPS
     sway = [_sway(rng, seconds) * pose / 25 for _ in range(3)]
+    # lips and jaw have mass: they follow in about a tenth of a second to each side
+    opening, width = (_smooth(track, LIP_FRAMES) for track in mouth)
     stress = _smooth(mouth.opening, 9)
     return Motion(
         x=sway[0] * SWAY_SHARE,
@@ -176,8 +179,8 @@ def move(
         tilt=sway[2] * SWAY_RADIANS,
         eyes=_blinks(rng, len(seconds)),
         brows=stress * np.float32(0.06 * expression / 30),
-        opening=mouth.opening,
-        width=mouth.width,
+        opening=opening,
+        width=width,
     )
 
 
@@ -210,12 +213,16 @@ def portrait(face: Face, height: int, width: int) -> Tensor:
     return render(face, REST, height, width)[0]
 
 
-def render(face: Face, motion: Motion, height: int, width: int) -> Tensor:
-    """The frames (F, 3, H, W) float32 in [0, 1]."""
+def render(
+    face: Face, motion: Motion, height: int, width: int, crop: tuple[slice, slice] | None = None
+) -> Tensor:
+    """The frames (F, 3, H, W) float32 in [0, 1], or of each only the rows and columns of a crop."""
     short = min(height, width)
     num_frames = len(motion.x)
     rows = (torch.arange(height) + 0.5 - height / 2) / short
     columns = (torch.arange(width) + 0.5 - width / 2) / short
+    if crop is not None:
+        rows, columns = rows[crop[0]], columns[crop[1]]
     pixel = 1 / (face.size * short)
 
     # what does not move, in the units of the head at rest
