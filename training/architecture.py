@@ -43,16 +43,17 @@ def transformer() -> HunyuanVideoAvatarTransformer3DModel:
     return HunyuanVideoAvatarTransformer3DModel(
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        num_attention_heads=2,
+        num_attention_heads=3,
         attention_head_dim=64,
-        num_layers=4,
+        num_layers=2,
         num_single_layers=2,
-        num_refiner_layers=1,
+        num_refiner_layers=0,
+        mlp_ratio=2.0,  # wide and shallow: a token has to carry 64 values and 64 of the portrait's
         text_embed_dim=TEXT_DIM,
         pooled_projection_dim=POOLED_DIM,
         rope_axes_dim=(16, 24, 24),
         audio_window_shape=AUDIO_STATES,
-        audio_intermediate_dim=128,
+        audio_intermediate_dim=96,
         audio_attention_dim=128,
     )
 
@@ -88,8 +89,8 @@ def _text_encoder(tokenizer: PreTrainedTokenizerFast) -> LlavaModel:
                 num_key_value_heads=1,
             ),
             vision_config=CLIPVisionConfig(
-                hidden_size=16,
-                intermediate_size=32,
+                hidden_size=8,
+                intermediate_size=16,
                 num_hidden_layers=2,
                 num_attention_heads=2,
                 image_size=336,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 CHECKPOINT = "checkpoint.pt"
-CHECKPOINT_STEPS = 20
+CHECKPOINT_STEPS = 50
 AVERAGE_DECAY = 0.995
 
 

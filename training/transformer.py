@@ -54,7 +54,7 @@ SHORT_CLIPS: Kinds = (
 WHOLE_CLIPS: Kinds = (((256, 256, WINDOW_LATENTS), 1.0),)
 LEAD_LATENTS = 3  # before a clip that does not begin where its video does
 POOL = 192  # scenes that are kept
-USES = 4  # of a scene, on average
+USES = 8  # of a scene, on average
 QUEUE = 8
 
 NO_AUDIO_SHARE = 0.12
@@ -63,7 +63,7 @@ CUT_SHARE = 0.1  # of clips whose speech ends and leaves zeros
 ELSEWHERE_SHARE = 0.08  # of clips whose face mask lies beside the mouth: it stays closed
 WHOLE_MASK_SHARE = 0.3
 NOISE_SHIFT = 3.0
-MOUTH_WEIGHT = 3.0
+MOUTH_WEIGHT = 5.0
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ class Phase:
 
 
 PHASES = (
-    Phase("short", SHORT_CLIPS, 1600, 1.5e-3, 0.3, 4),
-    Phase("whole", WHOLE_CLIPS, 80, 4e-4, 0.8, 2),
+    Phase("short", SHORT_CLIPS, 3000, 1.5e-3, 0.35, 4),
+    Phase("whole", WHOLE_CLIPS, 60, 4e-4, 0.8, 2),
 )
 
 
@@ -304,17 +304,25 @@ def train_transformer(
     """
     torch.manual_seed(seed)
     torch.set_num_threads(1)  # the other core makes the scenes
-    rng = np.random.default_rng(seed)
     transformer = architecture.transformer().train()
     for parameter in transformer.proj_out.parameters():
         torch.nn.init.zeros_(parameter)
     for number, phase in enumerate(PHASES):
-        with drawn_scenes(
-            (vae, audio_encoder), (seed, number, steps_done(directory / phase.name)), phase.kinds
-        ) as draw:
+        chance = (seed, number, steps_done(directory / phase.name))
+        torch.manual_seed(sum(chance))
+        rng = np.random.default_rng(chance)
+        with drawn_scenes((vae, audio_encoder), chance, phase.kinds) as draw:
+
+            def loss(
+                _: int,
+                draw: Callable[[], Scene] = draw,
+                rng: np.random.Generator = rng,
+            ) -> tuple[Tensor, dict[str, float]]:
+                return loss_of(transformer, draw(), rng)
+
             train(
                 transformer.train(),
-                lambda _: loss_of(transformer, draw(), rng),
+                loss,
                 directory=directory / phase.name,
                 steps=phase.steps,
                 learning_rate=phase.learning_rate,
