@@ -85,7 +85,7 @@ def train(corpus: SpeechCorpus, steps: int, seed: int) -> WhisperModel:
         read = torch.stack([head(s) for head, s in zip(heads, states, strict=True)])  # (E, B, P, 2)
         errors = ((read - targets) ** 2).mean(-1)  # (E, B, P)
         losses = (errors * weights).sum((1, 2)) / weights.sum()
-        losses.sum().backward()  # type: ignore[no-untyped-call]
+        losses.sum().backward()
         nn.utils.clip_grad_norm_([*model.parameters(), *heads.parameters()], 1.0)
         for optimizer in optimizers:
             optimizer.step()

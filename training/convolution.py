@@ -77,7 +77,7 @@ class TrainedConvolution(nn.Module):
         if self._has_padding:
             first = x[:, :, :1]
             x = _pad(_pad(torch.cat([first, first, x], dim=2), 3), 4)
-        return _Convolution.apply(x, weight, self.bias, self._stride)  # type: ignore[no-any-return,no-untyped-call]
+        return _Convolution.apply(x, weight, self.bias, self._stride)
 
 
 def see_motion(vae: AutoencoderKLHunyuanVideo) -> None:

@@ -60,7 +60,7 @@ def train(
                     group["lr"] = group["base_lr"] * rate
             for part in range(accumulate):
                 loss, figures = loss_of(step * accumulate + part)
-                (loss / accumulate).backward()  # type: ignore[no-untyped-call]
+                (loss / accumulate).backward()
                 for name, value in {"loss": loss.item(), **figures}.items():
                     sums[name] = sums.get(name, 0) + value
                 count += 1

@@ -6,6 +6,7 @@ high to each side. Shape letters: F frames, H and W pixels.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -101,7 +102,7 @@ def draw_person(rng: np.random.Generator) -> Face:
     def between(low: float, high: float) -> float:
         return float(rng.uniform(low, high))
 
-    def near(colour: tuple[float, float, float], spread: float) -> Colour:
+    def near(colour: Sequence[float], spread: float) -> Colour:
         mixed = np.clip(np.asarray(colour) + rng.normal(0, spread, 3), 0.04, 0.98)
         return Colour(*(float(part) for part in mixed))
 
@@ -129,7 +130,7 @@ def draw_person(rng: np.random.Generator) -> Face:
         mouth_place=between(0.58, 0.70),
         mouth_width=between(0.30, 0.42),
         lip_thick=between(0.05, 0.085),
-        lip=near(tuple(float(part) for part in red_lip), 0.03),
+        lip=near(red_lip.tolist(), 0.03),
         glasses=bool(rng.random() < 0.18),
         cheeks=between(0, 0.25),
         shade=between(-0.12, 0.12),
@@ -205,7 +206,8 @@ def _blinks(rng: np.random.Generator, num_frames: int) -> np.ndarray:
 def _smooth(track: np.ndarray, length: int) -> np.ndarray:
     kernel = np.hanning(length + 2)[1:-1]
     padded = np.pad(track, length // 2, mode="edge")
-    return np.convolve(padded, kernel / kernel.sum(), mode="valid").astype(np.float32)
+    smoothed: np.ndarray = np.convolve(padded, kernel / kernel.sum(), mode="valid")
+    return smoothed.astype(np.float32)
 
 
 def portrait(face: Face, height: int, width: int) -> Tensor:
@@ -348,11 +350,11 @@ def _draw_head(canvas: _Canvas, face: Face, motion: Motion) -> None:
     _draw_nose(canvas.part(-0.35, 0.35, -0.3, 0.5), face)
     away, height = face.eye_place
     for side in (-1, 1):
-        bounds = sorted((side * (away - 0.3), side * (away + 0.3)))
-        canvas_part = canvas.part(*bounds, height - 0.6, height + 0.25)
-        eye_x, eye_y = canvas_part.x * side - away, canvas_part.y - height
-        _draw_eye(canvas_part, face, eye_x, eye_y, eyes, side)
-        _draw_brow(canvas_part, face, eye_x, eye_y + face.brow_place + brows)
+        middle = side * away
+        part = canvas.part(middle - 0.3, middle + 0.3, height - 0.6, height + 0.25)
+        eye_x, eye_y = part.x * side - away, part.y - height
+        _draw_eye(part, face, eye_x, eye_y, eyes, side)
+        _draw_brow(part, face, eye_x, eye_y + face.brow_place + brows)
     if face.glasses:
         _draw_glasses(canvas.part(-1, 1, height - 0.3, height + 0.35), face)
     half = face.mouth_width * 1.3
