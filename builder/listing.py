@@ -1,4 +1,4 @@
-"""The settings as users see them: `.runpod/hub.json` and the README's table, from `Settings`.
+"""Settings and request as users see them: `.runpod/hub.json` and the README's tables.
 
 python -m builder.listing    # rewrites both; a test says when that is due
 """
@@ -10,12 +10,12 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
+from worker import schema
 from worker.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 HUB_PATH = ROOT / ".runpod" / "hub.json"
 README_PATH = ROOT / "README.md"
-TABLE_BEGINS, TABLE_ENDS = "<!-- settings -->\n", "<!-- /settings -->"
 
 HUB = {
     "title": "HunyuanVideo-Avatar",
@@ -61,27 +61,53 @@ def _hub_type(info: FieldInfo) -> str:
     return "number" if isinstance(info.default, int | float) else "string"
 
 
-def table() -> str:
+def settings_table() -> str:
     """The README's table of settings."""
+    return _table(
+        "Variable",
+        [
+            (name.upper(), _shown(info.default), str(info.description))
+            for name, info in Settings.model_fields.items()
+        ],
+    )
+
+
+def request_table() -> str:
+    """The README's table of the request's fields, the required ones first."""
     rows = [
-        f"| `{name.upper()}` | {_default(info)} | {info.description} |"
-        for name, info in Settings.model_fields.items()
+        (
+            name,
+            _shown(described["default"]) if "default" in described else "required",
+            f"{described['description']} {_allowed(described)}".strip(),
+        )
+        for name, described in schema.described_fields(schema.JobInput)
     ]
-    return "\n".join(["| Variable | Default | Meaning |", "| --- | --- | --- |", *rows]) + "\n"
+    return _table("Field of `input`", sorted(rows, key=lambda row: row[1] != "required"))
 
 
-def _default(info: FieldInfo) -> str:
-    value = info.default
-    if value in (None, ""):
+def _table(head: str, rows: list[tuple[str, str, str]]) -> str:
+    lines = [f"| `{name}` | {default} | {meaning} |" for name, default, meaning in rows]
+    return "\n".join([f"| {head} | Default | Meaning |", "| --- | --- | --- |", *lines]) + "\n"
+
+
+def _shown(default: Any) -> str:
+    if default in (None, ""):
         return "none"
-    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+    return f"`{json.dumps(default) if not isinstance(default, str) else default}`"
+
+
+def _allowed(described: dict[str, Any]) -> str:
+    choices = described.get("enum", ())
+    return f"One of {', '.join(map(str, choices))}." if choices else schema.limits(described)
 
 
 def readme(text: str) -> str:
-    """The README with its table made anew."""
-    before, rest = text.split(TABLE_BEGINS)
-    after = rest.split(TABLE_ENDS)[1]
-    return before + TABLE_BEGINS + table() + TABLE_ENDS + after
+    """The README with its tables made anew."""
+    for name, table in (("settings", settings_table()), ("request", request_table())):
+        begins, ends = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        before, rest = text.split(begins)
+        text = before + begins + table + ends + rest.split(ends)[1]
+    return text
 
 
 def main() -> None:

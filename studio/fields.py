@@ -1,41 +1,29 @@
 """The page's controls, made from the request's own schema, and their values as a request.
 
-Kinds, limits, choices and defaults are the schema's; only the words for people stand here. A field
-that the schema gains appears on the page under its own name.
+Kinds, limits, choices, defaults and what is said of them are the schema's; only labels stand here.
+A field that the schema gains appears on the page under its own name.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from worker import schema
 from worker.errors import InvalidInputError
-from worker.schema import PRESETS, GenerationParams
 from worker.shapes import FRAME_RATES
 
 Kind = Literal["choice", "slider", "number", "text", "box"]
 
-# label, and what it does
-WORDS = {
-    "prompt": ("Prompt", "What the scene shows."),
-    "negative_prompt": ("Negative prompt", "What it must not show. Empty: the model's own list."),
-    "resolution": ("Resolution", "About the short side, in pixels. Larger takes longer."),
-    "preset": (
-        "Preset",
-        f"Steps: {', '.join(f'{name} {preset[0]}' for name, preset in PRESETS.items())}.",
-    ),
-    "num_inference_steps": ("Steps", "The preset sets them."),
-    "guidance_scale": ("Guidance", "Up to 1: off."),
-    "flow_shift": ("Flow shift", ""),
-    "seed": ("Seed", "The same seed gives the same video. Empty: drawn."),
-    "fps": ("Frames a second", ""),
-    "motion.pose": ("Head motion", ""),
-    "motion.expression": ("Expression", ""),
-    "face_box": (
-        "Face",
-        "The face that speaks: x, y, width, height in pixels. Empty: the largest.",
-    ),
-    "audio_start_seconds": ("Speech starts at", "Seconds into the recording."),
-    "max_seconds": ("Longest speech", "Seconds that are used. Empty: all of it."),
+LABELS = {
+    "resolution": "Resolution",
+    "num_inference_steps": "Steps",
+    "guidance_scale": "Guidance",
+    "fps": "Frames a second",
+    "motion.pose": "Head motion",
+    "motion.expression": "Expression",
+    "face_box": "Face",
+    "audio_start_seconds": "Speech starts at",
+    "max_seconds": "Longest speech",
 }
 CHOICES = {"fps": FRAME_RATES}  # what the schema checks with code of its own
 BOX_ERROR = "must be four numbers: x, y, width, height"
@@ -54,27 +42,12 @@ class Control:
     above: float | None = None  # a minimum that is not allowed itself
     whole: bool = False
     max_characters: int | None = None
+    help: str  # what it does and what is allowed
 
     @property
     def label(self) -> str:
         """What the page calls it."""
-        return WORDS[self.name][0] if self.name in WORDS else _spoken(self.name)
-
-    @property
-    def help(self) -> str:
-        """What it does and what is allowed."""
-        return " ".join(filter(None, (WORDS.get(self.name, ("", ""))[1], self.limits)))
-
-    @property
-    def limits(self) -> str:
-        """What is allowed, in words."""
-        if self.max_characters is not None:
-            return f"At most {self.max_characters} characters."
-        if self.minimum is not None and self.maximum is not None:
-            return f"{self.minimum:g} to {self.maximum:.16g}."
-        if self.minimum is not None:
-            return f"{self.minimum:g} or more."
-        return f"More than {self.above:g}." if self.above is not None else ""
+        return LABELS.get(self.name) or _spoken(self.name)
 
     @property
     def step(self) -> float:
@@ -84,9 +57,8 @@ class Control:
 
 def controls() -> dict[str, Control]:
     """Every field that decides the frames, by name, in the schema's order."""
-    schema = GenerationParams.model_json_schema()
-    found = _controls(schema["properties"], schema.get("$defs", {}))
-    return {control.name: control for control in found}
+    described = schema.described_fields(schema.GenerationParams)
+    return {name: _control(name, form) for name, form in described}
 
 
 def request_fields(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,32 +91,18 @@ def page_values(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def preset_steps(preset: str) -> int:
     """The denoising steps that a preset stands for."""
-    return PRESETS[preset].num_inference_steps
-
-
-def _controls(
-    properties: Mapping[str, Any], definitions: Mapping[str, Any], prefix: str = ""
-) -> Iterator[Control]:
-    for key, described in properties.items():
-        name = prefix + key
-        if reference := described.get("$ref"):
-            inner = definitions[reference.rpartition("/")[2]]
-            yield from _controls(inner["properties"], definitions, f"{name}.")
-        else:
-            yield _control(name, described)
+    return schema.PRESETS[preset].num_inference_steps
 
 
 def _control(name: str, described: Mapping[str, Any]) -> Control:
-    variants = [each for each in described.get("anyOf", [described]) if each["type"] != "null"]
-    schema = variants[0]
-    choices = tuple(schema.get("enum", CHOICES.get(name, ())))
-    limits = {"minimum": schema.get("minimum"), "maximum": schema.get("maximum")}
+    choices = tuple(described.get("enum", CHOICES.get(name, ())))
+    limits = {"minimum": described.get("minimum"), "maximum": described.get("maximum")}
     kind: Kind
     if choices:
         kind = "choice"
-    elif schema["type"] == "array":
+    elif described["type"] == "array":
         kind = "box"
-    elif schema["type"] == "string":
+    elif described["type"] == "string":
         kind = "text"
     else:
         closed = None not in limits.values()
@@ -154,9 +112,10 @@ def _control(name: str, described: Mapping[str, Any]) -> Control:
         kind=kind,
         default=described["default"],
         choices=choices,
-        above=schema.get("exclusiveMinimum"),
-        whole=schema["type"] == "integer",
-        max_characters=schema.get("maxLength"),
+        above=described.get("exclusiveMinimum"),
+        whole=described["type"] == "integer",
+        max_characters=described.get("maxLength"),
+        help=f"{described['description']} {schema.limits(described)}".strip(),
         **limits,
     )
 
@@ -193,7 +152,7 @@ def _box(text: str, control: Control) -> list[float]:
 
 
 def _default(control: Control, preset: str | None) -> Any:
-    if control.name == "num_inference_steps" and preset in PRESETS:
+    if control.name == "num_inference_steps" and preset in schema.PRESETS:
         return preset_steps(preset)
     return control.default
 

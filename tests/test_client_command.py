@@ -119,7 +119,9 @@ def test_user_data_is_json_or_else_text(run, server, order):
 def test_the_help_names_limits_and_no_secret(run):
     code, printed, _ = run("generate", "--help")
     assert code == 0
-    assert "from 1 to 100; default: 50" in printed
+    words = " ".join(printed.split())
+    assert "Denoising steps. The preset sets them. 1 to 100. Default: 50" in words
+    assert "Also the first frame as a jpeg." in words
     assert "secret" not in printed.lower()
 
 

@@ -1,4 +1,4 @@
-"""The settings stand in three places; the code's is the one that counts."""
+"""Settings and request stand in several places; the code's is the one that counts."""
 
 import json
 
@@ -12,7 +12,7 @@ def test_the_hub_listing_is_made_from_the_settings():
     )
 
 
-def test_the_readme_lists_every_setting():
+def test_the_readme_lists_every_setting_and_every_field_of_the_request():
     text = listing.README_PATH.read_text()
     assert listing.readme(text) == text, "run python -m builder.listing"
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import secrets
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
@@ -22,6 +23,7 @@ from pydantic import (
     SecretStr,
     ValidationError,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -96,7 +98,9 @@ def _decode_base64(text: str) -> bytes:
 
 
 Model = TypeVar("Model", bound=BaseModel)
-Media = Annotated[MediaSource, BeforeValidator(MediaSource.parse)]
+Media = Annotated[
+    MediaSource, BeforeValidator(MediaSource.parse), WithJsonSchema({"type": "string"})
+]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -109,18 +113,30 @@ class _Frozen(BaseModel):
 class Motion(_Frozen):
     """How much the head and the face move; the reference's own values are the defaults."""
 
-    pose: Annotated[Finite, Field(ge=0, le=100)] = 25.0
-    expression: Annotated[Finite, Field(ge=0, le=100)] = 30.0
+    pose: Annotated[Finite, Field(ge=0, le=100)] = Field(
+        25.0, description="How much the head moves."
+    )
+    expression: Annotated[Finite, Field(ge=0, le=100)] = Field(
+        30.0, description="How much the face moves."
+    )
 
 
 class OutputOptions(_Frozen):
     """How the video is handed over."""
 
-    delivery: Literal["auto", "s3", "inline"] = "auto"
-    key: Annotated[str, Field(max_length=512, pattern=KEY_PATTERN)] | None = None
-    prefix: Annotated[str, Field(max_length=256, pattern=KEY_PATTERN)] | None = None
-    url_expires_seconds: Annotated[int, Field(ge=1, le=SEVEN_DAYS_SECONDS)] | None = None
-    thumbnail: bool = False
+    delivery: Literal["auto", "s3", "inline"] = Field(
+        "auto", description="`inline` is base64 in the reply; `auto`: the bucket if there is one."
+    )
+    key: Annotated[str, Field(max_length=512, pattern=KEY_PATTERN)] | None = Field(
+        None, description="Name of the object, below the prefixes. Empty: `<job id>.mp4`."
+    )
+    prefix: Annotated[str, Field(max_length=256, pattern=KEY_PATTERN)] | None = Field(
+        None, description="Folder below `BUCKET_PREFIX`."
+    )
+    url_expires_seconds: Annotated[int, Field(ge=1, le=SEVEN_DAYS_SECONDS)] | None = Field(
+        None, description="Life of the URL. Empty: `BUCKET_URL_EXPIRES_SECONDS`."
+    )
+    thumbnail: bool = Field(False, description="Also the first frame as a jpeg.")
 
     @field_validator("key", "prefix")
     @classmethod
@@ -147,19 +163,47 @@ class S3Config(_Frozen):
 class GenerationParams(_Frozen):
     """What decides the frames, beside the two inputs."""
 
-    prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)] = "A person is speaking."
-    negative_prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)] | None = None
-    resolution: Literal[256, 384, 512, 704] = 704
-    preset: Literal["quality", "balanced", "draft"] = "quality"
-    num_inference_steps: Annotated[int, Field(ge=1, le=100)] = 50
-    guidance_scale: Annotated[Finite, Field(ge=0, le=20)] = 7.5
-    flow_shift: Annotated[Finite, Field(ge=0.1, le=20)] = 5.0
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
-    fps: Finite = 25.0
+    prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)] = Field(
+        "A person is speaking.", description="What the scene shows."
+    )
+    negative_prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)] | None = Field(
+        None, description="What it must not show. Empty: the model's own list."
+    )
+    resolution: Literal[256, 384, 512, 704] = Field(
+        704, description="About the short side, in pixels. Larger takes longer."
+    )
+    preset: Literal["quality", "balanced", "draft"] = Field(
+        "quality",
+        description="Steps: "
+        + ", ".join(f"{name} {preset.num_inference_steps}" for name, preset in PRESETS.items())
+        + ". A field of its own wins.",
+    )
+    num_inference_steps: Annotated[int, Field(ge=1, le=100)] = Field(
+        50, description="Denoising steps. The preset sets them."
+    )
+    guidance_scale: Annotated[Finite, Field(ge=0, le=20)] = Field(
+        7.5,
+        description="How closely prompt and speech are followed. Up to 1: off, twice as fast.",
+    )
+    flow_shift: Annotated[Finite, Field(ge=0.1, le=20)] = Field(
+        5.0, description="How much of the steps is spent at high noise."
+    )
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = Field(
+        None, description="The same seed gives the same video. Empty: drawn, and in the result."
+    )
+    fps: Finite = Field(25.0, description="25 or 12.5 frames a second.")
     motion: Motion = Motion()
-    face_box: Annotated[tuple[Finite, Finite, Finite, Finite], Field(strict=False)] | None = None
-    audio_start_seconds: Annotated[Finite, Field(ge=0)] = 0.0
-    max_seconds: Annotated[Finite, Field(gt=0)] | None = None
+    face_box: Annotated[tuple[Finite, Finite, Finite, Finite], Field(strict=False)] | None = Field(
+        None,
+        description="The face that speaks: x, y, width, height in pixels of the upright image. "
+        "Empty: the largest.",
+    )
+    audio_start_seconds: Annotated[Finite, Field(ge=0)] = Field(
+        0.0, description="Where in the recording the speech begins."
+    )
+    max_seconds: Annotated[Finite, Field(gt=0)] | None = Field(
+        None, description="How many seconds of it are used. Empty: all."
+    )
 
     @field_validator("fps")
     @classmethod
@@ -190,12 +234,25 @@ class GenerationParams(_Frozen):
 class JobInput(GenerationParams):
     """The `input` object of a job."""
 
-    image: Media
-    audio: Media
+    image: Media = Field(description="The portrait. Any raster image that Pillow reads.")
+    audio: Media = Field(
+        description="The speech: wav, mp3, m4a, ogg, opus, flac, webm, or the sound of an mp4."
+    )
     output: OutputOptions = OutputOptions()
-    user_data: Any = None
-    dry_run: bool = False
-    s3_config: S3Config | None = Field(default=None, alias="s3Config")
+    user_data: Any = Field(
+        None, description=f"Echoed. At most {MAX_USER_DATA_CHARACTERS} characters of JSON."
+    )
+    dry_run: bool = Field(
+        False,
+        description="Checks everything, fetches and probes the media, answers the plan and an "
+        "estimate.",
+    )
+    s3_config: S3Config | None = Field(
+        default=None,
+        alias="s3Config",
+        description="A bucket of the client's own: `endpointUrl`, `accessId`, `accessSecret`, "
+        "`bucketName`, `region`; also at the job's top level.",
+    )
 
     @field_validator("user_data")
     @classmethod
@@ -229,6 +286,42 @@ class JobRequest:
         sources = [self.input.image.digest, self.input.audio.digest]
         text = json.dumps([params, sources], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def described_fields(model: type[BaseModel]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each value that a request may hold: its dotted name, and its JSON schema.
+
+    An object's values come by their own names, but for one that holds a secret.
+    """
+    schema = model.model_json_schema()
+    yield from _described(schema["properties"], schema.get("$defs", {}), "")
+
+
+def _described(
+    properties: Mapping[str, Any], definitions: Mapping[str, Any], prefix: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, value in properties.items():
+        # optional values are written as a choice between the value and null
+        choices = [one for one in value.get("anyOf", [value]) if one.get("type") != "null"]
+        form = {**choices[0], **value}
+        inner = definitions.get(form.get("$ref", "").rpartition("/")[2], {}).get("properties", {})
+        if inner and not any(one.get("writeOnly") for one in inner.values()):
+            yield from _described(inner, definitions, f"{prefix}{name}.")
+        else:
+            yield prefix + name, form
+
+
+def limits(described: Mapping[str, Any]) -> str:
+    """What a field's JSON schema allows, in words; nothing where it says all by itself."""
+    low, high = described.get("minimum"), described.get("maximum")
+    if low is not None and high is not None:
+        return f"{low:g} to {high:.16g}."
+    if low is not None:
+        return f"{low:g} or more."
+    if (above := described.get("exclusiveMinimum")) is not None:
+        return f"More than {above:g}."
+    longest = described.get("maxLength")
+    return "" if longest is None else f"At most {longest} characters."
 
 
 def parse(job: dict[str, Any]) -> JobRequest:

@@ -13,22 +13,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from worker import schema
 from worker.client.answers import JobStatus, checked_id, plain
 from worker.client.bar import progress_bar
 from worker.client.endpoint import EXECUTION_TIMEOUT_SECONDS, AvatarEndpoint, AvatarJob
 from worker.client.errors import EndpointError
 from worker.errors import InputUrlBlockedError, InvalidInputError, WorkerError
-from worker.schema import JobInput
 from worker.settings import ClientSettings, Settings
 
 DONE, FAILED, BAD_ARGUMENTS, INTERRUPTED = 0, 1, 2, 130
 
-Option = tuple[tuple[str, ...], dict[str, Any]]  # where the value stands in `input`, its schema
+Option = tuple[str, dict[str, Any]]  # a value's dotted name in `input`, its JSON schema
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0 done, 1 failed, 2 bad arguments, 130 cancelled by Ctrl-C."""
-    options = list(_options(JobInput.model_json_schema()))
+    options = list(_options())
     parsed = _parser(options).parse_args(arguments)
     try:
         endpoint = _endpoint(parsed.endpoint)
@@ -47,13 +47,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _generate(endpoint: AvatarEndpoint, parsed: argparse.Namespace, options: list[Option]) -> int:
     fields: dict[str, Any] = {}
-    for path, _ in options:
-        if (value := getattr(parsed, _option_name(path))) is not None:
-            *parents, name = path
+    for name, _ in options:
+        if (value := getattr(parsed, _option_name(name))) is not None:
+            *parents, last = name.split(".")
             inner = fields
             for parent in parents:
                 inner = inner.setdefault(parent, {})
-            inner[name] = value
+            inner[last] = value
     job: AvatarJob | None = None
     try:
         job = endpoint.submit(
@@ -154,8 +154,8 @@ def _parser(options: list[Option]) -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="the platform ends the job after so long; default: %(default)g",
     )
-    for path, schema in options:
-        generate.add_argument(_option_name(path), dest=_option_name(path), **_argument(schema))
+    for name, described in options:
+        generate.add_argument(_option_name(name), dest=_option_name(name), **_argument(described))
     download = command("download", _download, "wait for a job, then fetch its video")
     status = command("status", _status, "say how far a job is")
     cancel = command("cancel", _cancel, "end a job")
@@ -172,56 +172,44 @@ def _parser(options: list[Option]) -> argparse.ArgumentParser:
     return parser
 
 
-def _options(schema: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[Option]:
-    """Each value that `input` may hold, with its schema; an object's by their own names.
-
-    Left out: the two inputs, and objects with a secret, which a list of processes would show.
-    """
-    known = schema.get("$defs", {})
-    for name, value in schema["properties"].items():
-        if not path and name in ("image", "audio"):
-            continue
-        # optional values are written as a choice between the value and null
-        choices = [one for one in value.get("anyOf", [value]) if one.get("type") != "null"]
-        form = {**value, **choices[0]}
-        if "$ref" in form:
-            inner = known[form["$ref"].removeprefix("#/$defs/")]
-            if not any(one.get("writeOnly") for one in inner["properties"].values()):
-                yield from _options({**inner, "$defs": known}, (*path, name))
-        else:
-            yield (*path, name), form
+def _options() -> Iterator[Option]:
+    """The values of `input` but for the two files, and for secrets, which a process list shows."""
+    for name, described in schema.described_fields(schema.JobInput):
+        if name not in ("image", "audio") and "$ref" not in described:
+            yield name, described
 
 
-def _option_name(path: tuple[str, ...]) -> str:
-    return "--" + "-".join(path).replace("_", "-")
+def _option_name(name: str) -> str:
+    return "--" + name.replace(".", "-").replace("_", "-")
 
 
-def _argument(schema: dict[str, Any]) -> dict[str, Any]:
+def _argument(described: dict[str, Any]) -> dict[str, Any]:
     """How argparse reads a value of this schema. Its limits are the schema's own matter."""
-    kind = schema.get("type")
+    kind = described.get("type")
     if kind == "boolean":
-        return {"action": argparse.BooleanOptionalAction, "default": None}
-    argument: dict[str, Any] = {"metavar": (kind or "json").upper(), "help": _help(schema)}
-    if "enum" in schema:
-        argument |= {"choices": schema["enum"], "metavar": None}
+        return {
+            "action": argparse.BooleanOptionalAction,
+            "default": None,
+            "help": _help({"description": described["description"]}),
+        }
+    argument: dict[str, Any] = {"metavar": (kind or "json").upper(), "help": _help(described)}
+    if "enum" in described:
+        argument |= {"choices": described["enum"], "metavar": None}
     if kind == "array":
-        argument |= {"nargs": schema["minItems"], "metavar": "NUMBER"}
+        argument |= {"nargs": described["minItems"], "metavar": "NUMBER"}
     if kind != "string":
         argument["type"] = _number if kind else _json
     return argument
 
 
-def _help(schema: dict[str, Any]) -> str:
-    limits = [
-        f"{word} {schema[name]}"
-        for name, word in (("minimum", "from"), ("exclusiveMinimum", "over"), ("maximum", "to"))
-        if name in schema
+def _help(described: dict[str, Any]) -> str:
+    default = described.get("default")
+    texts = [
+        described.get("description", ""),
+        schema.limits(described),
+        "" if default is None else f"Default: {default}",
     ]
-    if "maxLength" in schema:
-        limits.append(f"at most {schema['maxLength']} characters")
-    default = schema.get("default")
-    texts = [" ".join(limits), "" if default is None else f"default: {default}"]
-    return "; ".join(filter(None, texts)).replace("%", "%%")
+    return " ".join(filter(None, texts)).replace("`", "").replace("%", "%%")
 
 
 def _media(text: str) -> Path | str:
