@@ -26,6 +26,7 @@ from training.convolution import to_trained
 from training.loop import steps_done, train
 from training.speech import MouthTrack, SpeechCorpus, mouth_track
 from worker.audio import audio_windows, encode_speech, log_mel
+from worker.demo import pooled_tokenizer, prompt_tokenizer
 from worker.image import face_mask, to_llava_pixels
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
 from worker.sampling import EARLY_FACE_MASK
@@ -113,9 +114,9 @@ class Scenes:
         self._audio_encoder = audio_encoder
         self._feature_extractor = WhisperFeatureExtractor(feature_size=80)
         self._corpus = SpeechCorpus("train")
-        self._tokenizer = architecture.prompt_tokenizer()
+        self._tokenizer = prompt_tokenizer()
         self._text_encoder, self._pooled_text_encoder = architecture.text_encoders()
-        self._pooled_tokenizer = architecture.pooled_tokenizer()
+        self._pooled_tokenizer = pooled_tokenizer()
 
     @torch.no_grad()
     def make(self, height: int, width: int, num_latents: int) -> Scene:

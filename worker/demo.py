@@ -48,17 +48,17 @@ SPECIAL_TOKENS = [
 
 def build_pipeline() -> HunyuanVideoAvatarPipeline:
     """The demo model on the CPU in float32; the same weights on every machine."""
-    tokenizer = _prompt_tokenizer()
+    tokenizer = prompt_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         return HunyuanVideoAvatarPipeline(
             transformer=_transformer().eval(),
             vae=_vae().eval(),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
-            text_encoder=_text_encoder(tokenizer).eval(),
+            text_encoder=text_encoder(tokenizer).eval(),
             tokenizer=tokenizer,
-            text_encoder_2=_pooled_text_encoder().eval(),
-            tokenizer_2=_pooled_tokenizer(),
+            text_encoder_2=pooled_text_encoder().eval(),
+            tokenizer_2=pooled_tokenizer(),
             audio_encoder=_audio_encoder().eval(),
             feature_extractor=WhisperFeatureExtractor(feature_size=80),
         )
@@ -90,7 +90,8 @@ def _vae() -> AutoencoderKLHunyuanVideo:
     )
 
 
-def _text_encoder(tokenizer: PreTrainedTokenizerFast) -> LlavaModel:
+def text_encoder(tokenizer: PreTrainedTokenizerFast) -> LlavaModel:
+    """Reads the prompt and the portrait, which is 16 tokens to it."""
     return LlavaModel(
         LlavaConfig(
             text_config=LlamaConfig(
@@ -102,12 +103,12 @@ def _text_encoder(tokenizer: PreTrainedTokenizerFast) -> LlavaModel:
                 num_key_value_heads=1,
             ),
             vision_config=CLIPVisionConfig(
-                hidden_size=16,
-                intermediate_size=32,
+                hidden_size=8,
+                intermediate_size=16,
                 num_hidden_layers=2,
                 num_attention_heads=2,
                 image_size=336,
-                patch_size=14,
+                patch_size=84,
             ),
             image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
             pad_token_id=tokenizer.pad_token_id,
@@ -115,7 +116,7 @@ def _text_encoder(tokenizer: PreTrainedTokenizerFast) -> LlavaModel:
     )
 
 
-def _prompt_tokenizer() -> PreTrainedTokenizerFast:
+def prompt_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level tokenizer that knows the template's words and spells out the rest."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -142,7 +143,8 @@ def _prompt_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _pooled_text_encoder() -> CLIPTextModel:
+def pooled_text_encoder() -> CLIPTextModel:
+    """Reads the prompt alone."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=514,
@@ -156,7 +158,8 @@ def _pooled_text_encoder() -> CLIPTextModel:
     )
 
 
-def _pooled_tokenizer() -> CLIPTokenizer:
+def pooled_tokenizer() -> CLIPTokenizer:
+    """Knows letters only."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[])
