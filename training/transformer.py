@@ -5,12 +5,14 @@ Flow matching as the published model's: with noise e and latents x, at noise lev
 times: the audio to zeros, the prompt to the negative one, the face mask to 0.6 of itself.
 """
 
+import contextlib
 import itertools
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Full
 from typing import Any
 
 import numpy as np
@@ -245,7 +247,7 @@ def loss_of(
 
 
 def _produce(queue: Any, work: tuple[Path, Path], seed: Sequence[int], kinds: Kinds) -> None:
-    """Fills the queue with scenes until the process is stopped."""
+    """Fills the queue with scenes until the process is stopped, or the trainer is gone."""
     torch.set_num_threads(1)
     vae, audio_encoder = work
     scenes = Scenes(
@@ -254,11 +256,16 @@ def _produce(queue: Any, work: tuple[Path, Path], seed: Sequence[int], kinds: Ki
         seed,
     )
     rng = np.random.default_rng(seed)
-    while True:
+    trainer = multiprocessing.parent_process()
+    while trainer is not None and trainer.is_alive():
         kind = kinds[rng.choice(len(kinds), p=[share for _, share in kinds])][0]
         scene = scenes.make(*kind)
         # by value: shared memory would hold a file handle for each tensor
-        queue.put({name: _to_numpy(value) for name, value in vars(scene).items()})
+        values = {name: _to_numpy(value) for name, value in vars(scene).items()}
+        while trainer.is_alive():
+            with contextlib.suppress(Full):
+                queue.put(values, timeout=5)
+                break
 
 
 def _to_numpy(value: Any) -> Any:
