@@ -256,6 +256,7 @@ def _produce(queue: Any, work: tuple[Path, Path], seed: Sequence[int], kinds: Ki
         seed,
     )
     rng = np.random.default_rng(seed)
+    queue.cancel_join_thread()  # nobody reads what is left in the end
     trainer = multiprocessing.parent_process()
     while trainer is not None and trainer.is_alive():
         kind = kinds[rng.choice(len(kinds), p=[share for _, share in kinds])][0]
