@@ -15,7 +15,6 @@ from worker.shapes import FRAME_RATES
 Kind = Literal["choice", "slider", "number", "text", "box"]
 
 LABELS = {
-    "resolution": "Resolution",
     "num_inference_steps": "Steps",
     "guidance_scale": "Guidance",
     "fps": "Frames a second",
@@ -39,7 +38,6 @@ class Control:
     choices: tuple[Any, ...] = ()
     minimum: float | None = None
     maximum: float | None = None
-    above: float | None = None  # a minimum that is not allowed itself
     whole: bool = False
     max_characters: int | None = None
     help: str  # what it does and what is allowed
@@ -107,15 +105,16 @@ def _control(name: str, described: Mapping[str, Any]) -> Control:
     else:
         closed = None not in limits.values()
         kind = "slider" if closed and described["default"] is not None else "number"
+    # a slider shows its ends by itself
+    limits_in_words = "" if kind == "slider" else schema.limits(described)
     return Control(
         name=name,
         kind=kind,
         default=described["default"],
         choices=choices,
-        above=described.get("exclusiveMinimum"),
         whole=described["type"] == "integer",
         max_characters=described.get("maxLength"),
-        help=f"{described['description']} {schema.limits(described)}".strip(),
+        help=f"{described['description']} {limits_in_words}".strip(),
         **limits,
     )
 

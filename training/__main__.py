@@ -31,7 +31,7 @@ def main() -> None:
     """Trains what is not trained yet and writes the model."""
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     parser.add_argument("--work", type=Path, default=Path(".cache/training"))
-    parser.add_argument("--out", type=Path, default=HERE.parent / "worker" / "demo")
+    parser.add_argument("--out", type=Path, default=Path("out/demo-model"))
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
