@@ -208,14 +208,16 @@ def test_any_number_of_steps_runs(num_steps, pipeline):
     assert pipeline(**small(num_inference_steps=num_steps)).frames.isfinite().all()
 
 
-def test_without_guidance_each_step_is_one_call(pipeline):
-    calls = []
-    hook = pipeline.transformer.register_forward_hook(lambda *_: calls.append(1))
+def test_without_guidance_each_step_runs_for_one_side(pipeline):
+    samples = []
+    hook = pipeline.transformer.register_forward_hook(
+        lambda _module, _inputs, output: samples.append(len(output.sample))
+    )
     pipeline(**small(guidance_scale=1.0, num_inference_steps=3))
-    assert len(calls) == 3
+    assert samples == [1, 1, 1]
     pipeline(**small(guidance_scale=1.1, num_inference_steps=3))
     hook.remove()
-    assert len(calls) == 9
+    assert samples[3:] == [2, 2, 2]
 
 
 def test_cached_steps_are_close_to_full_ones_and_cheaper(pipeline):

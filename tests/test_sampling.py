@@ -3,7 +3,6 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from tests.goldens.weights import load_case
-from worker.model.transformer import Tail
 from worker.sampling import (
     TailRing,
     add,
@@ -103,20 +102,19 @@ def test_a_window_hears_the_audio_of_its_own_frames():
     assert heard[40:].tolist() == list(range(1, 90))
 
 
-def make_tail(value: float) -> Tail:
+def window_tokens(value: float) -> tuple[torch.Tensor, torch.Tensor]:
     """A window of three frames with one token each; a frame's token is `value` and its place."""
-    image = value + torch.arange(4.0).view(1, 4, 1, 1)
-    return Tail(image=image, text=(torch.full((2, 1), value),))
+    return value + torch.arange(4.0).view(4, 1, 1), torch.full((2, 1), value)
 
 
 def test_cached_tokens_come_from_the_window_that_computed_a_frame_last():
     tails = TailRing()
-    tails.store([0, 1, 2], make_tail(10))
-    tails.store([3, 4, 0], make_tail(20))
-    tail = tails.gather([2, 3, 4])
-    assert tail.image.flatten().tolist() == [10, 13, 21, 22]  # the reference frame, then the three
-    assert tail.text[0].flatten().tolist() == [10, 10]
-    assert tails.gather([4, 0, 1]).image.flatten().tolist() == [20, 22, 23, 12]
+    tails.store([0, 1, 2], *window_tokens(10))
+    tails.store([3, 4, 0], *window_tokens(20))
+    image, text = tails.gather([2, 3, 4])
+    assert image.flatten().tolist() == [10, 13, 21, 22]  # the reference frame, then the three
+    assert text.flatten().tolist() == [10, 10]
+    assert tails.gather([4, 0, 1])[0].flatten().tolist() == [20, 22, 23, 12]
 
 
 def test_noise_repeats_with_its_generator_and_leaves_the_global_one_alone():

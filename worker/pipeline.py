@@ -30,7 +30,7 @@ from worker.face import TorchScriptFaceDetector, largest_face
 from worker.image import face_mask, resize, scale_box, to_llava_pixels, to_pixels
 from worker.model import autoencoder
 from worker.model import encoders as encoders  # diffusers loads from modules that are there already
-from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
+from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel, Tail
 from worker.sampling import TailRing
 from worker.shapes import (
     FRAME_RATES,
@@ -175,6 +175,7 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline, HunyuanVideoLoraLoaderMixin)
         reference_noise: Tensor | None = None,
         latents_dtype: torch.dtype | None = None,
         full_steps: FullSteps = None,
+        float8: bool = False,
         output_type: Literal["pt", "np", "pil", "latent"] = "pt",
         on_step: OnStep | None = None,
     ) -> HunyuanVideoAvatarPipelineOutput:
@@ -215,6 +216,7 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline, HunyuanVideoLoraLoaderMixin)
             reference_noise=reference_noise,
             latents_dtype=latents_dtype,
             full_steps=full_steps,
+            float8=float8,
             on_step=on_step,
         )
         frames: Any = result
@@ -328,6 +330,7 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline, HunyuanVideoLoraLoaderMixin)
         reference_noise: Tensor | None = None,
         latents_dtype: torch.dtype | None = None,
         full_steps: FullSteps = None,
+        float8: bool = False,
         on_step: OnStep | None = None,
     ) -> Tensor:
         """Latents of the video (1, C, kept latents, h, w), still scaled, from noise.
@@ -346,6 +349,8 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline, HunyuanVideoLoraLoaderMixin)
             full_steps: the steps (from 0) that run all blocks, the others the last block only;
                 None the first 30 %, the last 18 % and every fifth between; "reference" the fixed
                 list made for 50 steps.
+            float8: computes the transformer's linear layers in 8 bits; needs a GPU of compute
+                capability 8.9 or more.
             on_step: called as `on_step(step, num_inference_steps)` after each finished step, with
                 step counted from 1; what it raises ends the loop and reaches the caller.
 
@@ -379,10 +384,9 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline, HunyuanVideoLoraLoaderMixin)
                 count = torch.zeros_like(latents[:1, :1, :, :1, :1])  # (1, 1, T, 1, 1)
                 for start in sampling.window_starts(plan, index):
                     window = sampling.take(latents, 2, start, WINDOW_LATENTS)
-                    velocities = [
-                        self._velocity(window, start, step, branch, conditioning, reference_latents)
-                        for branch in branches
-                    ]
+                    velocities = self._velocities(
+                        window, start, step, branches, conditioning, reference_latents, float8
+                    )
                     velocity = sampling.guide(velocities, weight)
                     window = window + velocity * (sigmas[index + 1] - sigmas[index]).item()
                     window = window.to(latents_dtype or torch.bfloat16).float()
@@ -415,39 +419,49 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline, HunyuanVideoLoraLoaderMixin)
         reference_latents = (mean + std * noise) * self.vae.config.scaling_factor
         return latents[:, :, : plan.sampled_latents], reference_latents
 
-    def _velocity(
+    def _velocities(
         self,
         window: Tensor,  # (1, C, 33, h, w)
         start: int,  # of the window on the ring
         step: Step,
-        branch: Branch,
+        branches: Sequence[Branch],
         conditioning: Conditioning,
         reference_latents: Tensor,  # (1, C, 33, h, w)
-    ) -> Tensor:  # (1, C, 33, h, w) float32
-        """What the transformer predicts for one window on one side of the guidance."""
-        prompt = branch.first_prompt if step.is_early else POSITIVE
+        float8: bool,
+    ) -> list[Tensor]:  # (1, C, 33, h, w) float32, one a branch
+        """What the transformer predicts for one window on these sides of the guidance."""
+        prompts = [branch.first_prompt for branch in branches] if step.is_early else [POSITIVE]
+        batch = len(prompts)
         frames = sampling.ring_frames(start, WINDOW_LATENTS, conditioning.plan.sampled_latents)
         quietened = sampling.EARLY_FACE_MASK if step.is_early else 1.0
-        motion = window.new_ones(1, 4)
-        with self.transformer.cache_context(f"{branch.name} {prompt}"):
-            output = self.transformer(
-                hidden_states=window,
-                timestep=step.timestep,
-                encoder_hidden_states=conditioning.prompt_embeds[prompt : prompt + 1],
-                encoder_attention_mask=conditioning.prompt_mask[prompt : prompt + 1],
-                pooled_projections=conditioning.pooled_prompt_embeds[prompt : prompt + 1],
-                reference_latents=reference_latents,
-                audio_embeds=sampling.window_audio(branch.audio_embeds, start),
-                face_mask=conditioning.face_mask * quietened,
-                motion_expression=motion * conditioning.motion_expression,
-                motion_pose=motion * conditioning.motion_pose,
-                fps=motion[:, 0] * conditioning.fps,
-                tail=branch.tails.gather(frames) if step.reuses_tails else None,
-                return_tail=step.keeps_tails,
-            )
+        motion = window.new_ones(batch, 4)
+        tail = None
+        if step.reuses_tails:
+            images, texts = zip(*(branch.tails.gather(frames) for branch in branches), strict=True)
+            tail = Tail(images, texts)
+        output = self.transformer(
+            hidden_states=window.expand(batch, -1, -1, -1, -1),
+            timestep=step.timestep.expand(batch),
+            encoder_hidden_states=conditioning.prompt_embeds[prompts],
+            encoder_attention_mask=conditioning.prompt_mask[prompts],
+            pooled_projections=conditioning.pooled_prompt_embeds[prompts],
+            reference_latents=reference_latents.expand(batch, -1, -1, -1, -1),
+            audio_embeds=torch.cat(
+                [sampling.window_audio(branch.audio_embeds, start) for branch in branches]
+            ),
+            face_mask=(conditioning.face_mask * quietened).expand(batch, -1, -1, -1, -1),
+            motion_expression=motion * conditioning.motion_expression,
+            motion_pose=motion * conditioning.motion_pose,
+            fps=motion[:, 0] * conditioning.fps,
+            tail=tail,
+            return_tail=step.keeps_tails,
+            float8=float8,
+        )
         if step.keeps_tails:
-            branch.tails.store(frames, output.tail)
-        return output.sample.float()
+            kept = zip(branches, output.tail.image, output.tail.text, strict=True)
+            for branch, image, text in kept:
+                branch.tails.store(frames, image, text)
+        return list(output.sample.float().split(1))
 
     @torch.no_grad()
     def decode_frames(self, latents: Tensor, num_frames: int | None = None) -> Iterator[Tensor]:

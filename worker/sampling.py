@@ -12,7 +12,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from torch.nn.functional import pad
 
-from worker.model.transformer import Tail
 from worker.shapes import TEMPORAL_COMPRESSION, WINDOW_FRAMES, WINDOW_LATENTS, VideoPlan
 
 PROMPT_GUIDED_STEPS = 10  # then both branches have the prompt, and guidance is by the audio alone
@@ -113,23 +112,24 @@ class TailRing:
     """
 
     def __init__(self) -> None:
-        self._tokens: dict[int, tuple[Tail, int]] = {}  # latent frame: a tail, and its place in it
+        # of each latent frame: a window's image tokens and text, and the frame's place among them
+        self._tokens: dict[int, tuple[Tensor, Tensor, int]] = {}
 
     def clear(self) -> None:
         """Forgets all tokens."""
         self._tokens.clear()
 
-    def store(self, frames: Sequence[int], tail: Tail) -> None:
-        """Keeps the tail of a window whose latent frames are these."""
+    def store(self, frames: Sequence[int], image: Tensor, text: Tensor) -> None:
+        """Keeps the tokens of a window of these latent frames: (1 + T, S, D) and (L, D)."""
         for place, frame in enumerate(frames):
-            self._tokens[frame] = (tail, 1 + place)
+            self._tokens[frame] = (image, text, 1 + place)
 
-    def gather(self, frames: Sequence[int]) -> Tail:
-        """The tail for a window of these latent frames."""
-        first, _ = self._tokens[frames[0]]
-        parts = [first.image[:, 0], *(self._frame(frame) for frame in frames)]
-        return Tail(image=torch.stack(parts, dim=1), text=first.text)
+    def gather(self, frames: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The same for a window of these latent frames."""
+        first, text, _ = self._tokens[frames[0]]
+        parts = [first[0], *(self._frame(frame) for frame in frames)]
+        return torch.stack(parts), text
 
-    def _frame(self, frame: int) -> Tensor:  # (B, S, D)
-        tail, place = self._tokens[frame]
-        return tail.image[:, place]
+    def _frame(self, frame: int) -> Tensor:  # (S, D)
+        image, _, place = self._tokens[frame]
+        return image[place]

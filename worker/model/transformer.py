@@ -5,7 +5,7 @@ and runs the last single-stream block only. Here that is two arguments of `forwa
 keeps nothing between calls:
 
     output = transformer(latents, ..., return_tail=True)
-    output.tail.image  # (B, 1 + T, S, D): [:, 0] the reference frame, [:, 1:] the latent frames
+    output.tail.image  # B tensors (1 + T, S, D): [0] the reference frame, [1:] the latent frames
     output.tail.text   # B tensors (L, D): the text, cut to the valid length of each sample
     cached = transformer(later_latents, ..., tail=Tail(image, text)).sample
 
@@ -18,11 +18,17 @@ Tokens run over the rows and columns of a frame first and over its frames last (
 all frames of one patch, reference frame first, then the next patch), so that a contiguous share of
 them holds whole columns in time and context parallel leaves the audio adapter local to each rank.
 
-Shape letters: B batch, C latent channels, T latent frames, H and W latent height and width,
-S = (H/2)(W/2) tokens a frame, L valid text tokens, D width, A audio tokens a latent frame.
+The blocks take one sample at a time: on a GPU a batch gains nothing, and takes memory. Samples that
+differ in nothing but what they hear are given once, with several recordings; they part where the
+first adapter hears.
+
+Shape letters: B batch, R recordings a sample, C latent channels, T latent frames, H and W latent
+height and width, S = (H/2)(W/2) tokens a frame, L valid text tokens, D width, A audio tokens a
+latent frame.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,9 +51,27 @@ from diffusers.models.transformers.transformer_hunyuan_video import (
 from diffusers.utils import BaseOutput, apply_lora_scale
 from torch import Tensor, nn
 
+from worker.model.attention import attend
 from worker.model.audio_adapter import AudioAdapter, AudioProjection
 from worker.model.embeddings import SINUSOID_DIM, AvatarRotaryPosEmbed, Sinusoid
-from worker.model.linear import Float8Linear, Float32Linear, replace_linears
+from worker.model.kernels import (
+    gated_sum,
+    gated_sum_and_norm,
+    gelu_in_place,
+    modulated_norm,
+    norm_and_rotate,
+)
+from worker.model.linear import (
+    Float8Linear,
+    Float32Linear,
+    Rows,
+    feed_forward,
+    is_plain,
+    project,
+    replace_linears,
+)
+
+NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -57,7 +81,7 @@ class Tail:
     Under context parallel each rank holds its own share of S and of L.
     """
 
-    image: Tensor  # (B, 1 + T, S, D), the reference frame first
+    image: tuple[Tensor, ...]  # B tensors (1 + T, S, D), the reference frame first
     text: tuple[Tensor, ...]  # B tensors (L, D); L differs where the samples' masks differ
 
 
@@ -87,25 +111,143 @@ class AvatarTransformerBlock(HunyuanVideoTransformerBlock):
 
     def forward(
         self,
-        hidden_states: Tensor,  # (B, S(1 + T), D)
-        encoder_hidden_states: Tensor,  # (B, L, D)
-        temb: Tensor,  # (B, D)
+        hidden_states: Tensor,  # (1, S(1 + T), D)
+        encoder_hidden_states: Tensor,  # (1, L, D)
+        temb: Tensor,  # (1, D)
         image_rotary_emb: tuple[Tensor, Tensor],  # 2 x (S(1 + T), head dim)
-        audio_tokens: Tensor,  # (B, T, A, D)
-        audio_gate: Tensor,  # (B, S, T, 1)
-    ) -> tuple[Tensor, Tensor]:
-        hidden_states, encoder_hidden_states = super().forward(
-            hidden_states, encoder_hidden_states, temb, None, image_rotary_emb
+        audio_tokens: Tensor,  # (R, 1 + T, A, D)
+        audio_gate: Tensor,  # (1, S, 1 + T, 1)
+        float8: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # (1, S(1 + T), D), of a block with an adapter R; (1, L, D)
+        image, text, attn = hidden_states, encoder_hidden_states, self.attn
+        image_rows, image_gate, *image_later = _modulated(image, temb, self.norm1, float8)
+        text_rows, text_gate, *text_later = _modulated(text, temb, self.norm1_context, float8)
+
+        num_image = image.shape[1]
+        shape = (1, num_image + text.shape[1], attn.heads, image.shape[2] // attn.heads)
+        query, key = image.new_empty(shape), image.new_empty(shape)
+        _norm_and_rotate(
+            project(attn.to_q, image_rows),
+            project(attn.to_k, image_rows),
+            (attn.norm_q, attn.norm_k),
+            image_rotary_emb,
+            (query[:, :num_image], key[:, :num_image]),
         )
-        if self.audio_adapter is not None:
-            columns = hidden_states.unflatten(1, (-1, 1 + audio_tokens.shape[1]))
-            reference, frames = columns[:, :, :1], columns[:, :, 1:]  # (B, S, 1 and T, D)
-            frames = frames + audio_gate * self.audio_adapter(frames, audio_tokens)
-            hidden_states = torch.cat([reference, frames], dim=2).flatten(1, 2)
-        return hidden_states, encoder_hidden_states
+        _norm_and_rotate(
+            project(attn.add_q_proj, text_rows),
+            project(attn.add_k_proj, text_rows),
+            (attn.norm_added_q, attn.norm_added_k),
+            None,
+            (query[:, num_image:], key[:, num_image:]),
+        )
+        values = (project(attn.to_v, image_rows), project(attn.add_v_proj, text_rows))
+        value = torch.cat(values, dim=1).view(shape)
+        del image_rows, text_rows, values
+        attended = attend(query, key, value, attn.processor)
+        del query, key, value
+
+        rows = Rows.of(attended[:, :num_image], float8=float8)
+        image_update = project(attn.to_out[0], rows)
+        rows = Rows.of(attended[:, num_image:], float8=float8)
+        text_update = project(attn.to_add_out, rows)
+        del attended, rows
+        image = _fed_forward(image, image_update, image_gate, image_later, self.ff, float8)
+        text = _fed_forward(text, text_update, text_gate, text_later, self.ff_context, float8)
+        return self._hear(image, audio_tokens, audio_gate), text
+
+    def _hear(self, image: Tensor, audio_tokens: Tensor, audio_gate: Tensor) -> Tensor:
+        """The image tokens after each recording, (R, S(1 + T), D); as they are without adapter."""
+        if self.audio_adapter is None:
+            return image
+        columns = image.unflatten(1, (-1, audio_tokens.shape[1]))  # (1, S, 1 + T, D)
+        after = [
+            torch.addcmul(columns, audio_gate, self.audio_adapter(columns, tokens))
+            for tokens in audio_tokens.split(1)
+        ]
+        return (after[0] if len(after) == 1 else torch.cat(after)).flatten(1, 2)
 
 
-TransformerBlockRegistry.register(AvatarTransformerBlock, TransformerBlockMetadata(0, 1))
+class AvatarSingleTransformerBlock(HunyuanVideoSingleTransformerBlock):
+    """A single-stream block: attention and feed-forward side by side on image and text."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,  # (1, S(1 + T), D)
+        encoder_hidden_states: Tensor,  # (1, L, D)
+        temb: Tensor,  # (1, D)
+        image_rotary_emb: tuple[Tensor, Tensor],  # 2 x (S(1 + T), head dim)
+        float8: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # (1, S(1 + T), D), (1, L, D)
+        attn, num_image = self.attn, hidden_states.shape[1]
+        tokens = torch.cat([hidden_states, encoder_hidden_states], dim=1)
+        rows, gate = _modulated(tokens, temb, self.norm, float8)
+
+        shape = (*tokens.shape[:2], attn.heads, -1)
+        query, key, value = (
+            project(layer, rows).view(shape) for layer in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        norms = (attn.norm_q, attn.norm_k)
+        for part, rotary in (
+            (slice(num_image), image_rotary_emb),
+            (slice(num_image, None), None),
+        ):
+            both = (query[:, part], key[:, part])
+            _norm_and_rotate(*both, norms, rotary, both)  # in place
+        attended = attend(query, key, value, attn.processor)
+        del query, key, value
+
+        # The last layer sees both side by side; they are never put together.
+        if is_plain(self.proj_out):
+            attended_columns, wide_columns = slice(tokens.shape[2]), slice(tokens.shape[2], None)
+            update = project(self.proj_out, Rows.of(attended, float8=float8), attended_columns)
+            del attended
+            more = feed_forward(self.proj_mlp, self.proj_out, rows, wide_columns, bias=False)
+        else:
+            wide = gelu_in_place(project(self.proj_mlp, rows))
+            update, more = self.proj_out(torch.cat([attended, wide], dim=2)), None
+        tokens = gated_sum(tokens, update, gate, more)
+        return tokens[:, :num_image], tokens[:, num_image:]
+
+
+for block_class in (AvatarTransformerBlock, AvatarSingleTransformerBlock):
+    TransformerBlockRegistry.register(block_class, TransformerBlockMetadata(0, 1))
+
+
+def _modulated(
+    x: Tensor,  # (1, N, D)
+    temb: Tensor,  # (1, D)
+    norm: nn.Module,
+    float8: bool,
+) -> tuple[Any, ...]:
+    """The rows after the adaptive norm, and what is left of the modulation, each (1, D)."""
+    times = norm.linear.out_features // x.shape[-1]
+    shift, scale, *later = norm.linear(norm.silu(temb)).chunk(times, dim=1)
+    return Rows.of(modulated_norm(x, shift, scale, norm.norm.eps), float8=float8), *later
+
+
+def _norm_and_rotate(
+    query: Tensor,  # (1, N, D) or (1, N, h, D/h), as is key
+    key: Tensor,
+    norms: tuple[nn.Module, nn.Module],
+    rotary: tuple[Tensor, Tensor] | None,
+    out: tuple[Tensor, Tensor],  # (1, N, h, D/h) each
+) -> None:
+    norm_and_rotate(query.view_as(out[0]), key.view_as(out[1]), *norms, rotary, *out)
+
+
+def _fed_forward(
+    x: Tensor,  # (1, N, D), as is update
+    update: Tensor,
+    gate: Tensor,  # (1, D)
+    later: list[Tensor],  # shift, scale and gate of the feed-forward, (1, D)
+    network: nn.Module,
+    float8: bool,
+) -> Tensor:  # (1, N, D)
+    """The tokens with the update, after the feed-forward network."""
+    shift, scale, later_gate = later
+    x, normed = gated_sum_and_norm(x, update, gate, shift, scale, NORM_EPS)
+    up, _, down = network.net
+    return gated_sum(x, feed_forward(up.proj, down, Rows.of(normed, float8=float8)), later_gate)
 
 
 class HunyuanVideoAvatarTransformer3DModel(
@@ -125,11 +267,11 @@ class HunyuanVideoAvatarTransformer3DModel(
     _skip_layerwise_casting_patterns = ["x_embedder", "ref_embedder", "context_embedder", "norm"]  # noqa: RUF012
     _no_split_modules = [  # noqa: RUF012
         "AvatarTransformerBlock",
-        "HunyuanVideoSingleTransformerBlock",
+        "AvatarSingleTransformerBlock",
         "HunyuanVideoPatchEmbed",
         "HunyuanVideoTokenRefiner",
     ]
-    _repeated_blocks = ["AvatarTransformerBlock", "HunyuanVideoSingleTransformerBlock"]  # noqa: RUF012
+    _repeated_blocks = ["AvatarTransformerBlock", "AvatarSingleTransformerBlock"]  # noqa: RUF012
     _cp_plan = {  # noqa: RUF012
         "transformer_blocks.0": {
             "hidden_states": ContextParallelInput(split_dim=1, expected_dims=3),
@@ -208,7 +350,7 @@ class HunyuanVideoAvatarTransformer3DModel(
             for index in range(num_layers)
         )
         self.single_transformer_blocks = nn.ModuleList(
-            HunyuanVideoSingleTransformerBlock(num_attention_heads, attention_head_dim, mlp_ratio)
+            AvatarSingleTransformerBlock(num_attention_heads, attention_head_dim, mlp_ratio)
             for _ in range(num_single_layers)
         )
         if float8_blocks:
@@ -236,8 +378,9 @@ class HunyuanVideoAvatarTransformer3DModel(
         return_dict: bool = True,
         tail: Tail | None = None,
         return_tail: bool = False,
+        float8: bool = False,
     ) -> AvatarTransformerOutput | tuple[Tensor] | tuple[Tensor, Tail | None]:
-        """The velocity (B, C, T, H, W); with `return_tail` also the tail, see the module.
+        """The velocity (B R, C, T, H, W); with `return_tail` also the tail, see the module.
 
         Inputs are cast to the model's dtype; the scalars only after their embedders.
 
@@ -249,17 +392,19 @@ class HunyuanVideoAvatarTransformer3DModel(
                 so on the CPU it costs no wait for the GPU.
             pooled_projections: (B, pooled dim).
             reference_latents: (B, C, T, H, W), the portrait's latents.
-            audio_embeds: (B, 4(T - 1) + 1, 10, 5, 384), a window of speech states a video frame.
+            audio_embeds: (B R, 4(T - 1) + 1, 10, 5, 384), a window of speech states a video frame;
+                the R recordings of a sample one after the other.
             face_mask: (B, 1, 1 or T, H, W), how much of the audio each latent pixel hears.
             motion_expression, motion_pose: (B, 4).
             fps: (B,), frames a second.
             attention_kwargs: `{"scale": ...}` is the strength of the LoRAs.
-            tail: runs the last single-stream block on these tokens and nothing before it; the
-                inputs that may be None are then not read.
+            tail: B R samples; runs the last single-stream block on these tokens and nothing before
+                it. The inputs that may be None are then not read.
+            float8: computes the blocks' linear layers in 8 bits, see `worker.model.linear.project`.
 
         Raises:
-            ValueError: a half-precision timestep; a missing input; a tail, or texts of unequal
-                length, while a cache is enabled.
+            ValueError: a half-precision timestep; a missing input; a tail, or several samples,
+                while a cache is enabled.
         """
         if timestep.dtype in (torch.float16, torch.bfloat16):
             raise ValueError(f"timestep must be float32, not {timestep.dtype}")
@@ -274,10 +419,7 @@ class HunyuanVideoAvatarTransformer3DModel(
         )
 
         if tail is not None:
-            image = tail.image.transpose(1, 2).flatten(1, 2)  # (B, S(1 + T), D)
-            # One sample at a time: under context parallel two texts may be equally long on one
-            # rank only, and all ranks must make the same calls.
-            streams = list(zip(image.split(1), [text[None] for text in tail.text], strict=True))
+            streams = self._streams_of(tail, temb)
         elif (
             encoder_hidden_states is None
             or encoder_attention_mask is None
@@ -287,15 +429,19 @@ class HunyuanVideoAvatarTransformer3DModel(
         ):
             raise ValueError("only a call with a tail may leave an input out")
         else:
-            texts = self._embed_text(encoder_hidden_states, timestep, encoder_attention_mask)
-            image = self._embed_latents(hidden_states, reference_latents)
-            audio_tokens = self.audio_proj(audio_embeds.to(self._compute_dtype))
-            audio_gate = self._gate_audio(face_mask, num_frames)
-            streams = self._run_early_blocks(image, texts, temb, rotary, audio_tokens, audio_gate)
+            streams = self._run_early_blocks(
+                self._embed_latents(hidden_states, reference_latents).split(1),
+                self._embed_text(encoder_hidden_states, timestep, encoder_attention_mask),
+                temb,
+                rotary,
+                self._embed_audio(audio_embeds, len(hidden_states)),
+                self._gate_audio(face_mask, num_frames),
+                float8,
+            )
 
-        tokens = self._run_last_block(streams, temb, rotary, num_frames)
+        tokens = self._run_last_block(streams, rotary, float8)
         sample = self._unpatchify(tokens, grid)
-        returned_tail = self._join_tail(streams, num_frames) if return_tail else None
+        returned_tail = _tail_of(streams, num_frames) if return_tail else None
         if return_dict:
             return AvatarTransformerOutput(sample=sample, tail=returned_tail)
         return (sample, returned_tail) if return_tail else (sample,)
@@ -337,7 +483,7 @@ class HunyuanVideoAvatarTransformer3DModel(
         return torch.cat([reference[:, :, None], columns], dim=2).flatten(1, 2)
 
     def _embed_text(self, embeds: Tensor, timestep: Tensor, mask: Tensor) -> list[Tensor]:
-        """The refined text in batches (b, L, D) of equal valid length: the whole, or B of one.
+        """The refined text, (1, L, D) for each sample.
 
         Cutting the text is exact, since no token that is kept attends to one that is not; and it
         leaves the blocks without an attention mask, which the fast kernels do not take.
@@ -345,74 +491,115 @@ class HunyuanVideoAvatarTransformer3DModel(
         lengths = mask.sum(dim=1).tolist()
         mask = mask.to(embeds.device, non_blocking=True)
         text = self.context_embedder(embeds.to(self._compute_dtype), timestep, mask)
-        if len(set(lengths)) == 1:
-            return [text[:, : lengths[0]]]
         return [sample[:, :length] for sample, length in zip(text.split(1), lengths, strict=True)]
 
+    def _embed_audio(self, audio_embeds: Tensor, batch: int) -> Tensor:
+        """Audio tokens (B, R, 1 + T, A, D); the reference frame's are there and are not heard."""
+        tokens = self.audio_proj(audio_embeds.to(self._compute_dtype))
+        tokens = torch.cat([tokens[:, :1], tokens], dim=1)
+        return tokens.unflatten(0, (batch, -1))
+
     def _gate_audio(self, face_mask: Tensor, num_frames: int) -> Tensor:
-        """How much of the audio each token hears, (B, S, T, 1)."""
+        """How much of the audio each token hears, (B, S, 1 + T, 1)."""
         patch_size = self.config.patch_size
         # Nearest-neighbour to the size of the tokens: the first row and column of each patch.
         gate = face_mask[:, 0, :, ::patch_size, ::patch_size].expand(-1, num_frames, -1, -1)
+        gate = torch.cat([torch.zeros_like(gate[:, :1]), gate], dim=1)  # the reference frame: none
         return gate.to(self._compute_dtype).flatten(2).transpose(1, 2).unsqueeze(-1)
 
     def _run_early_blocks(
         self,
-        image: Tensor,
-        texts: list[Tensor],
+        images: Sequence[Tensor],  # B of (1, S(1 + T), D)
+        texts: Sequence[Tensor],  # B of (1, L, D)
         temb: Tensor,
         rotary: tuple[Tensor, Tensor],
         audio_tokens: Tensor,
         audio_gate: Tensor,
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Image and text tokens that enter the last block, in the batches of the texts."""
-        if self.is_cache_enabled and len(texts) > 1:
-            raise ValueError("with a cache, call once a text length, each in its own cache_context")
-        sizes = [len(text) for text in texts]
-        batches = zip(
-            image.split(sizes),
-            texts,
-            temb.split(sizes),
-            audio_tokens.split(sizes),
-            audio_gate.split(sizes),
-            strict=True,
-        )
-        streams = []
-        for image, text, temb, audio_tokens, audio_gate in batches:
-            for block in self.transformer_blocks:
-                image, text = block(image, text, temb, rotary, audio_tokens, audio_gate)
-            for block in self.single_transformer_blocks[:-1]:
-                image, text = block(image, text, temb, None, rotary)
-            streams.append((image, text))
+        float8: bool,
+    ) -> list["_Stream"]:
+        """Image and text tokens that enter the last block, for each of B R samples.
+
+        Each block runs for all samples before the next one does, so that weights which are not on
+        the GPU have to come only once.
+        """
+        if self.is_cache_enabled and audio_tokens.shape[:2].numel() > 1:
+            raise ValueError("with a cache, give one sample a call, each in its own cache_context")
+        parts = (images, texts, temb.split(1), audio_tokens, audio_gate.split(1))
+        streams = [_Stream(*each) for each in zip(*parts, strict=True)]
+        for block in self.transformer_blocks:
+            for stream in streams:
+                stream.image, stream.text = block(
+                    stream.image,
+                    stream.text,
+                    stream.temb,
+                    rotary,
+                    stream.audio_tokens,
+                    stream.audio_gate,
+                    float8,
+                )
+            streams = [part for stream in streams for part in stream.by_recording()]
+        for block in self.single_transformer_blocks[:-1]:
+            for stream in streams:
+                stream.image, stream.text = block(
+                    stream.image, stream.text, stream.temb, rotary, float8
+                )
         return streams
 
+    def _streams_of(self, tail: Tail, temb: Tensor) -> list["_Stream"]:
+        """The samples of a tail, for the last block."""
+        recordings = len(tail.image) // len(temb)
+        samples = zip(
+            tail.image, tail.text, temb.repeat_interleave(recordings, 0).split(1), strict=True
+        )
+        return [
+            _Stream(image.transpose(0, 1).flatten(0, 1)[None], text[None], temb)
+            for image, text, temb in samples
+        ]
+
     def _run_last_block(
-        self,
-        streams: list[tuple[Tensor, Tensor]],
-        temb: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        num_frames: int,
+        self, streams: list["_Stream"], rotary: tuple[Tensor, Tensor], float8: bool
     ) -> Tensor:
-        """Patches of velocity (B, S T, C p p) from the tokens that enter the last block."""
-        patches = []
-        temb_batches = temb.split([len(text) for _, text in streams])
-        for (image, text), temb in zip(streams, temb_batches, strict=True):
-            image, _ = self.single_transformer_blocks[-1](image, text, temb, None, rotary)
-            frames = image.unflatten(1, (-1, 1 + num_frames))[:, :, 1:].flatten(1, 2)
-            patches.append(self.proj_out(self.norm_out(frames, temb)))
+        """Patches of velocity (B R, S(1 + T), C p p) from the tokens that enter the last block."""
+        norm, patches = self.norm_out, []
+        for stream in streams:
+            image, _ = self.single_transformer_blocks[-1](
+                stream.image, stream.text, stream.temb, rotary, float8
+            )
+            scale, shift = norm.linear(norm.silu(stream.temb)).chunk(2, dim=1)
+            patches.append(self.proj_out(modulated_norm(image, shift, scale, NORM_EPS)))
         return torch.cat(patches)
 
     def _unpatchify(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """(B, S T, C p p) -> (B, C, T, H, W)."""
+        """(B, S(1 + T), C p p) -> (B, C, T, H, W), without the reference frame."""
         num_frames, rows, columns = grid
         patch_size = self.config.patch_size
-        patches = patches.unflatten(1, (rows, columns, num_frames))
+        patches = patches.unflatten(1, (rows, columns, 1 + num_frames))[:, :, :, 1:]
         patches = patches.unflatten(-1, (-1, patch_size, patch_size))  # (B, h, w, T, C, p, p)
         return patches.permute(0, 4, 3, 1, 5, 2, 6).flatten(5, 6).flatten(3, 4)
 
-    def _join_tail(self, streams: list[tuple[Tensor, Tensor]], num_frames: int) -> Tail:
-        image = torch.cat([image for image, _ in streams])
-        return Tail(
-            image=image.unflatten(1, (-1, 1 + num_frames)).transpose(1, 2),
-            text=tuple(sample for _, text in streams for sample in text),
-        )
+
+@dataclass
+class _Stream:
+    """One sample on its way through the blocks, or several that still are one."""
+
+    image: Tensor  # (1, S(1 + T), D), R of them after the first adapter
+    text: Tensor  # (1, L, D)
+    temb: Tensor  # (1, D)
+    audio_tokens: Tensor | None = None  # (R, 1 + T, A, D)
+    audio_gate: Tensor | None = None  # (1, S, 1 + T, 1)
+
+    def by_recording(self) -> list["_Stream"]:
+        """One for each recording, once they differ."""
+        if len(self.image) == 1 or self.audio_tokens is None:
+            return [self]
+        pairs = zip(self.image.split(1), self.audio_tokens.split(1), strict=True)
+        return [replace(self, image=image, audio_tokens=tokens) for image, tokens in pairs]
+
+
+def _tail_of(streams: Sequence[_Stream], num_frames: int) -> Tail:
+    return Tail(
+        image=tuple(
+            stream.image[0].unflatten(0, (-1, 1 + num_frames)).transpose(0, 1) for stream in streams
+        ),
+        text=tuple(stream.text[0] for stream in streams),
+    )

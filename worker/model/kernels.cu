@@ -1,0 +1,239 @@
+// The point-wise work between the matrix products, each in one pass over memory.
+//
+// Compiled when a process first needs it, for the width D of the model and the width H of a head
+// (-DWIDTH, -DHEAD). Values are bfloat16 in memory and float32 in registers; each result is rounded
+// once. A row is a token. One block of threads works on one row, eight values a thread.
+
+typedef unsigned short bits16;
+typedef unsigned int bits32;
+
+constexpr int ACTIVE = WIDTH / 8;  // threads that hold values
+constexpr int WARPS = (ACTIVE + 31) / 32;
+
+struct Eight {
+  float value[8];
+};
+
+__device__ __forceinline__ Eight unpack(uint4 packed) {
+  Eight eight;
+  const bits32 words[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    eight.value[2 * i] = __uint_as_float(words[i] << 16);
+    eight.value[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+  }
+  return eight;
+}
+
+__device__ __forceinline__ bits32 pack_two(float low, float high) {
+  bits32 packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+__device__ __forceinline__ uint4 pack(const Eight& eight) {
+  return make_uint4(pack_two(eight.value[0], eight.value[1]), pack_two(eight.value[2], eight.value[3]),
+                    pack_two(eight.value[4], eight.value[5]), pack_two(eight.value[6], eight.value[7]));
+}
+
+__device__ __forceinline__ float sum_of_warp(float value) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
+  return value;
+}
+
+__device__ __forceinline__ float sum_of_block(float value) {
+  __shared__ float of_warps[32];
+  value = sum_of_warp(value);
+  __syncthreads();  // an earlier sum may still be read
+  if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = value;
+  __syncthreads();
+  value = 0;
+#pragma unroll
+  for (int warp = 0; warp < WARPS; ++warp) value += of_warps[warp];
+  return value;
+}
+
+__device__ __forceinline__ void norm_and_modulate(const Eight& x, bool active, const uint4* shift,
+                                                  const uint4* scale, uint4* out, float eps) {
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) sum += x.value[i];
+  const float mean = sum_of_block(active ? sum : 0) / WIDTH;
+  float squares = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) squares += (x.value[i] - mean) * (x.value[i] - mean);
+  const float inverse = rsqrtf(sum_of_block(active ? squares : 0) / WIDTH + eps);
+  if (!active) return;
+  const Eight by = unpack(scale[threadIdx.x]), plus = unpack(shift[threadIdx.x]);
+  Eight y;
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    y.value[i] = (x.value[i] - mean) * inverse * (1 + by.value[i]) + plus.value[i];
+  *out = pack(y);
+}
+
+// out = norm(x) * (1 + scale) + shift
+extern "C" __global__ void modulated_norm(const uint4* x, const uint4* shift, const uint4* scale,
+                                          uint4* out, float eps) {
+  const bool active = threadIdx.x < ACTIVE;
+  const size_t at = (size_t)blockIdx.x * ACTIVE + threadIdx.x;
+  const Eight row = unpack(active ? x[at] : make_uint4(0, 0, 0, 0));
+  norm_and_modulate(row, active, shift, scale, out + at, eps);
+}
+
+// sum = x + gate * y; out = norm(sum) * (1 + scale) + shift
+extern "C" __global__ void gated_sum_and_norm(const uint4* x, const uint4* y, const uint4* gate,
+                                              const uint4* shift, const uint4* scale, uint4* sum,
+                                              uint4* out, float eps) {
+  const bool active = threadIdx.x < ACTIVE;
+  const size_t at = (size_t)blockIdx.x * ACTIVE + threadIdx.x;
+  Eight row = unpack(make_uint4(0, 0, 0, 0));
+  if (active) {
+    row = unpack(x[at]);
+    const Eight more = unpack(y[at]), by = unpack(gate[threadIdx.x]);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) row.value[i] += by.value[i] * more.value[i];
+    const uint4 rounded = pack(row);
+    sum[at] = rounded;
+    row = unpack(rounded);  // what the next block will read
+  }
+  norm_and_modulate(row, active, shift, scale, out + at, eps);
+}
+
+// sum = x + gate * (y + z); z may be null
+extern "C" __global__ void gated_sum(const uint4* x, const uint4* y, const uint4* z,
+                                     const uint4* gate, uint4* sum) {
+  if (threadIdx.x >= ACTIVE) return;
+  const size_t at = (size_t)blockIdx.x * ACTIVE + threadIdx.x;
+  Eight row = unpack(x[at]), more = unpack(y[at]);
+  const Eight by = unpack(gate[threadIdx.x]);
+  if (z != nullptr) {
+    const Eight also = unpack(z[at]);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) more.value[i] += also.value[i];
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) row.value[i] += by.value[i] * more.value[i];
+  sum[at] = pack(row);
+}
+
+// RMS norm of each head of queries and keys, then their rotation by the token's position; cosines
+// null: no rotation. A warp works on one head, (HEAD / 32) values a thread.
+extern "C" __global__ void norm_and_rotate(const bits32* query, const bits32* key,
+                                           const bits32* query_weight, const bits32* key_weight,
+                                           const float2* cosines, const float2* sines,
+                                           bits32* query_out, bits32* key_out, float eps) {
+  constexpr int PAIRS = HEAD / 64;  // pairs of values a thread
+  const int lane = threadIdx.x % 32;
+  const size_t at = ((size_t)blockIdx.x * blockDim.x / 32 + threadIdx.x / 32) * (HEAD / 2) + lane;
+  const size_t position = (size_t)blockIdx.x * (HEAD / 2) + lane;
+#pragma unroll
+  for (int which = 0; which < 2; ++which) {
+    const bits32* in = which ? key : query;
+    const bits32* weight = which ? key_weight : query_weight;
+    bits32* out = which ? key_out : query_out;
+    float2 values[PAIRS];
+    float squares = 0;
+#pragma unroll
+    for (int i = 0; i < PAIRS; ++i) {
+      const bits32 pair = in[at + 32 * i];
+      values[i] = make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+      squares += values[i].x * values[i].x + values[i].y * values[i].y;
+    }
+    const float inverse = rsqrtf(sum_of_warp(squares) / HEAD + eps);
+#pragma unroll
+    for (int i = 0; i < PAIRS; ++i) {
+      const bits32 by = weight[lane + 32 * i];
+      float x = values[i].x * inverse * __uint_as_float(by << 16);
+      float y = values[i].y * inverse * __uint_as_float(by & 0xffff0000u);
+      if (cosines != nullptr) {
+        const float2 c = cosines[position + 32 * i], s = sines[position + 32 * i];
+        const float turned = x * c.x - y * s.x;
+        y = y * c.y + x * s.y;
+        x = turned;
+      }
+      out[at + 32 * i] = pack_two(x, y);
+    }
+  }
+}
+
+__device__ __forceinline__ float gelu(float x) {  // by tanh, which is a sigmoid of twice as much
+  const float twice = 1.5957691216057308f * (x + 0.044715f * x * x * x);
+  return __fdividef(x, 1 + __expf(-twice));
+}
+
+// x = gelu(x), eight values a thread
+extern "C" __global__ void gelu_in_place(uint4* x, long long count) {
+  const long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+  if (at >= count) return;
+  Eight eight = unpack(x[at]);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) eight.value[i] = gelu(eight.value[i]);
+  x[at] = pack(eight);
+}
+
+#if __CUDA_ARCH__ >= 890  // e4m3
+__device__ __forceinline__ float largest_of_block(float value) {
+  __shared__ float of_warps[32];
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2)
+    value = fmaxf(value, __shfl_xor_sync(~0u, value, offset));
+  if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = value;
+  __syncthreads();
+#pragma unroll
+  for (int warp = 0; warp < WARPS; ++warp) value = fmaxf(value, of_warps[warp]);
+  return value;
+}
+
+__device__ __forceinline__ bits32 pack_e4m3(float a, float b, float c, float d) {
+  bits16 low, high;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(b), "f"(a));
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(d), "f"(c));
+  return (bits32)high << 16 | low;
+}
+
+// A row of four times the width in 8 bits, or its GELU, and the scale that gives the values back.
+// `stride` counts eights of the input.
+template <bool GELU>
+__device__ __forceinline__ void quantize(const uint4* x, long long stride, uint2* out,
+                                         float* scale) {
+  constexpr int TIMES = 4;
+  constexpr float LARGEST = 448.f;
+  const bool active = threadIdx.x < ACTIVE;
+  Eight kept[TIMES];
+  float largest = 1e-30f;  // a row of zeros has a scale, too
+  if (active) {
+#pragma unroll
+    for (int i = 0; i < TIMES; ++i) {
+      kept[i] = unpack(x[blockIdx.x * stride + threadIdx.x + i * ACTIVE]);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        if (GELU) kept[i].value[j] = gelu(kept[i].value[j]);
+        largest = fmaxf(largest, fabsf(kept[i].value[j]));
+      }
+    }
+  }
+  largest = largest_of_block(largest);
+  if (threadIdx.x == 0) scale[blockIdx.x] = largest / LARGEST;
+  if (!active) return;
+  const float by = LARGEST / largest;
+  uint2* row = out + (size_t)blockIdx.x * TIMES * ACTIVE + threadIdx.x;
+#pragma unroll
+  for (int i = 0; i < TIMES; ++i) {
+    const float* v = kept[i].value;
+    row[i * ACTIVE] = make_uint2(pack_e4m3(v[0] * by, v[1] * by, v[2] * by, v[3] * by),
+                                 pack_e4m3(v[4] * by, v[5] * by, v[6] * by, v[7] * by));
+  }
+}
+
+extern "C" __global__ void quantized_rows(const uint4* x, long long stride, uint2* out,
+                                          float* scale) {
+  quantize<false>(x, stride, out, scale);
+}
+
+extern "C" __global__ void quantized_rows_of_gelu(const uint4* x, long long stride, uint2* out,
+                                                  float* scale) {
+  quantize<true>(x, stride, out, scale);
+}
+#endif

@@ -1,0 +1,235 @@
+"""The point-wise work of the blocks: each function in one pass over memory on a GPU.
+
+On a CUDA device and in bfloat16 the kernels of `kernels.cu` do it, which NVRTC compiles when they
+are first needed: a second once a process, whatever the sizes, and without a compiler installed.
+Anywhere else torch's operators do the same. Shape letters: N tokens, D width, h heads.
+"""
+
+import ctypes
+import functools
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, layer_norm
+
+logger = logging.getLogger(__name__)
+
+FLOAT8 = torch.float8_e4m3fn
+ELEMENTWISE_THREADS = 256
+WIDEST = 8 * 1024  # of a row: eight values a thread
+
+
+def modulated_norm(
+    x: Tensor,  # (1, N, D)
+    shift: Tensor,  # (1, D), as is scale
+    scale: Tensor,
+    eps: float,
+) -> Tensor:  # (1, N, D)
+    """Layer norm, then `* (1 + scale) + shift`."""
+    kernels = _kernels_for_rows(x)
+    if kernels is None:
+        return layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale[:, None]) + shift[:, None]
+    out = torch.empty_like(x)
+    kernels.launch("modulated_norm", x.shape[1], kernels.threads, x, shift, scale, out, eps)
+    return out
+
+
+def gated_sum_and_norm(
+    x: Tensor,  # (1, N, D), as is y
+    y: Tensor,
+    gate: Tensor,  # (1, D), as are shift and scale
+    shift: Tensor,
+    scale: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:  # 2 x (1, N, D)
+    """`x + gate * y`, and its modulated norm."""
+    kernels = _kernels_for_rows(x)
+    if kernels is None:
+        total = x + gate[:, None] * y
+        return total, modulated_norm(total, shift, scale, eps)
+    total, out = torch.empty_like(x), torch.empty_like(x)
+    tensors = (x, y, gate, shift, scale, total, out)
+    kernels.launch("gated_sum_and_norm", x.shape[1], kernels.threads, *tensors, eps)
+    return total, out
+
+
+def gated_sum(
+    x: Tensor,  # (1, N, D), as are y and z
+    y: Tensor,
+    gate: Tensor,  # (1, D)
+    z: Tensor | None = None,
+) -> Tensor:  # (1, N, D)
+    """`x + gate * (y + z)`."""
+    kernels = _kernels_for_rows(x)
+    if kernels is None:
+        return x + gate[:, None] * (y if z is None else y + z)
+    out = torch.empty_like(x)
+    kernels.launch("gated_sum", x.shape[1], kernels.threads, x, y, z, gate, out)
+    return out
+
+
+def norm_and_rotate(
+    query: Tensor,  # (1, N, h, D/h), as is key
+    key: Tensor,
+    query_norm: nn.Module,  # RMS norms over D/h
+    key_norm: nn.Module,
+    rotary: tuple[Tensor, Tensor] | None,  # cosines and sines, 2 x (N, D/h) float32
+    query_out: Tensor,  # (1, N, h, D/h), as is key_out
+    key_out: Tensor,
+) -> None:
+    """Normalises each head and turns it by its token's position, into the given tensors."""
+    _, tokens, heads, head = query.shape
+    kernels = None
+    if query.is_contiguous() and query_out.is_contiguous():
+        kernels = _kernels_for(query, heads * head, head)
+    if kernels is None or heads > 32 or query.dtype != query_norm.weight.dtype:
+        for x, norm, out in ((query, query_norm, query_out), (key, key_norm, key_out)):
+            normed = norm(x)
+            out.copy_(normed if rotary is None else _rotated(normed, *rotary))
+        return
+    tensors = (query, key, query_norm.weight, key_norm.weight, *(rotary or (None, None)))
+    kernels.launch(
+        "norm_and_rotate", tokens, 32 * heads, *tensors, query_out, key_out, query_norm.eps
+    )
+
+
+def gelu_in_place(x: Tensor) -> Tensor:  # of any shape
+    """GELU by tanh, in the place of `x` where that is quick."""
+    count = x.numel() // 8
+    kernels = _kernels_for(x) if x.is_contiguous() and x.numel() % 8 == 0 else None
+    if kernels is None:
+        return gelu(x, approximate="tanh")
+    blocks = math.ceil(count / ELEMENTWISE_THREADS)
+    kernels.launch("gelu_in_place", blocks, ELEMENTWISE_THREADS, x, count)
+    return x
+
+
+def quantized_rows(
+    x: Tensor,  # (N, D); the rows may lie apart
+    *,
+    of_gelu: bool = False,
+) -> tuple[Tensor, Tensor]:  # (N, D) float8_e4m3fn, (N, 1) float32
+    """The rows, or their GELU by tanh, in 8 bits, each with the scale to multiply it by."""
+    rows, width = x.shape
+    kernels = _kernels_for(x, width // 4) if width % 4 == 0 and x.stride(1) == 1 else None
+    if kernels is None or not kernels.has_float8:
+        x = (gelu(x, approximate="tanh") if of_gelu else x).float()
+        scale = x.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / torch.finfo(FLOAT8).max
+        return (x / scale).to(FLOAT8), scale
+    out = torch.empty(rows, width, dtype=FLOAT8, device=x.device)
+    scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    name = "quantized_rows_of_gelu" if of_gelu else "quantized_rows"
+    kernels.launch(name, rows, kernels.threads, x, x.stride(0) // 8, out, scale)
+    return out, scale
+
+
+def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Pairs of neighbours turned, in float32: (1, N, h, D/h)."""
+    real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    across = torch.stack([-imaginary, real], dim=-1).flatten(-2)
+    return (x.float() * cosines[:, None] + across * sines[:, None]).to(x.dtype)
+
+
+def _kernels_for_rows(x: Tensor) -> "_Kernels | None":
+    """The kernels that take a block of threads for each token of one sample."""
+    return _kernels_for(x, x.shape[-1]) if len(x) == 1 and x.is_contiguous() else None
+
+
+def _kernels_for(x: Tensor, width: int = 256, head: int = 128) -> "_Kernels | None":
+    """The kernels for rows of that width; None where torch has to do."""
+    fits = width % 8 == 0 and width <= WIDEST and head % 64 == 0
+    if not (fits and x.is_cuda and x.dtype == torch.bfloat16):
+        return None
+    if x.data_ptr() % 16 or any(stride % 8 for stride in x.stride()[:-1]):
+        return None  # they read 16 bytes at a time
+    return _compiled(x.device.index, width, head)
+
+
+@functools.cache
+def _compiled(device: int, width: int, head: int) -> "_Kernels | None":
+    try:
+        return _Kernels(device, width, head)
+    except Exception as error:
+        logger.warning("the kernels could not be compiled, torch's operators serve: %s", error)
+        return None
+
+
+class _Kernels:
+    """The compiled kernels for one GPU and width."""
+
+    def __init__(self, device: int, width: int, head: int) -> None:
+        from cuda.bindings import driver
+
+        self.threads = 32 * math.ceil(width / 8 / 32)  # of a row
+        capability = torch.cuda.get_device_capability(device)
+        self.has_float8 = capability >= (8, 9)
+        with torch.cuda.device(device):
+            torch.cuda.current_stream().synchronize()  # makes torch's context the current one
+            binary = _compile(capability, width, head)
+            (self._module,) = _checked(driver.cuModuleLoadData(binary))
+        self._functions: dict[str, Any] = {}
+        self._driver = driver
+
+    def launch(
+        self, name: str, blocks: int, threads: int, *arguments: Tensor | float | None
+    ) -> None:
+        """Runs a kernel on the current stream. An int is given as a long long, None as null."""
+        if name not in self._functions:
+            function = self._driver.cuModuleGetFunction(self._module, name.encode())
+            (self._functions[name],) = _checked(function)
+        values, kinds = zip(*map(_parameter, arguments), strict=True)
+        stream = torch.cuda.current_stream().cuda_stream
+        _checked(
+            self._driver.cuLaunchKernel(
+                self._functions[name], blocks, 1, 1, threads, 1, 1, 0, stream, (values, kinds), 0
+            )
+        )
+
+
+def _compile(capability: tuple[int, int], width: int, head: int) -> bytes:
+    """The binary of `kernels.cu` for GPUs of that compute capability.
+
+    Raises:
+        RuntimeError: the compiler's log.
+    """
+    from cuda.bindings import nvrtc
+
+    source = Path(__file__).with_suffix(".cu").read_bytes()
+    (program,) = _checked(nvrtc.nvrtcCreateProgram(source, b"kernels.cu", 0, [], []))
+    options = ["-arch=sm_{}{}".format(*capability), f"-DWIDTH={width}", f"-DHEAD={head}"]
+    (failed,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
+    if int(failed):
+        (size,) = _checked(nvrtc.nvrtcGetProgramLogSize(program))
+        log = b" " * size
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise RuntimeError(log.decode(errors="replace"))
+    (size,) = _checked(nvrtc.nvrtcGetCUBINSize(program))
+    binary = b" " * size
+    _checked(nvrtc.nvrtcGetCUBIN(program, binary))
+    _checked(nvrtc.nvrtcDestroyProgram(program))
+    return binary
+
+
+def _parameter(value: Tensor | float | None) -> tuple[float, Any]:
+    """A kernel's argument and its kind."""
+    if isinstance(value, Tensor):
+        return value.data_ptr(), ctypes.c_void_p
+    if value is None:
+        return 0, ctypes.c_void_p
+    return value, ctypes.c_longlong if isinstance(value, int) else ctypes.c_float
+
+
+def _checked(answer: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a call of the driver gave.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    error, *values = answer
+    if int(error):
+        raise RuntimeError(f"CUDA: {error}")
+    return tuple(values)
