@@ -303,7 +303,7 @@ def by_worker_in_other_settings(directory: Path) -> Iterator[dict[str, Any]]:
 def load_as_worker(directory: Path, reading: Reading) -> tuple[Any, dict[str, Any]]:
     """The pipeline, and how it came."""
     begun = time.perf_counter()
-    pipeline, report = loading.load(directory, DEVICE, DTYPES, reading)
+    pipeline, report = loading.load(directory, DEVICE, DTYPES, reading=reading)
     return pipeline, {
         "bytes": report.num_bytes,
         "seconds": report.seconds,

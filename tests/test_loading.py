@@ -4,7 +4,8 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,9 @@ from worker.settings import Settings
 CPU = torch.device("cpu")
 ON_GPU = {"transformer": torch.bfloat16, "default": torch.float16}  # as the engine has them there
 ON_CPU = {"default": torch.float32}
-SMALL = Reading(num_threads=3, block_bytes=4 * PAGE_BYTES)  # most tensors come in several pieces
+# Most tensors come in several pieces.
+SMALL = Reading(num_threads=3, block_bytes=8 * PAGE_BYTES, cached_block_bytes=3 * PAGE_BYTES)
+SMALL_PAST_CACHE = Reading(num_threads=3, block_bytes=4 * PAGE_BYTES)
 
 TRANSFORMER_FILE = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -79,7 +82,7 @@ def num_open_files() -> int:
 @pytest.mark.parametrize("variant", ["keep", "fp8"])
 def test_every_tensor_is_bit_for_bit_that_of_from_pretrained(variant, dtypes, reading, models):
     expected = HunyuanVideoAvatarPipeline.from_pretrained(models[variant], dtype=dtypes)
-    pipeline, _ = loading.load(models[variant], CPU, dtypes, reading)
+    pipeline, _ = loading.load(models[variant], CPU, dtypes, reading=reading)
     assert_same(all_tensors(pipeline), all_tensors(expected))
 
 
@@ -98,7 +101,7 @@ def test_the_components_are_of_the_same_classes_and_ready_to_run(toy_model):
 def test_on_a_gpu_every_tensor_is_the_same_too(variant, models):
     expected = HunyuanVideoAvatarPipeline.from_pretrained(models[variant], dtype=ON_GPU)
     for reading in (Reading(), SMALL):
-        pipeline, _ = loading.load(models[variant], torch.device("cuda"), ON_GPU, reading)
+        pipeline, _ = loading.load(models[variant], torch.device("cuda"), ON_GPU, reading=reading)
         tensors = all_tensors(pipeline)
         assert {tensor.device.type for tensor in tensors.values()} == {"cuda"}
         assert_same(tensors, all_tensors(expected))
@@ -124,6 +127,109 @@ def test_the_memory_that_the_weights_take_is_known_from_their_headers(models):
         speech = sum(parameter.nbytes for parameter in pipeline.audio_encoder.parameters())
         expected = loading.weight_bytes(variant, ON_GPU)
         assert taken - speech / 2 == pytest.approx(expected, abs=20_000)  # it runs in float32
+
+
+# Where the weights lie
+
+
+def storages(tensors: Iterable[Tensor]) -> set[int]:
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+def tensors_of(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+@pytest.mark.parametrize("variant", ["keep", "fp8"])
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_each_block_has_one_storage_of_its_own_and_what_is_left_has_one_more(
+    place, variant, models
+):
+    pipeline, _ = loading.load(models[variant], CPU, ON_CPU, {"default": place})
+    for name in loading.NETWORKS:
+        network = pipeline.components[name]
+        blocks = loading.blocks(network)
+        outside = tensors_of(network)
+        seen: set[int] = set()
+        for block, module in blocks.items():
+            own = tensors_of(module)
+            (storage,) = storages(own.values())
+            assert storage not in seen, block
+            seen.add(storage)
+            for inner in own:
+                del outside[f"{block}.{inner}"]
+        (rest,) = storages(outside.values())
+        assert rest not in seen, name
+
+
+def test_tensors_begin_at_multiples_of_256_bytes_and_waste_no_more_than_that(toy_model):
+    pipeline, _ = loading.load(toy_model, CPU, ON_CPU, {"default": "host"})
+    for block in loading.blocks(pipeline.transformer).values():
+        own = tensors_of(block).values()
+        assert {tensor.data_ptr() % 256 for tensor in own} == {0}
+        used = sum(tensor.nbytes for tensor in own)
+        assert next(iter(own)).untyped_storage().nbytes() < used + 256 * len(own)
+
+
+def test_blocks_are_the_entries_of_the_outermost_lists(toy_model):
+    pipeline, _ = loading.load(toy_model, CPU, ON_CPU)
+    config = pipeline.transformer.config
+    names = list(loading.blocks(pipeline.transformer))
+    for kind, count in {
+        "transformer_blocks": config.num_layers,
+        "single_transformer_blocks": config.num_single_layers,
+        "context_embedder.token_refiner.refiner_blocks": config.num_refiner_layers,
+    }.items():
+        of_kind = [name for name in names if name.startswith(f"{kind}.")]
+        assert of_kind == [f"{kind}.{index}" for index in range(count)]
+    assert "language_model.layers.0" in loading.blocks(pipeline.text_encoder)
+
+
+def test_buffers_that_are_in_no_file_lie_with_their_block(tmp_path):
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.empty(3, 5, device="meta"))
+            self.register_buffer("steps", torch.arange(7), persistent=False)
+
+    network = torch.nn.Sequential(torch.nn.ModuleList([Layer(), Layer()]), Layer())
+    weights = {name: torch.rand(3, 5) for name in network.state_dict()}
+    save_file(weights, tmp_path / "model.safetensors")
+    with loading._Transfer(CPU, SMALL) as transfer:
+        transfer.fill(network, tmp_path, torch.float32, "host")
+        transfer.finish()
+    assert_same(network.state_dict(), weights)
+    own = [tensors_of(layer) for layer in network.modules() if isinstance(layer, Layer)]
+    assert len(storages(tensor for tensors in own for tensor in tensors.values())) == 3
+    for tensors in own:
+        assert len(storages(tensors.values())) == 1
+        assert tensors["steps"].tolist() == list(range(7))
+
+
+def test_the_host_s_memory_is_given_back_with_the_last_tensor_in_it():
+    memory = loading._HostMemory(1000)
+    tensor = memory.tensor()[256:512]
+    watched = weakref.ref(memory)
+    del memory
+    assert watched() is not None
+    assert tensor.fill_(3).sum() == 3 * 256
+    del tensor
+    assert watched() is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", ["keep", "fp8"])
+def test_a_gpu_can_fetch_by_itself_what_stays_on_the_host(variant, models):
+    placement = {"transformer": "host", "default": "device"}
+    pipeline, _ = loading.load(models[variant], torch.device("cuda"), ON_GPU, placement)
+    expected = HunyuanVideoAvatarPipeline.from_pretrained(models[variant], dtype=ON_GPU)
+    assert_same(all_tensors(pipeline), all_tensors(expected))
+    for tensor in tensors_of(pipeline.transformer).values():
+        assert tensor.is_pinned()
+    for tensor in tensors_of(pipeline.vae).values():
+        assert tensor.is_cuda
+    for block in loading.blocks(pipeline.transformer).values():
+        assert len(storages(tensors_of(block).values())) == 1
 
 
 # Files that do not fit
@@ -192,7 +298,7 @@ def test_a_file_that_ends_early_is_named_and_nothing_stays_behind(past_cache, ow
     open_files = num_open_files()
     reading = Reading(num_threads=3, block_bytes=4 * PAGE_BYTES, past_cache=past_cache)
     with pytest.raises(OSError, match=rf"{TRANSFORMER_FILE} ends at byte \d+, inside a tensor"):
-        loading.load(own_model, CPU, ON_CPU, reading)
+        loading.load(own_model, CPU, ON_CPU, reading=reading)
     assert own_threads() == []
     assert num_open_files() == open_files
 
@@ -229,10 +335,10 @@ def memory_bytes(field: str) -> int:
 
 def test_beside_the_weights_only_the_ring_takes_memory(larger_model):
     reading = Reading(num_threads=2, block_bytes=2**20)
-    loading.load(larger_model, CPU, ON_CPU, reading)  # what else is done once in a process
+    loading.load(larger_model, CPU, ON_CPU, reading=reading)  # what else is done once in a process
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     before = memory_bytes("VmRSS")
-    pipeline, report = loading.load(larger_model, CPU, ON_CPU, reading)
+    pipeline, report = loading.load(larger_model, CPU, ON_CPU, reading=reading)
     assert report.num_bytes > 250e6
     assert memory_bytes("VmHWM") - before < report.num_bytes + 60e6
     del pipeline

@@ -1,30 +1,33 @@
 """A model directory into a pipeline whose weights are on their device.
 
-The one place that knows how bytes get there. Networks are made without storage, and each of their
-tensors is allocated once, on the device. Threads read the files from front to back, block by block,
-into a small ring of buffers (pinned for a GPU), and each block is copied from there on a stream of
-its own. Nothing holds a whole file, and a tensor that changes its dtype does so on the device.
+The one place that knows how bytes get there. Networks are made without storage. The weights of each
+of their blocks lie side by side in one storage, on the device or on the host, where a GPU can fetch
+them block by block. Threads read the files from front to back into small buffers (pinned for a GPU)
+and each piece is copied from there on a stream of its own. Nothing holds a whole file, and a tensor
+that changes its dtype does so where it stays.
 
-A block that the page cache holds is read from the cache, any other one past it: that is faster,
-takes a tenth of the processor time, and leaves the memory to the jobs.
+What the page cache holds is read from the cache, anything else past it: that is faster, takes a
+tenth of the processor time, and leaves the memory to the jobs.
 
 The components come in the order in which a job needs them. Each is prepared while those before it
 are on their way.
 """
 
 import ctypes
+import itertools
+import logging
 import math
 import mmap
 import os
+import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -48,7 +51,10 @@ from worker.model.encoders import Float8LlavaModel, canonical_name
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
 from worker.pipeline import HunyuanVideoAvatarPipeline
 
+logger = logging.getLogger(__name__)
+
 Network = type[PreTrainedModel] | type[ModelMixin]
+Place = Literal["device", "host"]
 
 NETWORKS: dict[str, Network] = {  # in the order in which a job needs them
     "audio_encoder": WhisperModel,
@@ -70,25 +76,25 @@ DTYPES = {
     "U8": torch.uint8,
 }
 PAGE_BYTES = 4096  # reads past the page cache begin and end at pages, on the disk and in memory
+ALIGNMENT = 256  # of a tensor in its storage, in bytes: what CUDA's own allocations promise
 DISK_SECONDS = 0.3  # for how long the disk's speed is measured
+TURN_SECONDS = 2e-4  # for how long Python lets one thread run that others wait for
 FAULTS_SHOWN = 10
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
 
 
 @dataclass(frozen=True)
 class Reading:
     """How files are read."""
 
-    num_threads: int = 8
-    # The ring, and the page to align it, then fill a power of two, which is what they cost pinned.
+    num_threads: int = 16
+    # With the page to align it, it fills a power of two, which is what it costs pinned.
     block_bytes: int = 2**24 - PAGE_BYTES
+    # Two for each thread stay in the processor's cache until they are copied from there.
+    cached_block_bytes: int = 2**21
     past_cache: bool = True  # what the page cache does not hold
-
-    @property
-    def num_buffers(self) -> int:
-        """One to read into and one to copy from, for each thread."""
-        return 2 * self.num_threads
 
 
 @dataclass(frozen=True)
@@ -137,28 +143,37 @@ def load(
     model_dir: Path,
     device: torch.device,
     dtypes: Mapping[str, torch.dtype],
+    placement: Mapping[str, Place] | None = None,
     reading: Reading | None = None,
 ) -> tuple[HunyuanVideoAvatarPipeline, LoadReport]:
-    """The pipeline with its weights on the device, bit for bit as by `from_pretrained`.
+    """The pipeline with its weights in their places, bit for bit as by `from_pretrained`.
+
+    All parameters and buffers of a block (see `blocks`) lie in one storage of the block's own, each
+    at a multiple of 256 bytes; what a network has besides its blocks lies in one more. On the host
+    the storages are pinned if the device is a GPU and the system allows it.
 
     Args:
         device: where the weights go. The CPU is right for components that take turns on the GPU;
             their memory is not pinned.
         dtypes: what floating-point weights are cast to, by component, and "default".
+        placement: which components stay on the host, by component, and "default". None: all go to
+            the device.
 
     Raises:
         OSError: a file is missing, or ends before its last tensor does.
         ValueError: a tensor that is unknown, missing or of another shape or kind, by file and key.
     """
     reading = reading or Reading()
+    placement = placement or {"default": "device"}
     disk = disk_speed(model_dir, reading)
     started = time.monotonic()
-    with _Transfer(device, reading) as transfer:
+    with _short_turns(), _Transfer(device, reading) as transfer:
         networks: dict[str, Any] = {}
         for name, network_class in NETWORKS.items():
             dtype = dtypes.get(name, dtypes["default"])
+            place = placement.get(name, placement["default"])
             networks[name] = _without_storage(network_class, model_dir / name, dtype)
-            transfer.fill(networks[name], model_dir / name, dtype)
+            transfer.fill(networks[name], model_dir / name, dtype, place)
         others = {name: each.from_pretrained(model_dir / name) for name, each in OTHERS.items()}
         if (model_dir / "face_detector").is_dir():
             detector = TorchScriptFaceDetector.from_pretrained(model_dir / "face_detector")
@@ -180,6 +195,20 @@ def load(
         seconds=time.monotonic() - started,
         disk_bytes_per_second=disk,
     )
+
+
+def blocks(network: nn.Module) -> dict[str, nn.Module]:
+    """The network's blocks by name: the entries of its lists of modules that are in no other list.
+
+    The transformer's are `transformer_blocks.0` and so on.
+    """
+    found: dict[str, nn.Module] = {}
+    for name, child in network.named_children():
+        if isinstance(network, nn.ModuleList):
+            found[name] = child
+        else:
+            found |= {f"{name}.{inner}": block for inner, block in blocks(child).items()}
+    return found
 
 
 def weight_bytes(model_dir: Path, dtypes: Mapping[str, torch.dtype]) -> int:
@@ -224,10 +253,21 @@ def disk_speed(model_dir: Path, reading: Reading, seconds: float = DISK_SECONDS)
         return num_bytes
 
     with _File(path) as file, ThreadPoolExecutor(reading.num_threads) as threads:
-        buffers = _ring(reading, reading.num_threads, None)
+        buffers = _buffers(reading.num_threads, reading.block_bytes, None)
         started = time.monotonic()
         num_bytes = sum(threads.map(read, buffers))
         return num_bytes / (time.monotonic() - started)
+
+
+@contextmanager
+def _short_turns() -> Iterator[None]:
+    """Inside, a thread that has read something need not wait long for one that builds modules."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(TURN_SECONDS)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def _without_storage(network_class: Network, directory: Path, dtype: torch.dtype) -> nn.Module:
@@ -330,10 +370,11 @@ class _Transfer:
         self._device = device
         self._reading = reading
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._buffers: SimpleQueue[_Buffer] = SimpleQueue()
-        for buffer in _ring(reading, reading.num_buffers, self._stream):
-            self._buffers.put(buffer)
         self._threads = ThreadPoolExecutor(reading.num_threads, thread_name_prefix="load")
+        self._of_this_thread = threading.local()
+        # One of its own: what a refused call leaves behind in a thread would fail the next there.
+        self._pinning = ThreadPoolExecutor(1, thread_name_prefix="load-pin")
+        self._pins: list[Future[int]] = []
         self._files = ExitStack()
         self._moves: list[list[Future[_Moved]]] = []  # of each network
 
@@ -342,34 +383,48 @@ class _Transfer:
 
     def __exit__(self, *exception: object) -> None:
         self._threads.shutdown(cancel_futures=True)
+        self._pinning.shutdown(cancel_futures=True)
+        if self._stream is not None:  # or others would be given memory that is still copied to
+            self._stream.synchronize()
         self._files.close()
 
-    def fill(self, network: nn.Module, directory: Path, dtype: torch.dtype) -> None:
-        """Gives the network tensors on the device, and sends what belongs into them.
+    def fill(self, network: nn.Module, directory: Path, dtype: torch.dtype, place: Place) -> None:
+        """Gives the network tensors in their place, and sends what belongs into them.
 
         Raises:
             OSError, ValueError: as `load`.
         """
         files = {path: _stored_tensors(path) for path in _weight_files(directory)}
         names = _match(network, directory, files)
-        tensors: dict[str, Tensor] = {}
+        wanted = {
+            names[each.key]: (each.dtype_as(dtype), each.shape)
+            for stored in files.values()
+            for each in stored
+        }
+        computed = {  # the buffers that are in no file
+            name: buffer
+            for name, buffer in network.named_buffers(remove_duplicate=False)
+            if name not in wanted
+        }
+        wanted |= {name: (each.dtype, tuple(each.shape)) for name, each in computed.items()}
+        homes = _homes(network, wanted, lambda num_bytes: self._storage(num_bytes, place))
+        tensors = {name: homes[name].tensor(*wanted[name]) for name in wanted}
+        for name, buffer in computed.items():
+            module, _, own_name = name.rpartition(".")
+            setattr(network.get_submodule(module), own_name, tensors.pop(name).copy_(buffer))
+        network.load_state_dict(tensors, assign=True)
+
+        if self._stream is not None:  # the memory may just have been given up by other work
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
         moves = []
         for path, stored in files.items():
-            incoming = []
-            for each in stored:
-                tensor = torch.empty(each.shape, dtype=each.dtype_as(dtype), device=self._device)
-                tensors[names[each.key]] = tensor
-                incoming.append(_Incoming(each, tensor))
-            if self._stream is not None:  # the memory may just have been given up by other work
-                self._stream.wait_stream(torch.cuda.current_stream(self._device))
             file = self._files.enter_context(_File(path))
+            incoming = _incoming(stored, names, homes, tensors)
             for start in range(0, stored[-1].end, self._reading.block_bytes):
                 end = min(start + self._reading.block_bytes, stored[-1].end)
                 inside = [one for one in incoming if one.start < end and one.end > start]
                 moves.append(self._threads.submit(self._move, file, start, end, inside))
         self._moves.append(moves)
-        network.load_state_dict(tensors, assign=True)
-        network.to(self._device)  # its buffers
 
     def finish(self) -> list[list[_Moved]]:
         """The blocks of each network, once all are where they belong.
@@ -378,64 +433,188 @@ class _Transfer:
             OSError: a file ends before its last tensor does.
         """
         moved = [[move.result() for move in moves] for moves in self._moves]
+        if refusals := {pin.result() for pin in self._pins} - {0}:
+            logger.warning("weights on the host are not pinned: CUDA error %s", refusals)
         if self._stream is not None:
             self._stream.synchronize()
         return moved
 
-    def _move(self, file: "_File", start: int, end: int, incoming: list["_Incoming"]) -> _Moved:
+    def _storage(self, num_bytes: int, place: Place) -> Tensor:
+        if place == "device" and self._device.type != "cpu":
+            return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        memory = _HostMemory(num_bytes)
+        if self._device.type == "cuda":
+            self._pins.append(self._pinning.submit(memory.pin))
+        return memory.tensor()
+
+    def _move(self, file: "_File", start: int, end: int, incoming: Sequence["_Incoming"]) -> _Moved:
         """Reads a block and sends each tensor its part of it. Runs in a thread."""
         was_cached = file.is_cached(start, end)
         past_cache = self._reading.past_cache and not was_cached
-        buffer = self._buffers.get()
-        try:
+        buffers, step = self._buffers(past_cache)
+        for piece_start in range(start, end, step):
+            piece_end = min(piece_start + step, end)
+            buffer = next(buffers)
             buffer.wait()
-            file.read(buffer.view, start, end - start, past_cache=past_cache)
+            file.read(buffer.view, piece_start, piece_end - piece_start, past_cache=past_cache)
             with buffer.copying():
-                for tensor in incoming:
-                    tensor.take(buffer.memory[: end - start], start)
-        finally:
-            self._buffers.put(buffer)
+                for one in incoming:
+                    if one.start < piece_end and one.end > piece_start:
+                        one.take(buffer.memory[: piece_end - piece_start], piece_start)
         return _Moved(end - start, was_cached, time.monotonic())
+
+    def _buffers(self, past_cache: bool) -> tuple[Iterator["_Buffer"], int]:
+        """This thread's buffers in turn, and the bytes of each."""
+        name = "past_cache" if past_cache else "through_cache"
+        num_bytes = self._reading.block_bytes
+        if not past_cache:
+            num_bytes = min(self._reading.cached_block_bytes, num_bytes)
+        if not hasattr(self._of_this_thread, name):
+            count = 1 if past_cache else 2  # a copy is much shorter than a read of the disk
+            own = _buffers(count, num_bytes, self._stream)
+            setattr(self._of_this_thread, name, itertools.cycle(own))
+        return getattr(self._of_this_thread, name), num_bytes
+
+
+@dataclass(frozen=True)
+class _Home:
+    """Where a tensor lies: in which storage, and from which of its bytes on."""
+
+    storage: Tensor  # (bytes,) uint8
+    start: int
+
+    def tensor(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        """The tensor that lies here."""
+        return self.bytes(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+
+    def bytes(self, num_bytes: int) -> Tensor:
+        """That many bytes from here on."""
+        return self.storage[self.start : self.start + num_bytes]
+
+
+def _homes(
+    network: nn.Module,
+    wanted: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    allocate: Callable[[int], Tensor],
+) -> dict[str, _Home]:
+    """A place for each tensor that is wanted, in their order, in the storage of its block."""
+    block_of = {
+        f"{block}.{name}": block
+        for block, module in blocks(network).items()
+        for name, _ in itertools.chain(
+            module.named_parameters(remove_duplicate=False),
+            module.named_buffers(remove_duplicate=False),
+        )
+    }
+    starts: dict[str, int] = {}
+    ends: dict[str, int] = {}  # of each storage so far
+    for name, (dtype, shape) in wanted.items():
+        block = block_of.get(name, "")
+        starts[name] = -(-ends.get(block, 0) // ALIGNMENT) * ALIGNMENT
+        ends[block] = starts[name] + math.prod(shape) * dtype.itemsize
+    storages = {block: allocate(num_bytes) for block, num_bytes in ends.items()}
+    return {name: _Home(storages[block_of.get(name, "")], start) for name, start in starts.items()}
 
 
 class _Incoming:
-    """A tensor whose bytes come in pieces, in any order and from any thread."""
+    """Bytes that come in pieces, in any order and from any thread."""
 
-    def __init__(self, stored: _Stored, tensor: Tensor) -> None:
-        self.start, self.end = stored.start, stored.end  # in the file
-        self._stored_dtype = stored.dtype
-        self._tensor = tensor
-        self._landing: Tensor | None = None  # where the pieces go, from the first to the last
-        self._missing_bytes = stored.end - stored.start
-        self._lock = threading.Lock()
+    def __init__(self, start: int, end: int, target: Tensor) -> None:
+        self.start, self.end = start, end  # in the file
+        self._target = target  # (end - start,) uint8
 
     def take(self, block: Tensor, block_start: int) -> None:
         """Copies what is its own of a block of bytes that begins at `block_start` in the file."""
         start = max(self.start, block_start)
         end = min(self.end, block_start + len(block))
-        with self._lock:
-            if self._landing is None:
-                self._landing = self._prepare_landing()
-            landing = self._landing
         piece = block[start - block_start : end - block_start]
-        target = landing.view(-1).view(torch.uint8)[start - self.start : end - self.start]
-        target.copy_(piece, non_blocking=True)
-        with self._lock:
-            self._missing_bytes -= end - start
-            if self._missing_bytes == 0:  # every piece is on the stream, before what comes now
-                self._landing = None
-                if landing is not self._tensor:
-                    self._tensor.copy_(landing)
+        self._land(start - self.start, piece)
 
-    def _prepare_landing(self) -> Tensor:
-        """The tensor itself, or one of the stored dtype, which is cast in the end."""
-        if self._stored_dtype == self._tensor.dtype:
-            return self._tensor
-        return torch.empty_like(self._tensor, dtype=self._stored_dtype)
+    def _land(self, start: int, piece: Tensor) -> None:
+        self._target[start : start + len(piece)].copy_(piece, non_blocking=True)
+
+
+class _IncomingToCast(_Incoming):
+    """A tensor that is cast once all of its bytes are there."""
+
+    def __init__(self, stored: _Stored, tensor: Tensor) -> None:
+        self.start, self.end = stored.start, stored.end
+        self._stored_dtype = stored.dtype
+        self._tensor = tensor
+        self._landed: Tensor | None = None  # as stored, from the first piece to the last
+        self._missing_bytes = stored.end - stored.start
+        self._lock = threading.Lock()
+
+    def _land(self, start: int, piece: Tensor) -> None:
+        with self._lock:
+            if self._landed is None:
+                self._landed = torch.empty_like(self._tensor, dtype=self._stored_dtype)
+            landed = self._landed
+        target = landed.view(-1).view(torch.uint8)
+        target[start : start + len(piece)].copy_(piece, non_blocking=True)
+        with self._lock:
+            self._missing_bytes -= len(piece)
+            if self._missing_bytes == 0:  # every piece is on the stream, before what comes now
+                self._landed = None
+                self._tensor.copy_(landed)
+
+
+def _incoming(
+    stored: Sequence[_Stored],
+    names: Mapping[str, str],
+    homes: Mapping[str, _Home],
+    tensors: Mapping[str, Tensor],
+) -> list[_Incoming]:
+    """What the file brings, from front to back; neighbours that stay neighbours come as one."""
+    incoming: list[_Incoming] = []
+    runs: list[tuple[int, int, _Home]] = []  # start and end in the file
+    for each in stored:
+        tensor, home = tensors[names[each.key]], homes[names[each.key]]
+        if tensor.dtype != each.dtype:
+            incoming.append(_IncomingToCast(each, tensor))
+            continue
+        start, end, first = runs[-1] if runs else (0, 0, home)
+        follows = home.storage is first.storage and home.start - first.start == end - start
+        if end == each.start and follows:
+            runs[-1] = (start, each.end, first)
+        else:
+            runs.append((each.start, each.end, home))
+    incoming += [_Incoming(start, end, home.bytes(end - start)) for start, end, home in runs]
+    return incoming
+
+
+class _HostMemory(mmap.mmap):
+    """Memory that begins at a page of its own, and can be pinned as it is."""
+
+    # Not from torch: its pinned memory is rounded up to a power of two.
+
+    _pinned_address: int | None = None
+
+    def __new__(cls, num_bytes: int) -> Self:
+        memory = super().__new__(cls, -1, num_bytes, flags=mmap.MAP_PRIVATE)
+        with suppress(OSError):  # not every kernel has large pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        return memory
+
+    def tensor(self) -> Tensor:  # (num_bytes,) uint8
+        """The memory, which lives as long as the tensor's storage does."""
+        return torch.frombuffer(self, dtype=torch.uint8)
+
+    def pin(self) -> int:
+        """Lets the GPU copy from here by itself. Returns CUDA's error, 0 for none."""
+        address = self.tensor().data_ptr()
+        error = int(torch.cuda.cudart().cudaHostRegister(address, len(self), _PORTABLE))
+        if error == 0:
+            self._pinned_address = address
+        return error
+
+    def __del__(self) -> None:
+        if self._pinned_address is not None and not sys.is_finalizing():
+            torch.cuda.cudart().cudaHostUnregister(self._pinned_address)
 
 
 class _Buffer:
-    """Memory for one block, and the copies from it."""
+    """Memory for a piece of a file, and the copies from it."""
 
     def __init__(self, memory: Tensor, stream: torch.cuda.Stream | None) -> None:
         self.memory = memory
@@ -457,13 +636,12 @@ class _Buffer:
                 self._copied.record()
 
 
-def _ring(reading: Reading, count: int, stream: torch.cuda.Stream | None) -> list[_Buffer]:
-    """Buffers that begin at pages; pinned if there is a stream to copy on."""
-    num_bytes = count * reading.block_bytes
-    memory = torch.empty(num_bytes + PAGE_BYTES, dtype=torch.uint8, pin_memory=stream is not None)
+def _buffers(count: int, num_bytes: int, stream: torch.cuda.Stream | None) -> list[_Buffer]:
+    """Buffers of that size that begin at pages; pinned if there is a stream to copy on."""
+    size = count * num_bytes
+    memory = torch.empty(size + PAGE_BYTES, dtype=torch.uint8, pin_memory=stream is not None)
     start = -memory.data_ptr() % PAGE_BYTES
-    blocks = memory[start : start + num_bytes].split(reading.block_bytes)
-    return [_Buffer(block, stream) for block in blocks]
+    return [_Buffer(part, stream) for part in memory[start : start + size].split(num_bytes)]
 
 
 class _File:
@@ -471,24 +649,40 @@ class _File:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._pages = _cached_pages(path)
         self._through_cache = os.open(path, os.O_RDONLY)
         try:
             self._past_cache = os.open(path, os.O_RDONLY | os.O_DIRECT)
         except OSError:  # not every file system can
             self._past_cache = os.open(path, os.O_RDONLY)
+        self._mapping = mmap.mmap(self._through_cache, 0, prot=mmap.PROT_READ)
+        self._address = np.frombuffer(self._mapping, np.uint8).ctypes.data
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._mapping.close()
         os.close(self._through_cache)
         os.close(self._past_cache)
 
     def is_cached(self, start: int, end: int) -> bool:
-        """Whether most of these bytes were in the page cache when the file was opened."""
-        pages = self._pages[start // PAGE_BYTES : -(-end // PAGE_BYTES)]
-        return bool(pages.mean() > 0.5)
+        """Whether the page cache holds most of these bytes, which begin at a page.
+
+        Yes where the kernel does not tell: it tells root, the file's owner, and whoever may write
+        it. Yes also past the end of the file, where reading fails.
+        """
+        end = min(end, len(self._mapping))
+        if end <= start:
+            return True
+        pages = np.empty(-(-(end - start) // PAGE_BYTES), np.uint8)
+        failed = _LIBC.mincore(
+            ctypes.c_void_p(self._address + start),
+            ctypes.c_size_t(end - start),
+            ctypes.c_void_p(pages.ctypes.data),
+        )
+        if failed:
+            raise OSError(ctypes.get_errno(), "mincore failed", str(self._path))
+        return bool((pages & 1).mean() > 0.5)
 
     def read(self, buffer: memoryview, start: int, num_bytes: int, *, past_cache: bool) -> None:
         """Puts at least `num_bytes` from `start` on into the buffer, which may be longer.
@@ -503,22 +697,3 @@ class _File:
             if count == 0:
                 raise OSError(f"{self._path} ends at byte {start + filled}, inside a tensor")
             filled += count
-
-
-def _cached_pages(path: Path) -> np.ndarray:  # (pages,), True in the page cache
-    """Which pages of the file the page cache holds; all of them where the kernel does not tell.
-
-    It tells root, the file's owner, and whoever may write it.
-    """
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapping:
-        memory = np.frombuffer(mapping, np.uint8)
-        pages = np.empty(-(-memory.nbytes // PAGE_BYTES), np.uint8)
-        failed = _LIBC.mincore(
-            ctypes.c_void_p(memory.ctypes.data),
-            ctypes.c_size_t(memory.nbytes),
-            ctypes.c_void_p(pages.ctypes.data),
-        )
-        del memory  # or the mapping cannot be closed
-    if failed:
-        raise OSError(ctypes.get_errno(), "mincore failed", str(path))
-    return (pages & 1).astype(bool)
