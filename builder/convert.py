@@ -25,7 +25,8 @@ from torch import Size, Tensor
 from builder.checks import require_names, require_shapes
 from builder.encoders import convert_clip, convert_llava, convert_vae, convert_whisper
 from builder.shards import PlannedTensors, copy_file, write_json, write_shards
-from worker.model.linear import FLOAT8, dequantize, quantize
+from worker.model.kernels import FLOAT8
+from worker.model.linear import dequantize, quantize
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
 
 logger = logging.getLogger(__name__)

@@ -69,7 +69,7 @@ def request_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     known = controls()
     for name, entered in values.items():
         value = _sent(known[name], entered)
-        if value is None or value == _default(known[name], values.get("preset")):
+        if value is None or value == known[name].default:
             continue
         *outer, last = name.split(".")
         target = fields
@@ -81,15 +81,7 @@ def request_fields(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def page_values(fields: Mapping[str, Any]) -> dict[str, Any]:
     """What the controls showed when they made `fields`."""
-    return {
-        name: _shown(control, _looked_up(fields, name), fields.get("preset"))
-        for name, control in controls().items()
-    }
-
-
-def preset_steps(preset: str) -> int:
-    """The denoising steps that a preset stands for."""
-    return schema.PRESETS[preset].num_inference_steps
+    return {name: _shown(control, _looked_up(fields, name)) for name, control in controls().items()}
 
 
 def _control(name: str, described: Mapping[str, Any]) -> Control:
@@ -150,12 +142,6 @@ def _box(text: str, control: Control) -> list[float]:
     return box
 
 
-def _default(control: Control, preset: str | None) -> Any:
-    if control.name == "num_inference_steps" and preset in schema.PRESETS:
-        return preset_steps(preset)
-    return control.default
-
-
 def _looked_up(fields: Mapping[str, Any], name: str) -> Any:
     value: Any = fields
     for part in name.split("."):
@@ -163,9 +149,9 @@ def _looked_up(fields: Mapping[str, Any], name: str) -> Any:
     return value
 
 
-def _shown(control: Control, sent: Any, preset: str | None) -> Any:
+def _shown(control: Control, sent: Any) -> Any:
     if sent is None:
-        sent = _default(control, preset)
+        sent = control.default
     if sent is None:
         return ""
     return ", ".join(f"{part:g}" for part in sent) if control.kind == "box" else sent

@@ -17,7 +17,7 @@ from pydantic import SecretStr
 
 from studio import snippets, views
 from studio.connection import Connection
-from studio.fields import Control, controls, page_values, preset_steps, request_fields
+from studio.fields import Control, controls, page_values, request_fields
 from studio.runs import Runs, State
 from worker.client import AuthenticationError, EndpointError
 from worker.errors import InvalidInputError, WorkerError
@@ -281,9 +281,6 @@ class Page:
             [self._inputs["endpoint"], self._inputs["key"], self._session],
             [*errors, *connection],
             **quiet,
-        )
-        self._inputs["preset"].input(
-            preset_steps, self._inputs["preset"], self._inputs["num_inference_steps"], **quiet
         )
         gr.on(
             [blocks.load, *(self._inputs[name].change for name in self._inputs if name != "key")],

@@ -3,24 +3,36 @@
 import pytest
 
 from worker.estimate import Speedometer, job_flops, work_share
-from worker.shapes import FrameSize, VideoPlan
+from worker.schema import PRESETS
+from worker.shapes import REFERENCE_SCHEDULE, FrameSize, VideoPlan
 
 ONE_WINDOW, TWO_WINDOWS = VideoPlan(129), VideoPlan(150)
 
 
 def test_a_full_step_costs_what_was_counted_on_the_published_model():
     # 704 x 768 with 831 text tokens: 9.75 PFLOP, counted layer by layer
-    per_step = job_flops(ONE_WINDOW, FrameSize(704, 768), 50) / (30 + 20 / 60)
+    per_step = job_flops(ONE_WINDOW, FrameSize(704, 768), 50, REFERENCE_SCHEDULE) / (30 + 20 / 60)
     assert per_step == pytest.approx(9.75e15, rel=0.03)
 
 
 def test_a_second_window_doubles_the_cost():
     size = FrameSize(256, 256)
-    assert job_flops(TWO_WINDOWS, size, 50) == 2 * job_flops(ONE_WINDOW, size, 50)
+    assert job_flops(TWO_WINDOWS, size, 50, REFERENCE_SCHEDULE) == 2 * job_flops(
+        ONE_WINDOW, size, 50, REFERENCE_SCHEDULE
+    )
+
+
+def test_presets_cost_less_in_their_order():
+    costs = [
+        job_flops(ONE_WINDOW, FrameSize(256, 256), 50, preset.schedule)
+        for preset in PRESETS.values()
+    ]
+    assert costs == sorted(costs, reverse=True)
+    assert costs[-1] < costs[0] / 2
 
 
 def test_the_share_of_the_work_follows_the_full_steps():
-    shares = [work_share(step, 50) for step in range(51)]
+    shares = [work_share(step, 50, REFERENCE_SCHEDULE) for step in range(51)]
     assert shares[0] == 0
     assert shares[-1] == 1
     assert shares == sorted(shares)

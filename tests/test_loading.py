@@ -125,8 +125,11 @@ def test_the_memory_that_the_weights_take_is_known_from_their_headers(models):
         pipeline, _ = loading.load(variant, CPU, ON_GPU)
         taken = sum(tensor.nbytes for tensor in all_tensors(pipeline).values())
         speech = sum(parameter.nbytes for parameter in pipeline.audio_encoder.parameters())
-        expected = loading.weight_bytes(variant, ON_GPU)
-        assert taken - speech / 2 == pytest.approx(expected, abs=20_000)  # it runs in float32
+        sizes = loading.network_sizes(variant, ON_GPU)
+        expected = sum(size.total_bytes for size in sizes.values())
+        assert taken - speech / 2 == pytest.approx(expected, rel=0.2)  # gaps; it runs in float32
+        for name, size in sizes.items():
+            assert len(size.block_bytes) == len(loading.blocks(pipeline.components[name]))
 
 
 # Where the weights lie

@@ -235,6 +235,18 @@ def test_cached_steps_are_close_to_full_ones_and_cheaper(pipeline):
     assert 0 < relative_difference(cached, full) < 0.5
 
 
+def test_prompts_and_portrait_are_encoded_once(toy_model):
+    pipeline, encoded = load(toy_model), []
+    pipeline.text_encoder.language_model.register_forward_hook(lambda *_: encoded.append(1))
+    first = pipeline(**small()).frames
+    assert torch.equal(pipeline(**small()).frames, first)
+    assert len(encoded) == 1
+    pipeline(**small(prompt="Someone else speaks."))
+    assert len(encoded) == 2
+    pipeline(**small(image=Image.new("RGB", (64, 64), "blue")))
+    assert len(encoded) == 3
+
+
 def test_a_prompt_that_is_too_long_is_cut_and_the_user_told(pipeline):
     output = pipeline(**small(prompt=PROMPTS["cases"]["too_long"]["prompt"]))
     assert output.warnings == ("the prompt is longer than the model reads: its end was cut off",)
@@ -446,23 +458,6 @@ def test_a_lora_of_the_base_model_changes_the_video_and_comes_off_again(toy_mode
     assert relative_difference(pipeline(**small()).frames, plain) > 1e-3
     pipeline.unload_lora_weights()
     assert torch.equal(pipeline(**small()).frames, plain)
-
-
-def test_offload_hooks_change_nothing(toy_model, pipeline):
-    offloaded = load(toy_model)
-    offloaded.enable_model_cpu_offload(device="cpu")  # the hooks, with nowhere to go
-    expected = pipeline(**small(output_type="pt")).frames
-    assert torch.equal(offloaded(**small(output_type="pt")).frames, expected)
-
-
-@pytest.mark.gpu
-def test_offload_brings_each_component_to_the_gpu_and_away_again(toy_model, pipeline):
-    offloaded = load(toy_model)
-    offloaded.enable_model_cpu_offload()
-    frames = offloaded(**small(output_type="pt", latents_dtype=torch.float32)).frames
-    expected = pipeline(**small(output_type="pt", latents_dtype=torch.float32)).frames
-    assert relative_difference(frames, expected) < 1e-3  # tensor cores, float16 roundings
-    assert {offloaded.transformer.device.type, offloaded.vae.device.type} == {"cpu"}
 
 
 @pytest.mark.gpu

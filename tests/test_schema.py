@@ -115,11 +115,6 @@ def test_null_means_the_default():
     assert parse(**nothing).input == parse().input
 
 
-def test_a_preset_fills_in_what_the_request_leaves_open():
-    assert parse(preset="draft").input.num_inference_steps == 20
-    assert parse(preset="draft", num_inference_steps=7).input.num_inference_steps == 7
-
-
 @pytest.mark.parametrize(
     "key", ["../a.mp4", "a/../b.mp4", "/a.mp4", "a//b", "a b", "a\n", "é.mp4", ""]
 )

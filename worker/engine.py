@@ -17,17 +17,15 @@ from PIL import Image
 
 from worker import errors, loading, weights
 from worker.loading import LoadReport
+from worker.model.attention import fastest_backend
+from worker.model.linear import float8_works
 from worker.pipeline import Conditioning, HunyuanVideoAvatarPipeline
-from worker.schema import GenerationParams
+from worker.placement import GIB, USABLE, HostedNetwork, MemoryPlan, make_plan
+from worker.schema import PRESETS, GenerationParams
 from worker.settings import Settings
-from worker.shapes import SAMPLE_RATE_HZ
+from worker.shapes import SAMPLE_RATE_HZ, FrameSize, full_step_indices
 
 logger = logging.getLogger(__name__)
-
-GIB = 2**30
-# Room for activations: the denoiser takes 8 at 704 x 768 (docs/performance.md), and more at the
-# largest size; what the VAE's tiles take is not measured yet.
-ACTIVATIONS_GIB = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +36,8 @@ class Engine:
     device: torch.device
     load_seconds: float
     load_report: LoadReport | None  # None: the demo model, which is read from nowhere
+    plan: MemoryPlan | None  # None: on a CPU
+    has_float8: bool  # whether the linear layers can compute in 8 bits here
 
     @classmethod
     def load(cls, settings: Settings) -> "Engine":
@@ -53,6 +53,7 @@ class Engine:
         started = time.monotonic()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         report: LoadReport | None = None
+        plan: MemoryPlan | None = None
         if settings.avatar_model == "demo":
             from worker import demo
 
@@ -60,12 +61,12 @@ class Engine:
         else:
             found = weights.find(settings)
             logger.info("%s", found)
-            pipeline, report = _load(found.path, device)
+            pipeline, report, plan = _load(found.path, device, settings.memory_plan)
             logger.info("weights: %s", report)
         pipeline.set_progress_bar_config(disable=True)  # the reporter's values go to the client
         load_seconds = time.monotonic() - started
         logger.info("model %s ready on %s in %.1f s", settings.avatar_model, device, load_seconds)
-        engine = cls(pipeline, device, load_seconds, report)
+        engine = cls(pipeline, device, load_seconds, report, plan, float8_works(device))
         if device.type == "cuda":
             engine.warm_up()
         return engine
@@ -88,6 +89,21 @@ class Engine:
         except errors.WorkerError as error:
             raise RuntimeError(f"the warm-up failed: {error.__cause__}") from error
         logger.info("warmed up in %.1f s", time.monotonic() - started)
+
+    def require_room(self, size: FrameSize) -> None:
+        """Returns if a video of that size fits into the GPU's memory.
+
+        Raises:
+            InputTooLargeError: it does not; names the resolutions that do.
+        """
+        if self.plan is None or self.plan.fits(size):
+            return
+        fitting = ", ".join(map(str, self.plan.resolutions())) or "none for every shape of portrait"
+        raise errors.InputTooLargeError(
+            f"{size.width} x {size.height} pixels do not fit into the memory of this worker's GPU; "
+            f"resolutions that do: {fitting}",
+            field="resolution",
+        )
 
     def encode(
         self, portrait: Image.Image, waveform: np.ndarray, params: GenerationParams
@@ -117,6 +133,7 @@ class Engine:
     ) -> torch.Tensor:
         """Latents of the video; `on_step(step, num_steps)` may raise to stop between two steps."""
         generator = torch.Generator(self.device).manual_seed(seed)
+        preset = PRESETS[params.preset]
         with _failures_as_ours():
             return self.pipeline.denoise(
                 conditioning,
@@ -124,6 +141,8 @@ class Engine:
                 guidance_scale=params.guidance_scale,
                 flow_shift=params.flow_shift,
                 generator=generator,
+                full_steps=full_step_indices(params.num_inference_steps, preset.schedule),
+                float8=preset.float8 and self.has_float8,
                 on_step=on_step,
             )
 
@@ -163,29 +182,57 @@ def check_gpu() -> None:
 def _dtypes(device: torch.device) -> dict[str, torch.dtype]:
     if device.type == "cpu":
         return {"default": torch.float32}
-    # as the reference runs: the denoiser in bfloat16, the rest in float16
-    return {"transformer": torch.bfloat16, "default": torch.float16}
+    # as the reference runs: the denoiser in bfloat16, the ear in float32, the rest in float16
+    return {
+        "transformer": torch.bfloat16,
+        "audio_encoder": torch.float32,
+        "default": torch.float16,
+    }
 
 
-def _load(model_dir: Path, device: torch.device) -> tuple[HunyuanVideoAvatarPipeline, LoadReport]:
-    """The model, all of it on the GPU where it fits, else one component at a time."""
+def _load(
+    model_dir: Path, device: torch.device, memory_gib: float | None
+) -> tuple[HunyuanVideoAvatarPipeline, LoadReport, MemoryPlan | None]:
+    """The model where the plan for the GPU's memory wants it; on a CPU there is no plan."""
     dtypes = _dtypes(device)
     if device.type == "cpu":
-        return loading.load(model_dir, device, dtypes)
-    weights_gib = loading.weight_bytes(model_dir, dtypes) / GIB
-    free_gib = torch.cuda.mem_get_info(device)[0] / GIB
-    resident = free_gib > weights_gib + ACTIVATIONS_GIB
-    logger.info(
-        "weights %.1f GiB, free %.1f GiB: %s",
-        weights_gib,
-        free_gib,
-        "all on the GPU" if resident else "one component on the GPU at a time",
-    )
-    if resident:
-        return loading.load(model_dir, device, dtypes)
-    pipeline, report = loading.load(model_dir, torch.device("cpu"), dtypes)
-    pipeline.enable_model_cpu_offload(device=device)
-    return pipeline, report
+        return *loading.load(model_dir, device, dtypes), None
+    plan = make_plan(_budget(device, memory_gib), loading.network_sizes(model_dir, dtypes))
+    logger.info("memory plan: %s", plan)
+    if plan.all_resident:
+        pipeline, report = loading.load(model_dir, device, dtypes)
+    else:
+        placement: dict[str, loading.Place] = {"default": "host", "audio_encoder": "device"}
+        pipeline, report = loading.load(model_dir, device, dtypes, placement)
+        pipeline.hosted = _hosted(pipeline, device, plan)
+    pipeline.transformer.set_attention_backend(fastest_backend(device))
+    return pipeline, report, plan
+
+
+def _hosted(
+    pipeline: HunyuanVideoAvatarPipeline, device: torch.device, plan: MemoryPlan
+) -> dict[str, HostedNetwork]:
+    """The networks that the plan keeps on the host: the large ones come block by block."""
+    resident = {
+        "text_encoder": 0,
+        "text_encoder_2": None,
+        "vae": None,
+        "transformer": plan.resident_blocks,
+    }
+    return {
+        name: HostedNetwork(network, list(loading.blocks(network).values()), device, count)
+        for name, count in resident.items()
+        for network in [getattr(pipeline, name)]
+    }
+
+
+def _budget(device: torch.device, memory_gib: float | None) -> int:
+    """Bytes of GPU memory for weights and everything else; keeps the process to what was set."""
+    free, total = torch.cuda.mem_get_info(device)
+    if memory_gib is not None:
+        free = min(free, int(memory_gib * GIB))
+        torch.cuda.set_per_process_memory_fraction(free / total, device)
+    return int(free * USABLE)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ learned from the jobs that it has finished.
 
 from dataclasses import dataclass
 
-from worker.shapes import FrameSize, VideoPlan, full_step_indices, window_tokens
+from worker.shapes import FrameSize, Schedule, VideoPlan, full_step_indices, window_tokens
 
 TEXT_TOKENS = 400  # typical valid length of the prompt, with the portrait's 576 tokens cut in
 WIDTH = 3072
@@ -19,21 +19,25 @@ CACHED_SHARE = 1 / BLOCKS  # a cached step runs one block of 60
 RATES = {"H200": 5.1e14, "H100": 5.1e14}
 
 
-def job_flops(plan: VideoPlan, size: FrameSize, num_inference_steps: int) -> float:
+def job_flops(
+    plan: VideoPlan, size: FrameSize, num_inference_steps: int, schedule: Schedule
+) -> float:
     """Floating-point operations of the denoising loop, both guidance branches."""
     tokens = window_tokens(size) + TEXT_TOKENS
     forward = 2 * BLOCK_PARAMETERS / 2 * tokens + 4 * BLOCKS * WIDTH * tokens**2
-    return 2 * forward * plan.num_windows * _cost(num_inference_steps, num_inference_steps)
+    steps = _cost(num_inference_steps, num_inference_steps, schedule)
+    return 2 * forward * plan.num_windows * steps
 
 
-def work_share(step: int, num_inference_steps: int) -> float:
+def work_share(step: int, num_inference_steps: int, schedule: Schedule) -> float:
     """How much of the denoising loop's work is done after `step` steps, 0 to 1."""
-    return _cost(step, num_inference_steps) / _cost(num_inference_steps, num_inference_steps)
+    whole = _cost(num_inference_steps, num_inference_steps, schedule)
+    return _cost(step, num_inference_steps, schedule) / whole
 
 
-def _cost(step: int, num_inference_steps: int) -> float:
+def _cost(step: int, num_inference_steps: int, schedule: Schedule) -> float:
     """The first `step` steps, in full steps."""
-    full = sum(index < step for index in full_step_indices(num_inference_steps))
+    full = sum(index < step for index in full_step_indices(num_inference_steps, schedule))
     return full + CACHED_SHARE * (step - full)
 
 

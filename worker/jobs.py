@@ -203,6 +203,7 @@ class Worker:
                     f"reaches over the image's {portrait.width} x {portrait.height} pixels",
                     field="face_box",
                 )
+        self.engine.require_room(fit_size(portrait.height, portrait.width, params.resolution))
         return portrait, speech
 
     def _plan(
@@ -212,7 +213,8 @@ class Worker:
         params = run.request.input
         size = fit_size(portrait.height, portrait.width, params.resolution)
         video = VideoPlan(count_frames(len(speech.waveform), params.fps))
-        steps = params.num_inference_steps
+        steps, schedule = params.num_inference_steps, schema.PRESETS[params.preset].schedule
+        flops = job_flops(video, size, steps, schedule)
         return {
             "dry_run": True,
             "plan": {
@@ -223,10 +225,10 @@ class Worker:
                 "duration_seconds": round(speech.duration_seconds, 3),
                 "num_windows": video.num_windows,
                 "num_inference_steps": steps,
-                "num_full_steps": len(full_step_indices(steps)),
+                "num_full_steps": len(full_step_indices(steps, schedule)),
                 **delivery.describe(),
             },
-            "estimate_seconds": self._speed.estimate_seconds(job_flops(video, size, steps)),
+            "estimate_seconds": self._speed.estimate_seconds(flops),
             "user_data": params.user_data,
             "worker": self._identity(),
         }
@@ -247,7 +249,8 @@ class Worker:
         with run.stage("denoise"):
             latents = engine.denoise(conditioning, params, seed, _step_report(run))
         size = fit_size(portrait.height, portrait.width, params.resolution)
-        flops = job_flops(conditioning.plan, size, params.num_inference_steps)
+        schedule = schema.PRESETS[params.preset].schedule
+        flops = job_flops(conditioning.plan, size, params.num_inference_steps, schedule)
         self._speed.record(flops, run.stage_seconds["denoise_seconds"])
 
         with run.stage("decode"):
@@ -335,9 +338,11 @@ def _load_metrics(engine: "Engine | None") -> dict[str, float | None]:
 def _step_report(run: Run) -> Callable[[int, int], None]:
     """Reports each denoising step, and ends the loop when the job must not go on."""
 
+    schedule = schema.PRESETS[run.request.input.preset].schedule
+
     def on_step(step: int, num_steps: int) -> None:
         run.check()
-        share = work_share(step, num_steps)
+        share = work_share(step, num_steps, schedule)
         run.progress.update(share, step=step, total_steps=num_steps)
 
     return on_step

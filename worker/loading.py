@@ -19,6 +19,7 @@ import logging
 import math
 import mmap
 import os
+import re
 import sys
 import threading
 import time
@@ -50,6 +51,7 @@ from worker.face import TorchScriptFaceDetector
 from worker.model.encoders import Float8LlavaModel, canonical_name
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
 from worker.pipeline import HunyuanVideoAvatarPipeline
+from worker.placement import NetworkSize
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +82,8 @@ ALIGNMENT = 256  # of a tensor in its storage, in bytes: what CUDA's own allocat
 DISK_SECONDS = 0.3  # for how long the disk's speed is measured
 TURN_SECONDS = 2e-4  # for how long Python lets one thread run that others wait for
 FAULTS_SHOWN = 10
+
+_IN_A_BLOCK = re.compile(r"(.*?\.\d+)\.")  # the key of a tensor that belongs to a block
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
@@ -211,18 +215,25 @@ def blocks(network: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def weight_bytes(model_dir: Path, dtypes: Mapping[str, torch.dtype]) -> int:
-    """What the weights will take in memory.
+def network_sizes(model_dir: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, NetworkSize]:
+    """What each network will take in memory.
 
     Raises:
         OSError, ValueError: a file of weights cannot be read.
     """
-    return sum(
-        tensor.num_values * tensor.dtype_as(dtypes.get(name, dtypes["default"])).itemsize
-        for name in NETWORKS
-        for path in _weight_files(model_dir / name)
-        for tensor in _stored_tensors(path)
-    )
+    sizes = {}
+    for name in NETWORKS:
+        num_bytes: dict[str | None, int] = {}
+        for path in _weight_files(model_dir / name):
+            for tensor in _stored_tensors(path):
+                block = _IN_A_BLOCK.match(tensor.key)
+                key = block and block[1]
+                dtype = tensor.dtype_as(dtypes.get(name, dtypes["default"]))
+                own = -(-tensor.num_values * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+                num_bytes[key] = num_bytes.get(key, 0) + own
+        other = num_bytes.pop(None, 0)
+        sizes[name] = NetworkSize(tuple(num_bytes.values()), other)
+    return sizes
 
 
 def disk_speed(model_dir: Path, reading: Reading, seconds: float = DISK_SECONDS) -> float | None:

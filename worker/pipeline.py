@@ -4,8 +4,12 @@ Owns the order of things and no maths: encode, denoise, decode. `__call__` is th
 a job calls them one by one, to time them and to write frames while later ones are decoded.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -31,6 +35,7 @@ from worker.image import face_mask, resize, scale_box, to_llava_pixels, to_pixel
 from worker.model import autoencoder
 from worker.model import encoders as encoders  # diffusers loads from modules that are there already
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel, Tail
+from worker.placement import HostedNetwork
 from worker.sampling import TailRing
 from worker.shapes import (
     FRAME_RATES,
@@ -86,6 +91,7 @@ class HunyuanVideoAvatarPipelineOutput(BaseOutput):
 
 
 NEGATIVE, POSITIVE = 0, 1  # rows of the pairs
+KEPT_PROMPTS = 4  # with their portraits, 14 MB each: a repeated one costs nothing
 
 
 @dataclass(frozen=True)
@@ -121,7 +127,8 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline, HunyuanVideoLoraLoaderMixin)
     face is found by OpenCV. LoRAs made for HunyuanVideo load with `load_lora_weights`.
     """
 
-    model_cpu_offload_seq = "audio_encoder->text_encoder->text_encoder_2->transformer->vae"
+    # Networks that lie on the host; they come to the GPU while they are in use.
+    hosted: Mapping[str, HostedNetwork] = MappingProxyType({})
     _optional_components = ["face_detector"]  # noqa: RUF012 (read by diffusers)
 
     def __init__(
@@ -150,6 +157,7 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline, HunyuanVideoLoraLoaderMixin)
             feature_extractor=feature_extractor,
             face_detector=face_detector,
         )
+        self._encoded: dict[bytes, dict[str, Tensor]] = {}  # by prompts and portrait
         audio_encoder.float()  # published in float16, meant to run in float32; 33 MB
         autoencoder.set_tiles(vae)
 
@@ -223,7 +231,6 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline, HunyuanVideoLoraLoaderMixin)
         if output_type != "latent":
             chunks = [chunk.cpu() for chunk in self.decode_frames(result, conditioning.num_frames)]
             frames = _as_output(torch.cat(chunks), output_type)
-        self.maybe_free_model_hooks()
         return HunyuanVideoAvatarPipelineOutput(
             frames=frames,
             fps=conditioning.fps,
@@ -267,8 +274,8 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline, HunyuanVideoLoraLoaderMixin)
         waveform = _checked_waveform(audio, fps)
         portrait = resize(image, size)
 
-        self._onload(self.audio_encoder)
-        audio_embeds = encode_audio(waveform, fps, self.feature_extractor, self.audio_encoder)
+        with self._in_use("audio_encoder"):
+            audio_embeds = encode_audio(waveform, fps, self.feature_extractor, self.audio_encoder)
         negative_prompt = NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
         prompts, warnings = self._encode_prompts(negative_prompt, PROMPT_PREFIX + prompt, portrait)
 
@@ -282,13 +289,14 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline, HunyuanVideoLoraLoaderMixin)
         if box is None:
             warnings.append("no face was found: the whole picture moves; give face_box")
 
-        device = self._execution_device
-        reference = self.vae.encode(to_pixels(portrait).to(device, self.vae.dtype)).latent_dist
+        with self._in_use("vae"):
+            pixels = to_pixels(portrait).to(self.vae.device, self.vae.dtype)
+            reference = self.vae.encode(pixels).latent_dist
 
         return Conditioning(
             **prompts,
             audio_embeds=audio_embeds,
-            face_mask=face_mask(box, size).to(device),
+            face_mask=face_mask(box, size).to(reference.mean.device),
             reference_mean=reference.mean.float(),
             reference_std=reference.std.float(),
             motion_pose=motion_pose,
@@ -312,11 +320,18 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline, HunyuanVideoLoraLoaderMixin)
             for name, each in zip(texts, tokens, strict=True)
             if each.was_cut
         ]
-        self._onload(self.text_encoder)
-        embeds, mask = encode_llava(tokens, to_llava_pixels(portrait), self.text_encoder)
-        pooled = encode_clip(list(texts.values()), self.tokenizer_2, self.text_encoder_2)
-        fields = {"prompt_embeds": embeds, "prompt_mask": mask, "pooled_prompt_embeds": pooled}
-        return fields, warnings
+        key = hashlib.sha256(json.dumps([*texts.values(), portrait.size]).encode())
+        key.update(portrait.tobytes())
+        if key.digest() not in self._encoded:
+            with self._in_use("text_encoder"):
+                embeds, mask = encode_llava(tokens, to_llava_pixels(portrait), self.text_encoder)
+            with self._in_use("text_encoder_2"):
+                pooled = encode_clip(list(texts.values()), self.tokenizer_2, self.text_encoder_2)
+            fields = {"prompt_embeds": embeds, "prompt_mask": mask, "pooled_prompt_embeds": pooled}
+            self._encoded[key.digest()] = fields
+            if len(self._encoded) > KEPT_PROMPTS:
+                del self._encoded[next(iter(self._encoded))]
+        return self._encoded[key.digest()], warnings
 
     @torch.no_grad()
     def denoise(
@@ -368,7 +383,7 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline, HunyuanVideoLoraLoaderMixin)
         timesteps = timesteps.to(latents.device)
         branches = _branches(conditioning, is_guided=guidance_scale > 1)
 
-        with self.progress_bar(total=num_inference_steps) as progress:
+        with self._in_use("transformer"), self.progress_bar(total=num_inference_steps) as progress:
             for index in range(num_inference_steps):
                 step = Step(
                     index=index,
@@ -476,21 +491,21 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline, HunyuanVideoLoraLoaderMixin)
         """
         missing = num_frames
         scaling_factor = self.vae.config.scaling_factor
-        for frames in autoencoder.decode_frames(self.vae, latents / scaling_factor):
-            frames = frames[:missing]
-            yield frames
-            if missing is not None:
-                missing -= len(frames)
-                if missing == 0:
-                    break
-        self.maybe_free_model_hooks()
+        with self._in_use("vae"):
+            for frames in autoencoder.decode_frames(self.vae, latents / scaling_factor):
+                frames = frames[:missing]
+                yield frames
+                if missing is not None:
+                    missing -= len(frames)
+                    if missing == 0:
+                        break
 
-    @staticmethod
-    def _onload(module: torch.nn.Module) -> None:
-        """Brings a module to its device before a part of it runs: offload hooks its whole only."""
-        hook = getattr(module, "_hf_hook", None)
-        if hook is not None:
-            hook.pre_forward(module)
+    @contextmanager
+    def _in_use(self, name: str) -> Iterator[None]:
+        """Inside, the network is where it runs."""
+        hosted = self.hosted.get(name)
+        with hosted.in_use() if hosted else nullcontext():
+            yield
 
 
 def _frame_size(

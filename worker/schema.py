@@ -30,6 +30,7 @@ from pydantic import (
 
 from worker.errors import InputUrlBlockedError, InvalidInputError
 from worker.settings import SEVEN_DAYS_SECONDS, BucketSettings
+from worker.shapes import REFERENCE_SCHEDULE, Schedule, full_step_indices
 
 MAX_SEED = 2**53 - 1  # the largest whole number that every JSON reader keeps exact
 MAX_PROMPT_CHARACTERS = 2000
@@ -41,12 +42,17 @@ KEY_PATTERN = r"^[A-Za-z0-9!_.()=-]+(/[A-Za-z0-9!_.()=-]+)*$"
 
 
 class Preset(NamedTuple):
-    """What a preset fills in where the request says nothing."""
+    """How the denoising steps are computed. docs/performance.md says what each costs."""
 
-    num_inference_steps: int
+    schedule: Schedule
+    float8: bool  # the transformer's linear layers in 8 bits, where the GPU can
 
 
-PRESETS = {"quality": Preset(50), "balanced": Preset(30), "draft": Preset(20)}
+PRESETS = {
+    "quality": Preset(REFERENCE_SCHEDULE, float8=False),
+    "balanced": Preset(Schedule(16, 5, 8), float8=True),
+    "draft": Preset(Schedule(8, 7, 4), float8=True),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,12 +180,15 @@ class GenerationParams(_Frozen):
     )
     preset: Literal["quality", "balanced", "draft"] = Field(
         "quality",
-        description="Steps: "
-        + ", ".join(f"{name} {preset.num_inference_steps}" for name, preset in PRESETS.items())
-        + ". A field of its own wins.",
+        description="Steps of 50 that are computed in full: "
+        + ", ".join(
+            f"{name} {len(full_step_indices(50, preset.schedule))}"
+            for name, preset in PRESETS.items()
+        )
+        + "; the last two in 8 bits. The fewer, the quicker, and the less exact.",
     )
     num_inference_steps: Annotated[int, Field(ge=1, le=100)] = Field(
-        50, description="Denoising steps. The preset sets them."
+        50, description="Denoising steps. The preset says how many of them run in full."
     )
     guidance_scale: Annotated[Finite, Field(ge=0, le=20)] = Field(
         7.5,
@@ -223,12 +232,8 @@ class GenerationParams(_Frozen):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_from_preset(cls, values: dict[str, Any]) -> dict[str, Any]:
-        given = {name: value for name, value in values.items() if value is not None}
-        preset = given.get("preset", "quality")
-        if not isinstance(preset, str) or preset not in PRESETS:
-            return given  # the field's own check names what is wrong
-        return {**PRESETS[preset]._asdict(), **given}
+    def _null_means_the_default(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if value is not None}
 
 
 class JobInput(GenerationParams):

@@ -76,6 +76,12 @@ class Settings(FromEnvironment):
         default=False,
         description="Downloads `MODEL_REPOSITORY` at the start where no other place holds a model.",
     )
+    memory_plan: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="GPU memory that the worker may take, in GiB. Empty: what is free at the start.",
+    )
     import_guard: Literal["auto", "block", "require", "off"] = Field(
         default="auto",
         description="What happens to a torchvision, torchaudio or xformers that is installed: "

@@ -27,6 +27,16 @@ PADDING_FRAMES = 5  # silence after speech that is longer than one window
 
 LONG_SIDE = {704: 1216, 512: 768, 384: 576, 256: 384}  # px; other resolutions: 1.5 times as long
 
+
+class Schedule(NamedTuple):
+    """Which steps run the whole transformer; the others reuse its tokens and run the last block."""
+
+    first_percent: int  # of the steps, rounded up
+    every: int  # so many between
+    last_percent: int  # rounded up
+
+
+REFERENCE_SCHEDULE = Schedule(30, 5, 18)  # the reference's own for 50 steps
 REFERENCE_FULL_STEPS = (*range(15), 15, 20, 25, 30, 35, 40, *range(41, 50))
 FullSteps = Literal["reference"] | Sequence[int] | None
 Box = tuple[float, float, float, float]  # x, y, width, height in pixels
@@ -141,15 +151,13 @@ def window_tokens(size: FrameSize) -> int:
     return (WINDOW_LATENTS + 1) * size.tokens
 
 
-def full_step_indices(num_inference_steps: int) -> tuple[int, ...]:
-    """Steps that run the whole transformer; the others reuse its tokens and run the last block.
-
-    The first 30 % and the last 18 % (rounded up) and every fifth step between, which are the
-    reference's own for 50 steps.
-    """
-    head = -(-3 * num_inference_steps // 10)
-    tail = num_inference_steps - -(-18 * num_inference_steps // 100)
-    between = range(head, tail, 5)
+def full_step_indices(
+    num_inference_steps: int, schedule: Schedule = REFERENCE_SCHEDULE
+) -> tuple[int, ...]:
+    """The steps that run the whole transformer, in order; the first one always does."""
+    head = max(-(-schedule.first_percent * num_inference_steps // 100), 1)
+    tail = num_inference_steps - -(-schedule.last_percent * num_inference_steps // 100)
+    between = range(head, tail, schedule.every)
     return (*range(head), *between, *range(max(head, tail), num_inference_steps))
 
 

@@ -4,6 +4,8 @@ diffusers' `set_attention_backend` chooses; what it calls native runs here, on t
 lie, where diffusers copies them.
 """
 
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -37,12 +39,9 @@ def attend(
             query, key, value, backend=backend, parallel_config=parallel
         )
         return attended.to(query.dtype).flatten(2)
-    heads_first = (x.transpose(1, 2) for x in (query, key, value))
-    if name == "native":
-        attended = scaled_dot_product_attention(*heads_first)
-    else:
-        with sdpa_kernel(KERNELS[name]):
-            attended = scaled_dot_product_attention(*heads_first)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    with sdpa_kernel(KERNELS[name]) if name in KERNELS else nullcontext():
+        attended = scaled_dot_product_attention(query, key, value)
     return attended.transpose(1, 2).flatten(2)
 
 
@@ -67,8 +66,9 @@ def _error(name: str, device: torch.device) -> float:
     shape = (3, 1, 4243, 24, 128)
     tensors = torch.randn(shape, generator=generator, device=device).bfloat16()
     try:
-        processor = type("Chosen", (), {"_attention_backend": name, "_parallel_config": None})
-        found = attend(*tensors, processor).float()
+        processor = SimpleNamespace(_attention_backend=name, _parallel_config=None)
+        query, key, value = tensors
+        found = attend(query, key, value, processor).float()
     except RuntimeError:  # the kernel does not take these
         return float("inf")
     query, key, value = (x.float().transpose(1, 2) for x in tensors)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import gelu, layer_norm
 
 logger = logging.getLogger(__name__)
@@ -75,8 +75,8 @@ def gated_sum(
 def norm_and_rotate(
     query: Tensor,  # (1, N, h, D/h), as is key
     key: Tensor,
-    query_norm: nn.Module,  # RMS norms over D/h
-    key_norm: nn.Module,
+    query_norm: Any,  # RMS norms over D/h, as is key_norm
+    key_norm: Any,
     rotary: tuple[Tensor, Tensor] | None,  # cosines and sines, 2 x (N, D/h) float32
     query_out: Tensor,  # (1, N, h, D/h), as is key_out
     key_out: Tensor,

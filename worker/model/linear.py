@@ -3,8 +3,10 @@
 Shape letters: N tokens, I and O features in and out.
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,9 @@ from torch.nn.functional import linear
 
 from worker.model.kernels import FLOAT8, gelu_in_place, quantized_rows
 
+logger = logging.getLogger(__name__)
+
+LARGEST_FLOAT8_ERROR = 0.06  # relative norm of a product of normal values; right ones come to 0.037
 FEED_FORWARD_TOKENS = 24_576  # at a time: more are no quicker, and take memory
 
 
@@ -68,7 +73,7 @@ ALL = slice(None)
 
 
 def project(
-    layer: nn.Module, rows: Rows, columns: slice = ALL, *, bias: bool = True
+    layer: Any, rows: Rows, columns: slice = ALL, *, bias: bool = True
 ) -> Tensor:  # (1, N, O)
     """What the layer makes of the rows: in 8 bits if they are there and the layer is plain.
 
@@ -100,7 +105,7 @@ def project(
 
 
 def feed_forward(
-    up: nn.Module, down: nn.Module, rows: Rows, columns: slice = ALL, *, bias: bool = True
+    up: Any, down: Any, rows: Rows, columns: slice = ALL, *, bias: bool = True
 ) -> Tensor:  # (1, N, O)
     """`down(gelu(up(rows)))`, some tokens at a time, so that the wide middle is never whole.
 
@@ -124,6 +129,23 @@ def feed_forward(
         done += result.shape[1]
     assert whole is not None
     return whole
+
+
+def float8_works(device: torch.device) -> bool:
+    """Whether products in 8 bits run on this device and come out right."""
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(512, 768, dtype=torch.bfloat16)
+    values = torch.randn(1, 640, 512, generator=generator).to(device, torch.bfloat16)
+    layer.weight.data = torch.randn(768, 512, generator=generator).to(layer.weight)
+    layer.to(device)
+    with torch.no_grad():
+        exact = layer(values).float()
+        try:
+            found = project(layer, Rows.of(values, float8=True)).float()
+        except RuntimeError as error:
+            logger.info("no products in 8 bits: %s", str(error).partition("\n")[0])
+            return False
+    return bool((found - exact).norm() < LARGEST_FLOAT8_ERROR * exact.norm())
 
 
 def is_plain(layer: nn.Module) -> bool:

@@ -216,7 +216,7 @@ for block_class in (AvatarTransformerBlock, AvatarSingleTransformerBlock):
 def _modulated(
     x: Tensor,  # (1, N, D)
     temb: Tensor,  # (1, D)
-    norm: nn.Module,
+    norm: Any,  # diffusers' adaptive norm, of which three or six parts are one projection
     float8: bool,
 ) -> tuple[Any, ...]:
     """The rows after the adaptive norm, and what is left of the modulation, each (1, D)."""
@@ -240,7 +240,7 @@ def _fed_forward(
     update: Tensor,
     gate: Tensor,  # (1, D)
     later: list[Tensor],  # shift, scale and gate of the feed-forward, (1, D)
-    network: nn.Module,
+    network: Any,  # diffusers' FeedForward
     float8: bool,
 ) -> Tensor:  # (1, N, D)
     """The tokens with the update, after the feed-forward network."""
