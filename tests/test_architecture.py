@@ -38,7 +38,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sampling": {"shapes", "model"},
     "pipeline": {"audio", "image", "text", "face", "sampling", "model", "shapes"},
     "demo": {"pipeline", "model", "text"},
-    "loading": {"pipeline", "model", "face", "weights"},
+    "disk": set(),
+    "loading": {"pipeline", "model", "face", "weights", "disk"},
     "engine": {"pipeline", "demo", "weights", "loading"} | VALUES,
     "jobs": {"engine", "inputs", "video", "delivery", "progress", "estimate", "logs"}
     | {"import_guard"}

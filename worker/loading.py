@@ -24,7 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -45,7 +45,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from worker import weights
+from worker import disk, weights
 from worker.face import TorchScriptFaceDetector
 from worker.model.encoders import Float8LlavaModel, canonical_name
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
@@ -112,7 +112,7 @@ class LoadReport:
     components: tuple[ComponentLoad, ...]
     num_bytes: int  # on the disk
     cached_bytes: int  # of these, in the page cache
-    seconds: float
+    seconds: float  # without those in which the disk is measured and the tokenizers are read
     disk_bytes_per_second: float | None  # measured just before; None: too little to measure it
 
     @property
@@ -123,14 +123,14 @@ class LoadReport:
     @property
     def disk_ratio(self) -> float | None:
         """The same as a share of the disk's own speed; over 1 where the page cache helped."""
-        disk = self.disk_bytes_per_second
-        return None if disk is None else self.bytes_per_second / disk
+        disk_speed = self.disk_bytes_per_second
+        return None if disk_speed is None else self.bytes_per_second / disk_speed
 
     def __str__(self) -> str:
         speed = f"{self.bytes_per_second / 1e9:.2f} GB/s"
         if self.disk_bytes_per_second is not None:
-            disk = self.disk_bytes_per_second / 1e9
-            speed += f", {self.disk_ratio:.2f} of the disk's {disk:.2f} GB/s"
+            disk_speed = self.disk_bytes_per_second / 1e9
+            speed += f", {self.disk_ratio:.2f} of the disk's {disk_speed:.2f} GB/s"
         ready = ", ".join(f"{part.name} {part.ready_seconds:.1f} s" for part in self.components)
         return (
             f"{self.num_bytes / 1e9:.2f} GB in {self.seconds:.1f} s, {speed}, "
@@ -164,7 +164,10 @@ def load(
     """
     reading = reading or Reading()
     placement = placement or {"default": "device"}
-    disk = disk_speed(model_dir, reading)
+    with _disk_probe(model_dir, reading) as disk_speed:
+        # Python stands still for 0.26 s while the tokenizer is read; that must stop no reading.
+        others = {name: each.from_pretrained(model_dir / name) for name, each in OTHERS.items()}
+        disk_bytes_per_second = disk_speed()
     started = time.monotonic()
     with _Transfer(device, reading) as transfer:
         networks: dict[str, Any] = {}
@@ -173,7 +176,6 @@ def load(
             place = placement.get(name, placement["default"])
             networks[name] = _without_storage(network_class, model_dir / name, dtype)
             transfer.fill(networks[name], model_dir / name, dtype, place)
-        others = {name: each.from_pretrained(model_dir / name) for name, each in OTHERS.items()}
         if (model_dir / "face_detector").is_dir():
             detector = TorchScriptFaceDetector.from_pretrained(model_dir / "face_detector")
             others["face_detector"] = detector.to(device)
@@ -192,7 +194,7 @@ def load(
         num_bytes=sum(component.num_bytes for component in components),
         cached_bytes=sum(block.num_bytes for own in blocks for block in own if block.was_cached),
         seconds=time.monotonic() - started,
-        disk_bytes_per_second=disk,
+        disk_bytes_per_second=disk_bytes_per_second,
     )
 
 
@@ -224,38 +226,15 @@ def weight_bytes(model_dir: Path, dtypes: Mapping[str, torch.dtype]) -> int:
     )
 
 
-def disk_speed(model_dir: Path, reading: Reading, seconds: float = DISK_SECONDS) -> float | None:
-    """Bytes a second of reads past the page cache, from the end of the model's largest file on.
-
-    None: there is too little to read.
-    """
+def _disk_probe(
+    model_dir: Path, reading: Reading
+) -> AbstractContextManager[Callable[[], float | None]]:
+    """Measures the disk in the model's largest file; None where there is too little to read."""
     paths = (path for name in NETWORKS for path in _weight_files(model_dir / name))
     path = max(paths, key=lambda path: path.stat().st_size)
-    num_blocks = path.stat().st_size // reading.block_bytes
-    if num_blocks < reading.num_threads:
-        return None
-    blocks = iter(reversed(range(num_blocks)))
-    lock = threading.Lock()
-    deadline = time.monotonic() + seconds
-
-    def read(buffer: _Buffer) -> int:
-        """Bytes that a thread reads in the time."""
-        num_bytes = 0
-        while time.monotonic() < deadline:
-            with lock:
-                block = next(blocks, None)
-            if block is None:
-                break
-            start = block * reading.block_bytes
-            file.read(buffer.view, start, reading.block_bytes, past_cache=True)
-            num_bytes += reading.block_bytes
-        return num_bytes
-
-    with _File(path) as file, ThreadPoolExecutor(reading.num_threads) as threads:
-        buffers = [_Buffer(reading.block_bytes, pinned=False) for _ in range(reading.num_threads)]
-        started = time.monotonic()
-        num_bytes = sum(threads.map(read, buffers))
-        return num_bytes / (time.monotonic() - started)
+    if path.stat().st_size < reading.num_threads * reading.block_bytes:
+        return nullcontext(lambda: None)
+    return disk.probe(path, reading.num_threads, reading.block_bytes, DISK_SECONDS)
 
 
 def _without_storage(network_class: Network, directory: Path, dtype: torch.dtype) -> nn.Module:
