@@ -39,7 +39,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "placement": {"shapes"},
     "pipeline": {"audio", "image", "text", "face", "sampling", "model", "placement", "shapes"},
     "demo": {"pipeline", "model", "text"},
-    "loading": {"pipeline", "placement", "model", "face", "weights"},
+    "disk": set(),
+    "loading": {"pipeline", "placement", "model", "face", "weights", "disk"},
     "engine": {"pipeline", "demo", "weights", "loading", "placement", "model"} | VALUES,
     "jobs": {"engine", "inputs", "video", "delivery", "progress", "estimate", "logs"}
     | {"import_guard"}

@@ -2,9 +2,9 @@
 
 The one place that knows how bytes get there. Networks are made without storage. The weights of each
 of their blocks lie side by side in one storage, on the device or on the host, where a GPU can fetch
-them block by block. Threads read the files from front to back into small buffers (pinned for a GPU)
-and each piece is copied from there on a stream of its own. Nothing holds a whole file, and a tensor
-that changes its dtype does so where it stays.
+them block by block. Threads read the files from front to back, each into a small buffer (pinned for
+a GPU), and copy from there on streams of their own. Nothing holds a whole file, and a tensor that
+changes its dtype does so where it stays.
 
 What the page cache holds is read from the cache, anything else past it: that is faster, takes a
 tenth of the processor time, and leaves the memory to the jobs.
@@ -23,9 +23,9 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -46,7 +46,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from worker import weights
+from worker import disk, weights
 from worker.face import TorchScriptFaceDetector
 from worker.model.encoders import Float8LlavaModel, canonical_name
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
@@ -80,7 +80,6 @@ DTYPES = {
 PAGE_BYTES = 4096  # reads past the page cache begin and end at pages, on the disk and in memory
 ALIGNMENT = 256  # of a tensor in its storage, in bytes: what CUDA's own allocations promise
 DISK_SECONDS = 0.3  # for how long the disk's speed is measured
-TURN_SECONDS = 2e-4  # for how long Python lets one thread run that others wait for
 FAULTS_SHOWN = 10
 
 _IN_A_BLOCK = re.compile(r"(.*?\.\d+)\.")  # the key of a tensor that belongs to a block
@@ -96,8 +95,8 @@ class Reading:
     num_threads: int = 16
     # With the page to align it, it fills a power of two, which is what it costs pinned.
     block_bytes: int = 2**24 - PAGE_BYTES
-    # Two for each thread stay in the processor's cache until they are copied from there.
-    cached_block_bytes: int = 2**21
+    # Those of all threads stay in the processor's cache until they are copied from there.
+    cached_block_bytes: int = 2**22 - PAGE_BYTES
     past_cache: bool = True  # what the page cache does not hold
 
 
@@ -117,7 +116,7 @@ class LoadReport:
     components: tuple[ComponentLoad, ...]
     num_bytes: int  # on the disk
     cached_bytes: int  # of these, in the page cache
-    seconds: float
+    seconds: float  # without those in which the disk is measured and the tokenizers are read
     disk_bytes_per_second: float | None  # measured just before; None: too little to measure it
 
     @property
@@ -128,14 +127,14 @@ class LoadReport:
     @property
     def disk_ratio(self) -> float | None:
         """The same as a share of the disk's own speed; over 1 where the page cache helped."""
-        disk = self.disk_bytes_per_second
-        return None if disk is None else self.bytes_per_second / disk
+        disk_speed = self.disk_bytes_per_second
+        return None if disk_speed is None else self.bytes_per_second / disk_speed
 
     def __str__(self) -> str:
         speed = f"{self.bytes_per_second / 1e9:.2f} GB/s"
         if self.disk_bytes_per_second is not None:
-            disk = self.disk_bytes_per_second / 1e9
-            speed += f", {self.disk_ratio:.2f} of the disk's {disk:.2f} GB/s"
+            disk_speed = self.disk_bytes_per_second / 1e9
+            speed += f", {self.disk_ratio:.2f} of the disk's {disk_speed:.2f} GB/s"
         ready = ", ".join(f"{part.name} {part.ready_seconds:.1f} s" for part in self.components)
         return (
             f"{self.num_bytes / 1e9:.2f} GB in {self.seconds:.1f} s, {speed}, "
@@ -169,16 +168,18 @@ def load(
     """
     reading = reading or Reading()
     placement = placement or {"default": "device"}
-    disk = disk_speed(model_dir, reading)
+    with _disk_probe(model_dir, reading) as disk_speed:
+        # Python stands still for 0.26 s while the tokenizer is read; that must stop no reading.
+        others = {name: each.from_pretrained(model_dir / name) for name, each in OTHERS.items()}
+        disk_bytes_per_second = disk_speed()
     started = time.monotonic()
-    with _short_turns(), _Transfer(device, reading) as transfer:
+    with _Transfer(device, reading) as transfer:
         networks: dict[str, Any] = {}
         for name, network_class in NETWORKS.items():
             dtype = dtypes.get(name, dtypes["default"])
             place = placement.get(name, placement["default"])
             networks[name] = _without_storage(network_class, model_dir / name, dtype)
             transfer.fill(networks[name], model_dir / name, dtype, place)
-        others = {name: each.from_pretrained(model_dir / name) for name, each in OTHERS.items()}
         if (model_dir / "face_detector").is_dir():
             detector = TorchScriptFaceDetector.from_pretrained(model_dir / "face_detector")
             others["face_detector"] = detector.to(device)
@@ -197,7 +198,7 @@ def load(
         num_bytes=sum(component.num_bytes for component in components),
         cached_bytes=sum(block.num_bytes for own in blocks for block in own if block.was_cached),
         seconds=time.monotonic() - started,
-        disk_bytes_per_second=disk,
+        disk_bytes_per_second=disk_bytes_per_second,
     )
 
 
@@ -236,49 +237,15 @@ def network_sizes(model_dir: Path, dtypes: Mapping[str, torch.dtype]) -> dict[st
     return sizes
 
 
-def disk_speed(model_dir: Path, reading: Reading, seconds: float = DISK_SECONDS) -> float | None:
-    """Bytes a second of reads past the page cache, from the end of the model's largest file on.
-
-    None: there is too little to read.
-    """
+def _disk_probe(
+    model_dir: Path, reading: Reading
+) -> AbstractContextManager[Callable[[], float | None]]:
+    """Measures the disk in the model's largest file; None where there is too little to read."""
     paths = (path for name in NETWORKS for path in _weight_files(model_dir / name))
     path = max(paths, key=lambda path: path.stat().st_size)
-    num_blocks = path.stat().st_size // reading.block_bytes
-    if num_blocks < reading.num_threads:
-        return None
-    blocks = iter(reversed(range(num_blocks)))
-    lock = threading.Lock()
-    deadline = time.monotonic() + seconds
-
-    def read(buffer: _Buffer) -> int:
-        """Bytes that this thread has read in the time."""
-        num_bytes = 0
-        while time.monotonic() < deadline:
-            with lock:
-                block = next(blocks, None)
-            if block is None:
-                break
-            start = block * reading.block_bytes
-            file.read(buffer.view, start, reading.block_bytes, past_cache=True)
-            num_bytes += reading.block_bytes
-        return num_bytes
-
-    with _File(path) as file, ThreadPoolExecutor(reading.num_threads) as threads:
-        buffers = _buffers(reading.num_threads, reading.block_bytes, None)
-        started = time.monotonic()
-        num_bytes = sum(threads.map(read, buffers))
-        return num_bytes / (time.monotonic() - started)
-
-
-@contextmanager
-def _short_turns() -> Iterator[None]:
-    """Inside, a thread that has read something need not wait long for one that builds modules."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(TURN_SECONDS)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
+    if path.stat().st_size < reading.num_threads * reading.block_bytes:
+        return nullcontext(lambda: None)
+    return disk.probe(path, reading.num_threads, reading.block_bytes, DISK_SECONDS)
 
 
 def _without_storage(network_class: Network, directory: Path, dtype: torch.dtype) -> nn.Module:
@@ -379,9 +346,11 @@ class _Transfer:
 
     def __init__(self, device: torch.device, reading: Reading) -> None:
         self._device = device
+        self._on_gpu = device.type == "cuda"
         self._reading = reading
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._threads = ThreadPoolExecutor(reading.num_threads, thread_name_prefix="load")
+        self._threads = ThreadPoolExecutor(
+            reading.num_threads, thread_name_prefix="load", initializer=self._begin_thread
+        )
         self._of_this_thread = threading.local()
         # One of its own: what a refused call leaves behind in a thread would fail the next there.
         self._pinning = ThreadPoolExecutor(1, thread_name_prefix="load-pin")
@@ -395,8 +364,6 @@ class _Transfer:
     def __exit__(self, *exception: object) -> None:
         self._threads.shutdown(cancel_futures=True)
         self._pinning.shutdown(cancel_futures=True)
-        if self._stream is not None:  # or others would be given memory that is still copied to
-            self._stream.synchronize()
         self._files.close()
 
     def fill(self, network: nn.Module, directory: Path, dtype: torch.dtype, place: Place) -> None:
@@ -425,8 +392,8 @@ class _Transfer:
             setattr(network.get_submodule(module), own_name, tensors.pop(name).copy_(buffer))
         network.load_state_dict(tensors, assign=True)
 
-        if self._stream is not None:  # the memory may just have been given up by other work
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        if self._on_gpu:  # the memory may just have been given up by other work
+            torch.cuda.current_stream(self._device).synchronize()
         moves = []
         for path, stored in files.items():
             file = self._files.enter_context(_File(path))
@@ -446,15 +413,13 @@ class _Transfer:
         moved = [[move.result() for move in moves] for moves in self._moves]
         if refusals := {pin.result() for pin in self._pins} - {0}:
             logger.warning("weights on the host are not pinned: CUDA error %s", refusals)
-        if self._stream is not None:
-            self._stream.synchronize()
         return moved
 
     def _storage(self, num_bytes: int, place: Place) -> Tensor:
-        if place == "device" and self._device.type != "cpu":
+        if place == "device" and self._on_gpu:
             return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
         memory = _HostMemory(num_bytes)
-        if self._device.type == "cuda":
+        if self._on_gpu:
             self._pins.append(self._pinning.submit(memory.pin))
         return memory.tensor()
 
@@ -462,29 +427,29 @@ class _Transfer:
         """Reads a block and sends each tensor its part of it. Runs in a thread."""
         was_cached = file.is_cached(start, end)
         past_cache = self._reading.past_cache and not was_cached
-        buffers, step = self._buffers(past_cache)
-        for piece_start in range(start, end, step):
-            piece_end = min(piece_start + step, end)
-            buffer = next(buffers)
-            buffer.wait()
+        buffer = self._buffer(past_cache)
+        for piece_start in range(start, end, len(buffer.memory)):
+            piece_end = min(piece_start + len(buffer.memory), end)
             file.read(buffer.view, piece_start, piece_end - piece_start, past_cache=past_cache)
-            with buffer.copying():
-                for one in incoming:
-                    if one.start < piece_end and one.end > piece_start:
-                        one.take(buffer.memory[: piece_end - piece_start], piece_start)
+            piece = buffer.memory[: piece_end - piece_start]
+            for one in incoming:
+                if one.start < piece_end and one.end > piece_start:
+                    one.take(piece, piece_start)
         return _Moved(end - start, was_cached, time.monotonic())
 
-    def _buffers(self, past_cache: bool) -> tuple[Iterator["_Buffer"], int]:
-        """This thread's buffers in turn, and the bytes of each."""
-        name = "past_cache" if past_cache else "through_cache"
-        num_bytes = self._reading.block_bytes
-        if not past_cache:
-            num_bytes = min(self._reading.cached_block_bytes, num_bytes)
-        if not hasattr(self._of_this_thread, name):
-            count = 1 if past_cache else 2  # a copy is much shorter than a read of the disk
-            own = _buffers(count, num_bytes, self._stream)
-            setattr(self._of_this_thread, name, itertools.cycle(own))
-        return getattr(self._of_this_thread, name), num_bytes
+    def _begin_thread(self) -> None:
+        self._of_this_thread.buffers = {}
+        if self._on_gpu:
+            torch.cuda.set_stream(torch.cuda.Stream(self._device))
+
+    def _buffer(self, past_cache: bool) -> "_Buffer":
+        """This thread's buffer."""
+        buffers: dict[bool, _Buffer] = self._of_this_thread.buffers
+        if past_cache not in buffers:
+            reading = self._reading
+            num_bytes = reading.block_bytes if past_cache else reading.cached_block_bytes
+            buffers[past_cache] = _Buffer(num_bytes, pinned=self._on_gpu)
+        return buffers[past_cache]
 
 
 @dataclass(frozen=True)
@@ -542,7 +507,7 @@ class _Incoming:
         self._land(start - self.start, piece)
 
     def _land(self, start: int, piece: Tensor) -> None:
-        self._target[start : start + len(piece)].copy_(piece, non_blocking=True)
+        self._target[start : start + len(piece)].copy_(piece)
 
 
 class _IncomingToCast(_Incoming):
@@ -562,12 +527,14 @@ class _IncomingToCast(_Incoming):
                 self._landed = torch.empty_like(self._tensor, dtype=self._stored_dtype)
             landed = self._landed
         target = landed.view(-1).view(torch.uint8)
-        target[start : start + len(piece)].copy_(piece, non_blocking=True)
+        target[start : start + len(piece)].copy_(piece)
         with self._lock:
             self._missing_bytes -= len(piece)
-            if self._missing_bytes == 0:  # every piece is on the stream, before what comes now
-                self._landed = None
+            if self._missing_bytes == 0:
                 self._tensor.copy_(landed)
+                if landed.is_cuda:  # its memory goes back to the thread that asked for it
+                    torch.cuda.current_stream(landed.device).synchronize()
+                self._landed = None
 
 
 def _incoming(
@@ -625,34 +592,13 @@ class _HostMemory(mmap.mmap):
 
 
 class _Buffer:
-    """Memory for a piece of a file, and the copies from it."""
+    """Memory for a piece of a file; it begins at a page."""
 
-    def __init__(self, memory: Tensor, stream: torch.cuda.Stream | None) -> None:
-        self.memory = memory
-        self.view = memory.numpy().data
-        self._stream = stream
-        self._copied = torch.cuda.Event(blocking=True) if stream is not None else None
-
-    def wait(self) -> None:
-        """Returns when every copy from it has ended."""
-        if self._copied is not None:
-            self._copied.synchronize()
-
-    @contextmanager
-    def copying(self) -> Iterator[None]:
-        """Copies made inside run on the stream; without one they end before they return."""
-        with torch.cuda.stream(self._stream):  # which does nothing for None
-            yield
-            if self._copied is not None:
-                self._copied.record()
-
-
-def _buffers(count: int, num_bytes: int, stream: torch.cuda.Stream | None) -> list[_Buffer]:
-    """Buffers of that size that begin at pages; pinned if there is a stream to copy on."""
-    size = count * num_bytes
-    memory = torch.empty(size + PAGE_BYTES, dtype=torch.uint8, pin_memory=stream is not None)
-    start = -memory.data_ptr() % PAGE_BYTES
-    return [_Buffer(part, stream) for part in memory[start : start + size].split(num_bytes)]
+    def __init__(self, num_bytes: int, *, pinned: bool) -> None:
+        memory = torch.empty(num_bytes + PAGE_BYTES, dtype=torch.uint8, pin_memory=pinned)
+        start = -memory.data_ptr() % PAGE_BYTES
+        self.memory = memory[start : start + num_bytes]  # (num_bytes,)
+        self.view = self.memory.numpy().data
 
 
 class _File:

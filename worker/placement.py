@@ -24,7 +24,7 @@ SLOTS = 2  # blocks on their way or in use, of those that do not stay
 
 # Measured on an H200 (docs/performance.md), rounded up.
 TOKEN_BYTES = 10 * 3072 * 2  # of the denoiser at its peak, for each token of a window
-DENOISER_BYTES = 1 * GIB  # whatever the size: convolutions, text, noise
+DENOISER_BYTES = GIB // 2  # whatever the size: convolutions, text, noise
 DECODER_BYTES = 33 * GIB // 10  # a tile of the autoencoder
 TEXT_TOKENS = 831  # at most
 USABLE = 0.96  # of the memory that is free: the rest is for libraries, and lost between tensors
@@ -96,11 +96,11 @@ def make_plan(budget_bytes: int, networks: Mapping[str, NetworkSize]) -> MemoryP
         room = budget_bytes - total
         return MemoryPlan(budget_bytes, True, num_blocks, num_blocks, _tokens_in(room))
 
-    # The last block is used in every step, the others are streamed or stay.
-    least = transformer.streamed_bytes + max(transformer.block_bytes)
+    # The last block, of the smaller kind, is used in every step; the others are streamed or stay.
+    least = transformer.streamed_bytes + min(transformer.block_bytes)
     others = [each.streamed_bytes for name, each in networks.items() if name != "transformer"]
     beside = max(*others, networks["vae"].total_bytes + DECODER_BYTES)
-    smallest = min(map(_tokens, LONG_SIDE.items()))
+    smallest = _tokens((min(LONG_SIDE), min(LONG_SIDE)))
     missing = max(least + _activation_bytes(smallest), beside) - budget_bytes
     if missing > 0:
         raise ValueError(f"{missing / GIB:.1f} GiB more of GPU memory are needed")

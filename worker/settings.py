@@ -80,7 +80,7 @@ class Settings(FromEnvironment):
         default=None,
         gt=0,
         allow_inf_nan=False,
-        description="GPU memory that the worker may take, in GiB. Empty: what is free at the start.",
+        description="GPU memory that the worker may take, in GiB. Empty: what is free.",
     )
     import_guard: Literal["auto", "block", "require", "off"] = Field(
         default="auto",
