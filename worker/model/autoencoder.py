@@ -191,9 +191,7 @@ def _decode_tile(
     return torch.cat(list(last.over(chunks)), 2)
 
 
-def _resnet(
-    block: HunyuanVideoResnetBlockCausal3D, chunks: Chunks, scratch_bytes: int
-) -> Chunks:
+def _resnet(block: HunyuanVideoResnetBlockCausal3D, chunks: Chunks, scratch_bytes: int) -> Chunks:
     """Two convolutions of the normalised input, added to it; takes the chunks."""
     convolution = _Convolution(block.conv1.conv, scratch_bytes, _affine(block.norm1, chunks))
     hidden: Chunks = deque()
@@ -353,9 +351,7 @@ class _Convolution:
         return self._seen
 
 
-def _frame_bytes(
-    conv: nn.Conv3d, factor: tuple[int, int, int], height: int, width: int
-) -> int:
+def _frame_bytes(conv: nn.Conv3d, factor: tuple[int, int, int], height: int, width: int) -> int:
     """What a frame takes before and after a convolution of frames of this size, enlarged."""
     channels = max(conv.in_channels, conv.out_channels)
     pixels = (factor[1] * height + 2) * (factor[2] * width + 2)
