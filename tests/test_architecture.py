@@ -23,6 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "schema": {"errors", "settings"},
     "estimate": {"shapes"},
     "progress": set(),
+    "ahead": set(),
     "manifest": set(),
     "weights": {"manifest", "settings"},
     "network": {"errors"},
@@ -39,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipeline": {"audio", "image", "text", "face", "sampling", "model", "shapes"},
     "demo": {"pipeline", "model", "text"},
     "loading": {"pipeline", "model", "face", "weights"},
-    "engine": {"pipeline", "demo", "weights", "loading"} | VALUES,
+    "engine": {"pipeline", "demo", "weights", "loading", "ahead"} | VALUES,
     "jobs": {"engine", "inputs", "video", "delivery", "progress", "estimate", "logs"}
     | {"import_guard"}
     | VALUES,

@@ -464,11 +464,12 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline, HunyuanVideoLoraLoaderMixin)
         scaling_factor = self.vae.config.scaling_factor
         for frames in autoencoder.decode_frames(self.vae, latents / scaling_factor):
             frames = frames[:missing]
-            yield frames
             if missing is not None:
                 missing -= len(frames)
-                if missing == 0:
-                    break
+            yield frames
+            del frames  # or they would lie there while the next are decoded
+            if missing == 0:
+                break
         self.maybe_free_model_hooks()
 
     @staticmethod
