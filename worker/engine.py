@@ -134,7 +134,7 @@ class Engine:
         A GPU decodes the next chunk while the last one is used: close what is not used up.
         """
         decoded = self.pipeline.decode_frames(latents, num_frames=conditioning.num_frames)
-        chunks = map(_to_pixels, decoded)  # keeps no chunk, as a loop would
+        chunks = map(to_uint8, decoded)  # keeps no chunk, as a loop would
         with _failures_as_ours():
             yield from ahead(chunks) if self.device.type == "cuda" else chunks
 
@@ -192,7 +192,7 @@ def _load(model_dir: Path, device: torch.device) -> tuple[HunyuanVideoAvatarPipe
     return pipeline, report
 
 
-def _to_pixels(frames: torch.Tensor) -> np.ndarray:
+def to_uint8(frames: torch.Tensor) -> np.ndarray:
     """(F, 3, H, W) float32 in [0, 1] to (F, H, W, 3) uint8 on the CPU; takes the frames."""
     pixels = frames.mul_(255).to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
