@@ -30,6 +30,7 @@ from torch import Tensor
 
 from worker.ahead import ahead
 from worker.engine import to_uint8
+from worker.inputs import AudioSegment
 from worker.model import autoencoder
 from worker.video import write_video
 
@@ -164,8 +165,6 @@ def differences(vae: AutoencoderKLHunyuanVideo, latents: Tensor) -> dict[str, fl
 
 def measure_video(vae: AutoencoderKLHunyuanVideo, latents: Tensor) -> Iterator[dict[str, Any]]:
     """Seconds of the frames as an mp4: decoded and encoded in turn, and decoded ahead."""
-    from pydub import AudioSegment  # warns where ffmpeg is missing
-
     height, width = (side * vae.spatial_compression_ratio for side in latents.shape[3:])
     num_frames = vae.temporal_compression_ratio * (latents.shape[2] - 1) + 1
     recording = AudioSegment.silent(round(1000 * num_frames / FPS), 16_000)
