@@ -23,6 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "schema": {"errors", "settings", "shapes"},
     "estimate": {"shapes"},
     "progress": set(),
+    "ahead": set(),
     "manifest": set(),
     "weights": {"manifest", "settings"},
     "network": {"errors"},
@@ -41,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "demo": {"pipeline", "model", "text"},
     "disk": set(),
     "loading": {"pipeline", "placement", "model", "face", "weights", "disk"},
-    "engine": {"pipeline", "demo", "weights", "loading", "placement", "model"} | VALUES,
+    "engine": {"pipeline", "demo", "weights", "loading", "placement", "model", "ahead"} | VALUES,
     "jobs": {"engine", "inputs", "video", "delivery", "progress", "estimate", "logs"}
     | {"import_guard"}
     | VALUES,

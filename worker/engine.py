@@ -7,7 +7,7 @@ becomes an error of ours here.
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from worker import errors, loading, weights
+from worker.ahead import ahead
 from worker.loading import LoadReport
 from worker.model.attention import fastest_backend
 from worker.model.linear import float8_works
@@ -146,12 +147,15 @@ class Engine:
                 on_step=on_step,
             )
 
-    def frames(self, conditioning: Conditioning, latents: torch.Tensor) -> Iterator[np.ndarray]:
-        """The video in chunks of (frames, height, width, 3) uint8, cut and not rounded."""
+    def frames(self, conditioning: Conditioning, latents: torch.Tensor) -> Generator[np.ndarray]:
+        """The video in chunks of (frames, height, width, 3) uint8, cut and not rounded.
+
+        A GPU decodes the next chunk while the last one is used: close what is not used up.
+        """
+        decoded = self.pipeline.decode_frames(latents, num_frames=conditioning.num_frames)
+        chunks = map(to_uint8, decoded)  # keeps no chunk, as a loop would
         with _failures_as_ours():
-            for chunk in self.pipeline.decode_frames(latents, num_frames=conditioning.num_frames):
-                pixels = (chunk * 255).to(torch.uint8)  # (F, 3, H, W)
-                yield pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()  # (F, H, W, 3)
+            yield from ahead(chunks) if self.device.type == "cuda" else chunks
 
     @property
     def gpu_name(self) -> str | None:
@@ -233,6 +237,12 @@ def _budget(device: torch.device, memory_gib: float | None) -> int:
         free = min(free, int(memory_gib * GIB))
         torch.cuda.set_per_process_memory_fraction(free / total, device)
     return int(free * USABLE)
+
+
+def to_uint8(frames: torch.Tensor) -> np.ndarray:
+    """(F, 3, H, W) float32 in [0, 1] to (F, H, W, 3) uint8 on the CPU; takes the frames."""
+    pixels = frames.mul_(255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 @contextlib.contextmanager

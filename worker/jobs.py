@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -253,16 +253,12 @@ class Worker:
         flops = job_flops(conditioning.plan, size, params.num_inference_steps, schedule)
         self._speed.record(flops, run.stage_seconds["denoise_seconds"])
 
-        with run.stage("decode"):
+        # closed, or a stopped job's frames are still decoded while the next job begins
+        with run.stage("decode"), closing(engine.frames(conditioning, latents)) as frames:
             thumbnail_path = directory / "thumbnail.jpg" if params.output.thumbnail else None
             video = write_video(
                 directory / "video.mp4",
-                _watched(
-                    engine.frames(conditioning, latents),
-                    run,
-                    conditioning.num_frames,
-                    thumbnail_path,
-                ),
+                _watched(frames, run, conditioning.num_frames, thumbnail_path),
                 fps=params.fps,
                 height=conditioning.height,
                 width=conditioning.width,

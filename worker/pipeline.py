@@ -479,7 +479,12 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline, HunyuanVideoLoraLoaderMixin)
         return list(output.sample.float().split(1))
 
     @torch.no_grad()
-    def decode_frames(self, latents: Tensor, num_frames: int | None = None) -> Iterator[Tensor]:
+    def decode_frames(
+        self,
+        latents: Tensor,
+        num_frames: int | None = None,
+        scratch_bytes: int = autoencoder.SCRATCH_BYTES,
+    ) -> Iterator[Tensor]:
         """Frames (F, 3, H, W) float32 in [0, 1], chunk by chunk in order, on the VAE's device.
 
         Each chunk leaves as soon as its tile is decoded, and what lies beyond `num_frames` is not
@@ -488,11 +493,13 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline, HunyuanVideoLoraLoaderMixin)
         Args:
             latents: (1, C, latent frames, h, w), what `denoise` returned.
             num_frames: how many frames to give; None is all.
+            scratch_bytes: as `worker.model.autoencoder.decode_frames` takes it.
         """
         missing = num_frames
         scaling_factor = self.vae.config.scaling_factor
+        unscaled = latents / scaling_factor
         with self._in_use("vae"):
-            for frames in autoencoder.decode_frames(self.vae, latents / scaling_factor):
+            for frames in autoencoder.decode_frames(self.vae, unscaled, scratch_bytes):
                 frames = frames[:missing]
                 yield frames
                 if missing is not None:

@@ -1,24 +1,44 @@
-"""Latents to frames as a stream: the reference's tiles in time, each given away once it is final.
+"""Latents to frames as a stream, tile by tile, in little memory.
 
 Owns the tile sizes of HunyuanVideo's autoencoder, which decide the numbers: its normalisation sees
 a whole tile, so other tiles are other frames. Tiles overlap by a quarter and are blended there.
+
+Owns too how a tile passes through the decoder's modules. Its activations are a queue of chunks in
+order of time. A convolution takes chunks from one queue as it adds chunks to the next, and what
+normalisation, SiLU, upsampling and padding make of a chunk lies in memory for that chunk alone. So
+a tile takes the room of its largest activation and a little more (`tile_bytes`).
+
+Shape letters: C channels, f frames of a chunk, F frames, H and W pixels, T, h and w latents.
 """
 
-from collections.abc import Iterator
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
+import torch
+import torch.nn.functional as F  # noqa: N812 (its usual name)
 from diffusers import AutoencoderKLHunyuanVideo
-from torch import Tensor
-
-from worker.shapes import TEMPORAL_COMPRESSION
+from diffusers.models.attention_processor import Attention
+from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import (
+    HunyuanVideoResnetBlockCausal3D,
+    HunyuanVideoUpsampleCausal3D,
+)
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor, nn
 
 TILE_PIXELS, STRIDE_PIXELS = 256, 192
 TILE_FRAMES, STRIDE_FRAMES = 64, 48
-TILE_LATENTS = TILE_FRAMES // TEMPORAL_COMPRESSION
-STRIDE_LATENTS = STRIDE_FRAMES // TEMPORAL_COMPRESSION
+
+SCRATCH_BYTES = 2**30
+MEMORY_FORMAT = torch.channels_last_3d  # a chunk's frames one after the other, a pixel's values too
+CARRIED = 2  # frames before its own that a convolution of three frames sees
+
+Chunks = deque[Tensor]  # (1, C, f, H, W) each
 
 
 def set_tiles(vae: AutoencoderKLHunyuanVideo) -> None:
-    """Gives the autoencoder the reference's tiles; those in time `decode_frames` walks itself."""
+    """Gives the autoencoder the reference's tiles, to encode and to decode."""
     vae.enable_tiling(
         tile_sample_min_height=TILE_PIXELS,
         tile_sample_min_width=TILE_PIXELS,
@@ -27,33 +47,312 @@ def set_tiles(vae: AutoencoderKLHunyuanVideo) -> None:
         tile_sample_stride_width=STRIDE_PIXELS,
         tile_sample_stride_num_frames=STRIDE_FRAMES,
     )
-    vae.use_framewise_decoding = False
 
 
 def decode_frames(
     vae: AutoencoderKLHunyuanVideo,
     latents: Tensor,  # (1, C, T, h, w), unscaled
+    scratch_bytes: int = SCRATCH_BYTES,
 ) -> Iterator[Tensor]:  # (F, 3, H, W) float32 in [0, 1]
-    """All frames in order, in chunks of 48 (the first of 49), with at most two tiles in memory.
+    """All frames in order, in chunks of 48 (the first of 49).
+
+    Args:
+        scratch_bytes: what the chunk in work may take; more makes fewer and larger kernels of the
+            same arithmetic. `tile_bytes` says what all of it takes.
 
     Source: Tencent-Hunyuan/HunyuanVideo-Avatar@fd59436, its tiled decode, measured.
     """
     latents = latents.to(vae.dtype)
     num_latents = latents.shape[2]
-    if num_latents <= TILE_LATENTS:
-        yield _to_frames(vae.decode(latents).sample)
+    tile_latents = vae.tile_sample_min_num_frames // vae.temporal_compression_ratio
+    stride_latents = vae.tile_sample_stride_num_frames // vae.temporal_compression_ratio
+    if num_latents <= tile_latents:
+        yield _to_frames(_decode_step(vae, latents, scratch_bytes))
         return
-    overlap = None  # the frames of the last tile that this one begins with
-    for start in range(0, num_latents - 1, STRIDE_LATENTS):  # the last latent alone adds no frame
-        tile = vae.decode(latents[:, :, start : start + TILE_LATENTS + 1]).sample
-        stride = STRIDE_FRAMES + 1  # the first latent is one frame, every other one is four
-        if overlap is not None:
-            tile = vae.blend_t(overlap, tile[:, :, 1:], TILE_FRAMES - STRIDE_FRAMES)
-            stride = STRIDE_FRAMES
-        overlap = tile[:, :, stride:]
-        yield _to_frames(tile[:, :, :stride])
+    stride = vae.tile_sample_stride_num_frames
+    overlap = None  # the frames of the last step that this one begins with
+    for start in range(0, num_latents - 1, stride_latents):  # the last latent alone adds no frame
+        step = _decode_step(vae, latents[:, :, start : start + tile_latents + 1], scratch_bytes)
+        if overlap is None:
+            end = stride + 1  # the first latent is one frame, every other one is four
+        else:
+            step = _blend(overlap, step[:, :, 1:], 2, vae.tile_sample_min_num_frames - stride)
+            end = stride
+        frames, overlap = _to_frames(step[:, :, :end]), step[:, :, end:].clone()
+        del step
+        yield frames
+        del frames  # or they would lie there while the next are decoded
+
+
+def tile_bytes(vae: AutoencoderKLHunyuanVideo, scratch_bytes: int = SCRATCH_BYTES) -> int:
+    """Most memory that the decoder's activations take in one tile, beside weights and frames."""
+    frames = vae.tile_sample_min_num_frames // vae.temporal_compression_ratio + 1
+    height = vae.tile_sample_min_height // vae.spatial_compression_ratio
+    width = vae.tile_sample_min_width // vae.spatial_compression_ratio
+    most = 0
+    for block in vae.decoder.up_blocks:
+        for resnet in block.resnets:
+            conv = resnet.conv1.conv
+            values = frames * height * width * max(conv.in_channels, 2 * conv.out_channels)
+            least = 2 * _frame_bytes(conv, (1, 1, 1), height, width)
+            most = max(most, values * conv.weight.itemsize + max(scratch_bytes, least))
+        for upsampler in block.upsamplers or ():
+            conv, factor = upsampler.conv.conv, upsampler.upsample_factor
+            values = frames * height * width * conv.in_channels
+            least = (factor[0] + 1) * _frame_bytes(conv, factor, height, width)
+            frames = factor[0] * (frames - 1) + 1
+            height, width = factor[1] * height, factor[2] * width
+            values += frames * height * width * conv.out_channels
+            most = max(most, values * conv.weight.itemsize + max(scratch_bytes, least))
+    return most
 
 
 def _to_frames(sample: Tensor) -> Tensor:
     """(1, 3, F, H, W) in [-1, 1] to (F, 3, H, W) in [0, 1]."""
-    return (sample[0].transpose(0, 1).float() / 2 + 0.5).clamp(0, 1)
+    frames = sample[0].transpose(0, 1).to(torch.float32, copy=True)
+    return frames.div_(2).add_(0.5).clamp_(0, 1)
+
+
+@apply_forward_hook  # an offloaded autoencoder comes to its device, as for its own `decode`
+@torch.no_grad()
+def _decode_step(
+    vae: AutoencoderKLHunyuanVideo,
+    latents: Tensor,  # (1, C, T, h, w), no longer than a tile
+    scratch_bytes: int,
+) -> Tensor:  # (1, 3, F, H, W)
+    """The frames of one tile in time, from one tile in space or from several, blended.
+
+    Of a tile that is done only what a later one is blended with is kept.
+    """
+    ratio = vae.spatial_compression_ratio
+    height, width = latents.shape[3:]
+    tile_height, tile_width = vae.tile_sample_min_height, vae.tile_sample_min_width
+    if height * ratio <= tile_height and width * ratio <= tile_width:
+        return _decode_tile(vae, latents, scratch_bytes)
+    stride_height, stride_width = vae.tile_sample_stride_height, vae.tile_sample_stride_width
+    overlap_height, overlap_width = tile_height - stride_height, tile_width - stride_width
+    num_frames = vae.temporal_compression_ratio * (latents.shape[2] - 1) + 1
+    size = (1, vae.config.out_channels, num_frames, height * ratio, width * ratio)
+    step = latents.new_empty(size)
+    above: list[Tensor] = []  # the last rows of each tile of the row before
+    for top in range(0, size[3], stride_height):
+        rows = slice(top // ratio, (top + tile_height) // ratio)
+        below = []
+        before = None  # the last columns of the tile to the left
+        for index, left in enumerate(range(0, size[4], stride_width)):
+            columns = slice(left // ratio, (left + tile_width) // ratio)
+            tile = _decode_tile(vae, latents[..., rows, columns], scratch_bytes)
+            if above:
+                tile = _blend(above[index], tile, 3, overlap_height)
+            if before is not None:
+                tile = _blend(before, tile, 4, overlap_width)
+            before = tile[..., -overlap_width:].clone()
+            below.append(tile[..., -overlap_height:, :].clone())
+            kept = tile[..., :stride_height, :stride_width]
+            step[..., top : top + kept.shape[3], left : left + kept.shape[4]] = kept
+        above = below
+    return step
+
+
+def _blend(before: Tensor, tile: Tensor, dim: int, overlap: int) -> Tensor:
+    """The tile itself; where it begins, `before` ends and fades out along the dimension."""
+    overlap = min(before.shape[dim], tile.shape[dim], overlap)
+    share = torch.arange(overlap, dtype=torch.float64, device=tile.device) / overlap
+    share = share.view([-1 if axis == dim else 1 for axis in range(tile.ndim)])
+    precise = torch.promote_types(tile.dtype, torch.float32)
+    start = tile.narrow(dim, 0, overlap)
+    ended = before.narrow(dim, before.shape[dim] - overlap, overlap)
+    start.copy_(ended * (1 - share).to(precise) + start * share.to(precise))
+    return tile
+
+
+def _decode_tile(
+    vae: AutoencoderKLHunyuanVideo,
+    latents: Tensor,  # (1, C, T, h, w)
+    scratch_bytes: int,
+) -> Tensor:  # (1, 3, F, H, W)
+    """What the autoencoder's decoder makes of the latents."""
+    decoder = vae.decoder
+    chunks: Chunks = deque([vae.post_quant_conv(latents)])
+    chunks = deque(_Convolution(decoder.conv_in.conv, scratch_bytes).over(chunks))
+    first, *others = decoder.mid_block.resnets
+    chunks = _resnet(first, chunks, scratch_bytes)
+    for attention, resnet in zip(decoder.mid_block.attentions, others, strict=True):
+        if attention is not None:
+            chunks = _attend(attention, chunks)
+        chunks = _resnet(resnet, chunks, scratch_bytes)
+    for block in decoder.up_blocks:
+        for resnet in block.resnets:
+            chunks = _resnet(resnet, chunks, scratch_bytes)
+        for upsampler in block.upsamplers or ():
+            chunks = _upsample(upsampler, chunks, scratch_bytes)
+    affine = _affine(decoder.conv_norm_out, chunks)
+    last = _Convolution(decoder.conv_out.conv, scratch_bytes, affine)
+    return torch.cat(list(last.over(chunks)), 2)
+
+
+def _resnet(block: HunyuanVideoResnetBlockCausal3D, chunks: Chunks, scratch_bytes: int) -> Chunks:
+    """Two convolutions of the normalised input, added to it; takes the chunks."""
+    convolution = _Convolution(block.conv1.conv, scratch_bytes, _affine(block.norm1, chunks))
+    hidden: Chunks = deque()
+    residual: Chunks = deque()
+    for piece in convolution.pieces(chunks):
+        hidden.append(convolution(piece))
+        residual.append(piece if block.conv_shortcut is None else block.conv_shortcut.conv(piece))
+        del piece
+    convolution = _Convolution(block.conv2.conv, scratch_bytes, _affine(block.norm2, hidden))
+    return deque(output.add_(residual.popleft()) for output in convolution.over(hidden))
+
+
+def _upsample(
+    upsampler: HunyuanVideoUpsampleCausal3D, chunks: Chunks, scratch_bytes: int
+) -> Chunks:
+    """A convolution of the input enlarged; takes the chunks."""
+    factor = upsampler.upsample_factor
+    convolution = _Convolution(upsampler.conv.conv, scratch_bytes, factor=factor)
+    return deque(convolution.over(chunks))
+
+
+def _attend(attention: Attention, chunks: Chunks) -> Chunks:
+    """Attention of each frame's pixels to those of this frame and of those before it, added.
+
+    One frame's queries at a time: what it must not see is left out, so there is no mask.
+    """
+    hidden = torch.cat(list(chunks), 2)
+    num_frames, height, width = hidden.shape[2:]
+    shift, scale = _affine(attention.group_norm, [hidden])
+    tokens = torch.addcmul(shift, hidden, scale).to(hidden.dtype)
+    tokens = tokens.permute(0, 2, 3, 4, 1).flatten(1, 3)  # (1, F*H*W, C)
+    query, key, value = (
+        projection(tokens).unflatten(2, (attention.heads, -1)).transpose(1, 2)
+        for projection in (attention.to_q, attention.to_k, attention.to_v)
+    )  # (1, heads, F*H*W, C / heads)
+    attended = []
+    for end in range(height * width, tokens.shape[1] + 1, height * width):
+        frame, seen = slice(end - height * width, end), slice(end)
+        attended.append(
+            F.scaled_dot_product_attention(query[:, :, frame], key[:, :, seen], value[:, :, seen])
+        )
+    joined = torch.cat(attended, 2).transpose(1, 2).flatten(2)  # (1, F*H*W, C)
+    joined = attention.to_out[0](joined).unflatten(1, (num_frames, height, width))
+    return deque([hidden.add_(joined.permute(0, 4, 1, 2, 3))])
+
+
+class _Affine(NamedTuple):
+    """What a group normalisation does to each channel: its `shift` plus its `scale` times it."""
+
+    shift: Tensor  # (1, C, 1, 1, 1), float32 or the model's own precision if that is higher
+    scale: Tensor
+
+
+def _affine(norm: nn.GroupNorm, chunks: Sequence[Tensor] | Chunks) -> _Affine:
+    """The normalisation by the statistics of all chunks together.
+
+    Sums are per frame and channel, so that they do not depend on where the chunks end.
+    """
+    precise = torch.promote_types(chunks[0].dtype, torch.float32)
+    pixels = (0, 3, 4)
+    sums = torch.cat([chunk.sum(pixels, dtype=precise) for chunk in chunks], 1)  # (C, F)
+    norms = torch.cat(
+        [torch.linalg.vector_norm(chunk, dim=pixels, dtype=precise) for chunk in chunks], 1
+    )
+    count = norm.num_channels // norm.num_groups * sums.shape[1] * chunks[0][0, 0, 0].numel()
+
+    def mean(values: Tensor) -> Tensor:  # (C, F) -> (C,), that of the channel's group
+        groups = values.unflatten(0, (norm.num_groups, -1)).sum((1, 2)) / count
+        return groups.repeat_interleave(norm.num_channels // norm.num_groups)
+
+    center = mean(sums.double())
+    variance = mean(norms.double().square()) - center.square()
+    scale = norm.weight * (variance + norm.eps).rsqrt()
+    shift = norm.bias - center * scale
+    return _Affine(*(values.to(precise).view(1, -1, 1, 1, 1) for values in (shift, scale)))
+
+
+class _Convolution:
+    """One of the decoder's 3 x 3 x 3 convolutions over a tile, chunk by chunk.
+
+    Its buffer holds a chunk as the convolution sees it, with a border of repeated pixels, after
+    the last two frames of the chunk before. Before the first frame that frame is repeated; where
+    time is doubled one of its repetitions is the one that doubling would have added.
+    """
+
+    def __init__(
+        self,
+        conv: nn.Conv3d,
+        scratch_bytes: int,
+        affine: _Affine | None = None,
+        factor: tuple[int, int, int] = (1, 1, 1),
+    ) -> None:
+        self._conv = conv
+        # stored as PyTorch saves it, wanted as the activations lie; else converted at each chunk
+        self._weight = conv.weight.to(memory_format=MEMORY_FORMAT)
+        self._scratch_bytes = scratch_bytes
+        self._affine = affine
+        self._factor = factor
+        self._buffer: Tensor | None = None  # (1, C, frames, H + 2, W + 2)
+        self._seen: Tensor | None = None  # the frames of it that the last convolution saw
+
+    def over(self, chunks: Chunks) -> Iterator[Tensor]:
+        """The output's chunks; takes the input's."""
+        for piece in self.pieces(chunks):
+            yield self(piece)
+            del piece
+
+    def pieces(self, chunks: Chunks) -> Iterator[Tensor]:
+        """The chunks, taken, and cut where they are too long for the scratch memory."""
+        while chunks:
+            chunk = chunks.popleft()
+            frame_bytes = _frame_bytes(self._conv, self._factor, *chunk.shape[3:])
+            frames = max(1, (self._scratch_bytes // frame_bytes - 1) // self._factor[0])
+            pieces = deque(chunk.chunk(math.ceil(chunk.shape[2] / frames), 2))
+            del chunk
+            while pieces:
+                yield pieces.popleft()
+
+    def __call__(self, piece: Tensor) -> Tensor:
+        """The convolution of the next chunk (1, C, f, H, W)."""
+        time, vertical, horizontal = self._factor
+        is_first = self._buffer is None
+        start = CARRIED + 1 - time if is_first else CARRIED
+        seen = self._room(piece, start + time * piece.shape[2])  # (1, C, ..., H + 2, W + 2)
+        new = seen[:, :, start:]
+        inner = new[..., 1:-1, 1:-1]
+        if self._affine is not None:
+            torch.addcmul(self._affine.shift, piece, self._affine.scale, out=inner)
+        else:
+            copies = inner.unflatten(4, (-1, horizontal)).unflatten(3, (-1, vertical))
+            copies = copies.unflatten(2, (-1, time))  # (1, C, f, time, H, vertical, W, horizontal)
+            copies.copy_(piece[:, :, :, None, :, None, :, None])
+        for edge, beside in ((0, 1), (-1, -2)):
+            new[..., 1:-1, edge] = new[..., 1:-1, beside]
+        for edge, beside in ((0, 1), (-1, -2)):
+            new[..., edge, :] = new[..., beside, :]
+        if self._affine is not None:
+            F.silu(new, inplace=True)
+        if is_first:
+            seen[:, :, :start] = new[:, :, :1]
+        return F.conv3d(seen, self._weight, self._conv.bias)
+
+    def _room(self, piece: Tensor, num_frames: int) -> Tensor:
+        """So many frames of the buffer, which begin with the last two of the chunk before."""
+        before = self._seen
+        if self._buffer is None or self._buffer.shape[2] < num_frames:
+            channels, _, height, width = piece.shape[1:]
+            _, vertical, horizontal = self._factor
+            size = (1, channels, num_frames, vertical * height + 2, horizontal * width + 2)
+            self._buffer = torch.empty(
+                size, dtype=piece.dtype, device=piece.device, memory_format=MEMORY_FORMAT
+            )
+        self._seen = self._buffer[:, :, :num_frames]
+        if before is not None:
+            for index in range(CARRIED):  # one by one, as they may lie where they are copied to
+                self._seen[:, :, index] = before[:, :, index - CARRIED]
+        return self._seen
+
+
+def _frame_bytes(conv: nn.Conv3d, factor: tuple[int, int, int], height: int, width: int) -> int:
+    """What a frame takes before and after a convolution of frames of this size, enlarged."""
+    channels = max(conv.in_channels, conv.out_channels)
+    pixels = (factor[1] * height + 2) * (factor[2] * width + 2)
+    return 2 * channels * pixels * conv.weight.itemsize
