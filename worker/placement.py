@@ -154,9 +154,18 @@ class HostedNetwork:
         self._stays = _spread(len(blocks), resident or 0)
         self._slots: list[_Slot] = []
         self._current: int | None = None
-        if not self._whole:
-            for index, block in enumerate(blocks):
-                block.register_forward_pre_hook(lambda *_, index=index: self._arrive(index))
+        self._hooks = [
+            block.register_forward_pre_hook(lambda *_, index=index: self._arrive(index))
+            for index, block in enumerate(blocks)
+            if not self._whole
+        ]
+
+    def let_go(self) -> None:
+        """Brings everything back to the host, for good."""
+        for hook in self._hooks:
+            hook.remove()
+        for weights in (self._outside, *self._blocks):
+            weights.return_to_host()
 
     @contextmanager
     def in_use(self) -> Iterator[None]:

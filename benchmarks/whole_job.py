@@ -1,0 +1,161 @@
+"""Whole jobs, one preset after the other and the published way: portrait and speech in, mp4 out.
+
+    python -m benchmarks.whole_job --directory /tmp/model [--size 384x384]
+
+Takes the model directory that `python -m benchmarks.loading` writes. The same noise for all: each
+preset's latents are compared with those of `quality`. The published way encodes and decodes as
+`benchmarks/reference.py`, and writes the file when it has all frames.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks import reference
+from benchmarks.full_size_forward import relative_difference
+from worker.engine import Engine, to_uint8
+from worker.image import to_pixels
+from worker.inputs import AudioSegment
+from worker.pipeline import POSITIVE, Branch, Conditioning, HunyuanVideoAvatarPipeline, Step
+from worker.schema import PRESETS, GenerationParams
+from worker.settings import Settings
+from worker.shapes import SAMPLE_RATE_HZ, FrameSize
+from worker.video import write_video
+
+FRAMES = 129
+SEED = 7
+PORTRAIT = Path(__file__).parents[1] / "tests" / "data" / "astronaut.jpg"
+
+
+class PublishedPipeline(HunyuanVideoAvatarPipeline):
+    """The pipeline with the published arithmetic in its steps."""
+
+    def _velocities(
+        self,
+        window: Tensor,
+        start: int,
+        step: Step,
+        branches: Sequence[Branch],
+        conditioning: Conditioning,
+        reference_latents: Tensor,
+        float8: bool,
+    ) -> list[Tensor]:
+        prompts = [branch.first_prompt if step.is_early else POSITIVE for branch in branches]
+        mask = conditioning.prompt_mask[prompts]
+        mask[:] = mask[mask.sum(dim=1).argmax()]  # equally long, as with pads
+        motion = window.new_ones(2, 4)
+        gate = conditioning.face_mask * (0.6 if step.is_early else 1.0)
+        inputs = {
+            "hidden_states": window.expand(2, -1, -1, -1, -1),
+            "timestep": step.timestep.expand(2),
+            "encoder_hidden_states": conditioning.prompt_embeds[prompts],
+            "encoder_attention_mask": mask,
+            "pooled_projections": conditioning.pooled_prompt_embeds[prompts],
+            "reference_latents": reference_latents.expand(2, -1, -1, -1, -1),
+            "audio_embeds": torch.cat([branch.audio_embeds[:, :FRAMES] for branch in branches]),
+            "face_mask": gate.expand(2, -1, -1, -1, -1),
+            "motion_expression": motion * conditioning.motion_expression,
+            "motion_pose": motion * conditioning.motion_pose,
+            "fps": motion[:, 0] * conditioning.fps,
+        }
+        tail = self._tail if step.reuses_tails else None
+        velocity, self._tail = reference.forward(self.transformer, inputs, tail)
+        return list(velocity.float().split(1))
+
+
+def run(
+    engine: Engine, size: FrameSize, preset: str, *, published: bool = False
+) -> tuple[dict[str, float], Tensor]:
+    """Seconds of each stage, and the latents."""
+    portrait = Image.open(PORTRAIT).convert("RGB").resize((size.width, size.height))
+    samples = np.sin(np.arange(FRAMES * SAMPLE_RATE_HZ // 25) * 0.05).astype(np.float32) / 2
+    speech = AudioSegment(
+        (samples * 2**15).astype(np.int16).tobytes(),
+        sample_width=2,
+        frame_rate=SAMPLE_RATE_HZ,
+        channels=1,
+    )
+    params = GenerationParams(resolution=min(size), preset=preset)
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, call: Callable[[], Any]) -> Any:
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        result = call()
+        torch.cuda.synchronize()
+        seconds[name] = round(time.perf_counter() - started, 3)
+        return result
+
+    def decoded() -> Iterator[np.ndarray]:
+        vae = engine.pipeline.vae
+        frames = reference.decode(vae, latents.to(vae.dtype) / vae.config.scaling_factor)
+        yield to_uint8((frames[0].transpose(0, 1).float() / 2 + 0.5).clamp(0, 1))
+
+    engine.pipeline._encoded.clear()
+    conditioning = timed("encode", lambda: engine.encode(portrait, samples, params))
+    if published:
+        pixels = to_pixels(portrait).to("cuda", engine.pipeline.vae.dtype)
+        timed("encode twice more", lambda: reference.encode(engine.pipeline.vae, pixels))
+    latents = timed(
+        "denoise", lambda: engine.denoise(conditioning, params, SEED, lambda step, steps: None)
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        chunks = decoded() if published else engine.frames(conditioning, latents)
+        timed(
+            "decode and write",
+            lambda: write_video(
+                Path(directory) / "video.mp4",
+                chunks,
+                fps=25,
+                height=size.height,
+                width=size.width,
+                recording=speech,
+                metadata={},
+            ),
+        )
+    seconds["whole"] = round(sum(seconds.values()), 3)
+    return seconds, latents
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--directory", type=Path, required=True)
+    parser.add_argument("--size", default="384x384")
+    arguments = parser.parse_args()
+    size = FrameSize(*map(int, arguments.size.split("x")))
+    engine = Engine.load(Settings(model_dir=str(arguments.directory)))
+    exact, jobs = None, {}
+    for preset in PRESETS:
+        torch.cuda.reset_peak_memory_stats()
+        jobs[preset], latents = run(engine, size, preset)
+        exact = latents if exact is None else exact
+        difference = relative_difference(latents, exact)
+        report(
+            preset=preset, **jobs[preset], difference=difference, peak_gib=engine.peak_memory_gib
+        )
+    engine.pipeline.transformer.set_attention_backend(reference.FLASH_ATTENTION)
+    engine.pipeline.__class__ = PublishedPipeline
+    job, _ = run(engine, size, "quality", published=True)
+    report(preset="published", **job)
+    for preset, own in jobs.items():
+        report(preset=preset, times_published=round(job["whole"] / own["whole"], 2))
+
+
+def report(**line: Any) -> None:
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
