@@ -2,9 +2,9 @@
 
     python -m benchmarks.memory_plans --directory /tmp/model [--plans 141:704x768 24:704x768 ...]
 
-Takes the model directory that `python -m benchmarks.loading` writes. The process is kept to the size
-of each plan; each plan encodes, takes a full and a cached step, and decodes 129 frames. "Reserved" is
-what the process took of the GPU for tensors, the gaps between them included.
+Takes the model directory that `python -m benchmarks.loading` writes. The process is kept to the
+size of each plan; each plan encodes, takes a full and a cached step, and decodes 129 frames.
+"Reserved" is what the process took of the GPU for tensors, the gaps between them included.
 """
 
 import argparse
@@ -69,7 +69,8 @@ def measure(pipeline: HunyuanVideoAvatarPipeline, size: FrameSize) -> dict[str, 
         found["cached step"], _ = seconds_of(lambda: step(21, cached=True))
     if not all(torch.isfinite(velocity).all() for velocity in velocities):
         raise ArithmeticError("the velocity is not finite")
-    del branches, velocities, reference
+    for branch in branches:
+        branch.tails.clear()
     found["decode"], _ = seconds_of(lambda: [len(f) for f in pipeline.decode_frames(latents, 129)])
     return found
 
