@@ -135,7 +135,7 @@ class Engine:
         """
         decoded = self.pipeline.decode_frames(latents, num_frames=conditioning.num_frames)
         chunks = map(to_uint8, decoded)  # keeps no chunk, as a loop would
-        with _failures_as_ours():
+        with _failures_as_ours(), contextlib.closing(decoded):
             yield from ahead(chunks) if self.device.type == "cuda" else chunks
 
     @property

@@ -4,7 +4,7 @@ Owns the order of things and no maths: encode, denoise, decode. `__call__` is th
 a job calls them one by one, to time them and to write frames while later ones are decoded.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -455,7 +455,7 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline, HunyuanVideoLoraLoaderMixin)
         latents: Tensor,
         num_frames: int | None = None,
         scratch_bytes: int = autoencoder.SCRATCH_BYTES,
-    ) -> Iterator[Tensor]:
+    ) -> Generator[Tensor]:
         """Frames (F, 3, H, W) float32 in [0, 1], chunk by chunk in order, on the VAE's device.
 
         Each chunk leaves as soon as its tile is decoded, and what lies beyond `num_frames` is not
