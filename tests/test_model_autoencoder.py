@@ -134,6 +134,18 @@ def test_rounding_costs_no_more_than_in_diffusers_decode(dtype, vae):
     assert relative_difference(ours, expected) < 1.1 * relative_difference(theirs, expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("scratch_bytes", [0, 2**28])
+def test_a_gpu_decodes_the_same_frames(scratch_bytes, vae):
+    use_small_tiles(vae.double())
+    latents = latents_of(6, 9, 12)
+    expected = diffusers_frames(vae, latents)
+    vae.to("cuda", torch.float16)
+    theirs = diffusers_frames(vae, latents.to("cuda", torch.float16)).cpu()
+    frames = torch.cat(list(decode_frames(vae, latents.to("cuda"), scratch_bytes))).cpu()
+    assert relative_difference(frames, expected) < 1.1 * relative_difference(theirs, expected)
+
+
 def test_the_statistics_of_a_full_size_tile_are_exact():
     norm = torch.nn.GroupNorm(4, 8)
     chunk = torch.randn(1, 8, 4, 256, 256, generator=torch.Generator().manual_seed(3)) + 1
