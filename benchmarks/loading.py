@@ -148,7 +148,8 @@ def networks(size: Size) -> dict[str, tuple[nn.Module, torch.dtype]]:
 def write_model(directory: Path, size: Size) -> None:
     """Writes the directory that the worker loads, with random weights."""
     patterns = {
-        dtype: torch.randn(64 * MIB, device=DEVICE).to(dtype).view(torch.uint8).cpu().numpy()
+        # about as wide as products of finite values need: benchmarks/memory_plans.py runs this model
+        dtype: (torch.randn(64 * MIB, device=DEVICE) / 50).to(dtype).view(torch.uint8).cpu().numpy()
         for dtype in NAMES
     }
     with ThreadPoolExecutor(WRITERS) as threads:

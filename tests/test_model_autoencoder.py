@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.goldens.transformer import relative_difference
 from tests.goldens.weights import load_case
-from worker.model.autoencoder import decode_frames, set_tiles, tile_bytes
+from worker.model.autoencoder import _affine, decode_frames, set_tiles, tile_bytes
 
 TOLERANCE = 3e-6
 LAST_BIT = 2**-23  # of a frame's float32, after the same sums in another order in float64
@@ -132,6 +132,27 @@ def test_rounding_costs_no_more_than_in_diffusers_decode(dtype, vae):
     (ours,) = decode_frames(vae.to(dtype), latents)
     theirs = diffusers_frames(vae, latents.to(dtype))
     assert relative_difference(ours, expected) < 1.1 * relative_difference(theirs, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scratch_bytes", [0, 2**28])
+def test_a_gpu_decodes_the_same_frames(scratch_bytes, vae):
+    use_small_tiles(vae.double())
+    latents = latents_of(6, 9, 12)
+    expected = diffusers_frames(vae, latents)
+    vae.to("cuda", torch.float16)
+    theirs = diffusers_frames(vae, latents.to("cuda", torch.float16)).cpu()
+    frames = torch.cat(list(decode_frames(vae, latents.to("cuda"), scratch_bytes))).cpu()
+    assert relative_difference(frames, expected) < 1.1 * relative_difference(theirs, expected)
+
+
+def test_the_statistics_of_a_full_size_tile_are_exact():
+    norm = torch.nn.GroupNorm(4, 8)
+    chunk = torch.randn(1, 8, 4, 256, 256, generator=torch.Generator().manual_seed(3)) + 1
+    groups = chunk.double().view(4, -1)
+    deviation = (groups.var(1, correction=0) + norm.eps).sqrt().repeat_interleave(2)
+    affine = _affine(norm, chunk.split(3, 2))
+    assert relative_difference(affine.scale.flatten(), 1 / deviation) < 1e-7
 
 
 def test_frames_leave_before_later_ones_are_decoded(vae):

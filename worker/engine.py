@@ -24,7 +24,7 @@ from worker.pipeline import Conditioning, HunyuanVideoAvatarPipeline
 from worker.placement import GIB, USABLE, HostedNetwork, MemoryPlan, make_plan
 from worker.schema import PRESETS, GenerationParams
 from worker.settings import Settings
-from worker.shapes import SAMPLE_RATE_HZ, FrameSize, full_step_indices
+from worker.shapes import LONG_SIDE, SAMPLE_RATE_HZ, fit_size, full_step_indices
 
 logger = logging.getLogger(__name__)
 
@@ -91,18 +91,20 @@ class Engine:
             raise RuntimeError(f"the warm-up failed: {error.__cause__}") from error
         logger.info("warmed up in %.1f s", time.monotonic() - started)
 
-    def require_room(self, size: FrameSize) -> None:
-        """Returns if a video of that size fits into the GPU's memory.
+    def require_room(self, portrait: Image.Image, resolution: int) -> None:
+        """Returns if a video of that portrait fits into the GPU's memory.
 
         Raises:
             InputTooLargeError: it does not; names the resolutions that do.
         """
-        if self.plan is None or self.plan.fits(size):
+        sizes = {each: fit_size(portrait.height, portrait.width, each) for each in LONG_SIDE}
+        if self.plan is None or self.plan.fits(sizes[resolution]):
             return
-        fitting = ", ".join(map(str, self.plan.resolutions())) or "none for every shape of portrait"
+        fitting = [str(each) for each in sorted(sizes) if self.plan.fits(sizes[each])]
+        width, height = sizes[resolution].width, sizes[resolution].height
         raise errors.InputTooLargeError(
-            f"{size.width} x {size.height} pixels do not fit into the memory of this worker's GPU; "
-            f"resolutions that do: {fitting}",
+            f"{width} x {height} pixels do not fit into the memory of this worker's GPU; "
+            f"resolutions that do, for this portrait: {', '.join(fitting) or 'none'}",
             field="resolution",
         )
 
@@ -154,7 +156,7 @@ class Engine:
         """
         decoded = self.pipeline.decode_frames(latents, num_frames=conditioning.num_frames)
         chunks = map(to_uint8, decoded)  # keeps no chunk, as a loop would
-        with _failures_as_ours():
+        with _failures_as_ours(), contextlib.closing(decoded):
             yield from ahead(chunks) if self.device.type == "cuda" else chunks
 
     @property

@@ -203,7 +203,7 @@ class Worker:
                     f"reaches over the image's {portrait.width} x {portrait.height} pixels",
                     field="face_box",
                 )
-        self.engine.require_room(fit_size(portrait.height, portrait.width, params.resolution))
+        self.engine.require_room(portrait, params.resolution)
         return portrait, speech
 
     def _plan(

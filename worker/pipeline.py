@@ -6,7 +6,7 @@ a job calls them one by one, to time them and to write frames while later ones a
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -484,7 +484,7 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline, HunyuanVideoLoraLoaderMixin)
         latents: Tensor,
         num_frames: int | None = None,
         scratch_bytes: int = autoencoder.SCRATCH_BYTES,
-    ) -> Iterator[Tensor]:
+    ) -> Generator[Tensor]:
         """Frames (F, 3, H, W) float32 in [0, 1], chunk by chunk in order, on the VAE's device.
 
         Each chunk leaves as soon as its tile is decoded, and what lies beyond `num_frames` is not

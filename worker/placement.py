@@ -23,8 +23,8 @@ GIB = 2**30
 SLOTS = 2  # blocks on their way or in use, of those that do not stay
 
 # Measured on an H200 (docs/performance.md), rounded up.
-TOKEN_BYTES = 10 * 3072 * 2  # of the denoiser at its peak, for each token of a window
-DENOISER_BYTES = GIB // 2  # whatever the size: convolutions, text, noise
+TOKEN_BYTES = 27 * 3072  # of the denoiser at its peak, for each token of a window
+DENOISER_BYTES = GIB // 4  # whatever the size: convolutions, text, noise
 DECODER_BYTES = 33 * GIB // 10  # a tile of the autoencoder
 TEXT_TOKENS = 831  # at most
 USABLE = 0.96  # of the memory that is free: the rest is for libraries, and lost between tensors

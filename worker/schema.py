@@ -50,8 +50,8 @@ class Preset(NamedTuple):
 
 PRESETS = {
     "quality": Preset(REFERENCE_SCHEDULE, float8=False),
-    "balanced": Preset(Schedule(16, 5, 8), float8=True),
-    "draft": Preset(Schedule(8, 7, 4), float8=True),
+    "balanced": Preset(Schedule(14, 5, 8), float8=True),
+    "draft": Preset(Schedule(6, 7, 4), float8=True),
 }
 
 

@@ -251,11 +251,8 @@ def _affine(norm: nn.GroupNorm, chunks: Sequence[Tensor] | Chunks) -> _Affine:
     Sums are per frame and channel, so that they do not depend on where the chunks end.
     """
     precise = torch.promote_types(chunks[0].dtype, torch.float32)
-    pixels = (0, 3, 4)
-    sums = torch.cat([chunk.sum(pixels, dtype=precise) for chunk in chunks], 1)  # (C, F)
-    norms = torch.cat(
-        [torch.linalg.vector_norm(chunk, dim=pixels, dtype=precise) for chunk in chunks], 1
-    )
+    sums = torch.cat([chunk.sum((0, 3, 4), dtype=precise) for chunk in chunks], 1)  # (C, F)
+    squares = torch.cat([_squares(chunk, precise) for chunk in chunks], 1)
     count = norm.num_channels // norm.num_groups * sums.shape[1] * chunks[0][0, 0, 0].numel()
 
     def mean(values: Tensor) -> Tensor:  # (C, F) -> (C,), that of the channel's group
@@ -263,10 +260,20 @@ def _affine(norm: nn.GroupNorm, chunks: Sequence[Tensor] | Chunks) -> _Affine:
         return groups.repeat_interleave(norm.num_channels // norm.num_groups)
 
     center = mean(sums.double())
-    variance = mean(norms.double().square()) - center.square()
+    variance = mean(squares.double()) - center.square()
     scale = norm.weight * (variance + norm.eps).rsqrt()
     shift = norm.bias - center * scale
     return _Affine(*(values.to(precise).view(1, -1, 1, 1, 1) for values in (shift, scale)))
+
+
+def _squares(chunk: Tensor, precise: torch.dtype) -> Tensor:  # (C, f)
+    """The sum of the squares of each channel in each frame.
+
+    By rows: on a CPU a norm adds one number after the other, and a whole frame of them costs two
+    digits. A square of the chunk would lie in memory.
+    """
+    rows = torch.linalg.vector_norm(chunk, dim=4, dtype=precise)  # (1, C, f, H)
+    return rows.square_().sum((0, 3))
 
 
 class _Convolution:

@@ -430,7 +430,10 @@ class HunyuanVideoAvatarTransformer3DModel(
             raise ValueError("only a call with a tail may leave an input out")
         else:
             streams = self._run_early_blocks(
-                self._embed_latents(hidden_states, reference_latents).split(1),
+                [
+                    self._embed_latents(*each)
+                    for each in zip(hidden_states.split(1), reference_latents.split(1), strict=True)
+                ],
                 self._embed_text(encoder_hidden_states, timestep, encoder_attention_mask),
                 temb,
                 rotary,
