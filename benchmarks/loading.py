@@ -148,9 +148,10 @@ def networks(size: Size) -> dict[str, tuple[nn.Module, torch.dtype]]:
 def write_model(directory: Path, size: Size) -> None:
     """Writes the directory that the worker loads, with random weights."""
     patterns = {
-        # about as wide as products of finite values need: benchmarks/memory_plans.py runs this model
-        dtype: (torch.randn(64 * MIB, device=DEVICE) / 50).to(dtype).view(torch.uint8).cpu().numpy()
+        # small enough for products to stay finite: benchmarks/memory_plans.py runs this model
+        dtype: (values / 50).to(dtype).view(torch.uint8).cpu().numpy()
         for dtype in NAMES
+        for values in [torch.randn(64 * MIB, device=DEVICE)]
     }
     with ThreadPoolExecutor(WRITERS) as threads:
         for name, (network, dtype) in networks(size).items():

@@ -51,8 +51,8 @@ def test_where_everything_fits_everything_stays():
         (40, [256, 384, 512, 704]),
         (24, [256, 384, 512, 704]),
         (16, [256, 384, 512, 704]),
-        (12, [256, 384, 512, 704]),
-        (8, [256, 384, 512]),
+        (12, [256, 384, 512]),
+        (8, [256, 384]),
     ],
 )
 def test_smaller_gpus_make_large_videos_with_fewer_blocks_that_stay(gib, resolutions):
