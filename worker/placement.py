@@ -107,7 +107,7 @@ def make_plan(budget_bytes: int, networks: Mapping[str, NetworkSize]) -> MemoryP
     max_tokens = min(_tokens_in(budget_bytes - least), max(map(_tokens, LONG_SIDE.items())))
     room = budget_bytes - max(least + _activation_bytes(max_tokens), beside)
     resident = 1
-    for num_bytes in sorted(transformer.block_bytes, reverse=True)[1:]:
+    for num_bytes in sorted(transformer.block_bytes, reverse=True)[:-1]:
         room -= num_bytes
         if room < 0:
             break

@@ -56,6 +56,8 @@ def plain_text(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
     Differs from upstream: there a typed `<image>` asks for a second picture, and fails.
     """
     special = "|".join(re.escape(token) for token in tokenizer.get_added_vocab())
+    if not special:
+        return prompt
     return re.sub(special, lambda match: f"{match[0][0]} {match[0][1:]}", prompt, flags=re.I)
 
 
