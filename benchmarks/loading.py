@@ -3,9 +3,11 @@
     python -m benchmarks.loading --directory /tmp/model [--size full] [--limit-seconds 500]
 
 It writes a model directory of the real size with random weights, unless it is there, and loads it
-in each of several ways, each in a process of its own. "Cold" is without the files in the page
-cache, "warm" with all of them in it. Every measurement is one line of JSON as soon as it is made,
-and a table ends it. Run it as root: only root can empty the page cache of everything.
+in each of several ways, each in a process of its own, the most important first: what does not fit
+into the time is left out. "Cold" is without the files in the page cache, "warm" with all of them in
+it. Every measurement is one line of JSON as soon as it is made; a table and the worker's shares of
+the disk's and the bus's speed end it. Run it as root: only root can empty the page cache of
+everything.
 """
 
 import argparse
@@ -23,7 +25,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,8 +63,9 @@ GIB = 2**30
 MIB = 2**20
 SHARD_BYTES = 2 * GIB
 WRITERS = 8
-RESERVE_SECONDS = 20.0  # a step is skipped if less than this is left
-DISK_SECONDS = 4.0  # at most, for each setting in which the disk is read
+RESERVE_SECONDS = 15.0  # a step is skipped if less than this is left
+DISK_SECONDS = 2.0  # at most, for each setting in which the disk is read
+WANTED = {"by_worker warm": 0.5, "by_worker cold": 0.85}  # shares of the bus and of the disk
 NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 DTYPES = {"transformer": torch.bfloat16, "default": torch.float16}  # as the worker has them
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -272,12 +275,16 @@ def fill_page_cache(directory: Path) -> None:
 
 
 def cached_share(directory: Path) -> float:
-    """How much of the files the page cache holds."""
-    pages = [loading._cached_pages(path) for path in weight_files(directory)]
-    return float(np.concatenate(pages).mean())
+    """How many of the files' blocks the page cache holds for the most part."""
+    cached = []
+    for path in weight_files(directory):
+        size = path.stat().st_size
+        with loading._File(path) as file:
+            cached += [file.is_cached(start, start + MIB) for start in range(0, size, MIB)]
+    return float(np.mean(cached))
 
 
-# The steps: each runs in a process of its own and yields what it measures
+# The steps: each yields what it measures
 
 
 def by_worker(directory: Path) -> Iterator[dict[str, Any]]:
@@ -293,23 +300,48 @@ def by_worker_through_the_cache(directory: Path) -> Iterator[dict[str, Any]]:
 
 
 def by_worker_in_other_settings(directory: Path) -> Iterator[dict[str, Any]]:
-    """The same with other threads and blocks, one after the other."""
-    for num_threads, block_mib in itertools.product((4, 8, 16), (8, 16, 32, 64)):
-        reading = Reading(num_threads, block_mib * MIB - loading.PAGE_BYTES)
+    """The same with other threads and other pieces of what is cached, one after the other."""
+    for num_threads, mib in [
+        (16, 2),
+        (16, 8),
+        (16, 1),
+        (16, 16),
+        (12, 4),
+        (24, 4),
+        (8, 4),
+        (8, 16),
+    ]:
+        cached_block_bytes = mib * MIB - loading.PAGE_BYTES
+        reading = Reading(num_threads, 16 // mib * cached_block_bytes, cached_block_bytes)
         measured = load_as_worker(directory, reading)[1]
-        yield measured | {"threads": num_threads, "block_mib": block_mib}
+        yield measured | {"threads": num_threads, "block_mib": mib}
         gc.collect()
         torch.cuda.empty_cache()
 
 
-def load_as_worker(directory: Path, reading: Reading) -> tuple[Any, dict[str, Any]]:
+def by_worker_to_the_host(directory: Path) -> Iterator[dict[str, Any]]:
+    """The same with the two large networks on the host, from where a GPU can fetch their blocks."""
+    placement: dict[str, loading.Place] = {
+        "text_encoder": "host",
+        "transformer": "host",
+        "default": "device",
+    }
+    pipeline, measured = load_as_worker(directory, Reading(), placement)
+    large = [pipeline.text_encoder, pipeline.transformer]
+    pinned = {tensor.is_pinned() for network in large for tensor in network.state_dict().values()}
+    yield measured | {"pinned": sorted(pinned)}
+
+
+def load_as_worker(
+    directory: Path, reading: Reading, placement: Mapping[str, loading.Place] | None = None
+) -> tuple[Any, dict[str, Any]]:
     """The pipeline, and how it came."""
     begun = time.perf_counter()
-    pipeline, report = loading.load(directory, DEVICE, DTYPES, reading=reading)
+    pipeline, report = loading.load(directory, DEVICE, DTYPES, placement, reading)
     return pipeline, {
         "bytes": report.num_bytes,
         "seconds": report.seconds,
-        "seconds_with_disk_probe": round(time.perf_counter() - begun, 3),
+        "seconds_with_probe_and_tokenizers": round(time.perf_counter() - begun, 3),
         "probed_disk_gbps": round((report.disk_bytes_per_second or 0) / GB, 2),
         "cached_share": round(report.cached_bytes / report.num_bytes, 3),
         "ready_seconds": {part.name: round(part.ready_seconds, 2) for part in report.components},
@@ -427,7 +459,7 @@ def bus(directory: Path) -> Iterator[dict[str, Any]]:
 def disk(directory: Path) -> Iterator[dict[str, Any]]:
     """Reads past the page cache with nothing else to do, each setting in files of its own."""
     paths = weight_files(directory)
-    settings = [(8, 16), (16, 16), (4, 64), (8, 64), (16, 4), (32, 16)]
+    settings = [(8, 16), (16, 16), (8, 64), (32, 16)]
     for index, (num_threads, block_mib) in enumerate(settings):
         own = [path for path in paths[index :: len(settings)] if path.stat().st_size > 64 * MIB]
         num_bytes, seconds = read_past_cache(own or paths, num_threads, block_mib * MIB)
@@ -467,7 +499,7 @@ def read_past_cache(paths: list[Path], num_threads: int, block_bytes: int) -> tu
 
 @dataclass(frozen=True)
 class Step:
-    """One process, what the page cache holds when it starts, and what its rate is compared with."""
+    """What to run, what the page cache holds then, and what its rate is compared with."""
 
     run: Callable[[Path], Iterator[dict[str, Any]]]
     cache: str | None = None
@@ -489,6 +521,7 @@ STEPS = [  # the most important first: the time may end
     Step(by_from_pretrained, "cold"),
     Step(by_from_pretrained, "warm"),
     Step(by_worker_in_other_settings, "warm"),
+    Step(by_worker_to_the_host, "warm"),
     Step(by_load_file, "warm"),
     Step(by_runai_streamer, "warm"),
     Step(by_fastsafetensors, "warm"),
@@ -554,7 +587,9 @@ def measure(directory: Path, limit_seconds: float) -> list[dict[str, Any]]:
             continue
         prepare_page_cache(step, directory)
         share = cached_share(directory)
-        for measured in in_own_process(step, directory, left):
+        # What loads nothing needs no process of its own, whose imports take seconds.
+        alone = step.cache is not None
+        for measured in in_own_process(step, directory, left) if alone else step.run(directory):
             line = {"step": step.name, "cached_before": round(share, 3)} | measured
             if "seconds" in line:
                 rate = line["bytes"] / line["seconds"]
@@ -598,16 +633,21 @@ def in_own_process(step: Step, directory: Path, limit_seconds: float) -> Iterato
 def print_table(lines: list[dict[str, Any]]) -> None:
     """The measurements for a reader."""
     write = sys.stdout.write
-    write(f"\n{'step':36}{'GB':>7}{'s':>8}{'GB/s':>8}{'ratio':>7} {'of':5}")
+    write(f"\n{'step':48}{'GB':>7}{'s':>8}{'GB/s':>8}{'ratio':>7} {'of':5}")
     write(f"{'peak RSS':>9}{'+RSS':>7}{'+anon':>7}  GiB\n")
     for line in lines:
         if "seconds" not in line:
             continue
         settings = f" {line['threads']} x {line['block_mib']} MiB" if "threads" in line else ""
-        write(f"{line['step'] + settings:36}{line['bytes'] / GB:7.2f}{line['seconds']:8.2f}")
+        write(f"{line['step'] + settings:48}{line['bytes'] / GB:7.2f}{line['seconds']:8.2f}")
         write(f"{line['gbps']:8.2f}{line.get('ratio', ''):>7} {line.get('of', ''):5}")
-        write(f"{line['peak_rss_gib']:9.2f}{line['more_rss_gib']:7.2f}")
-        write(f"{line['more_anonymous_gib']:7.2f}\n")
+        for field, width in (("peak_rss_gib", 9), ("more_rss_gib", 7), ("more_anonymous_gib", 7)):
+            write(f"{line.get(field, ''):>{width}}")
+        write("\n")
+    for step, wanted in WANTED.items():
+        for line in lines:
+            if line["step"] == step and "ratio" in line:
+                write(f"{step}: {line['ratio']:.3f} of the {line['of']}, {wanted} is wanted\n")
 
 
 def emit(line: dict[str, Any]) -> None:

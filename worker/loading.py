@@ -25,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -93,9 +93,9 @@ class Reading:
     """How files are read."""
 
     num_threads: int = 16
-    # With the page to align it, it fills a power of two, which is what it costs pinned.
-    block_bytes: int = 2**24 - PAGE_BYTES
-    # Those of all threads stay in the processor's cache until they are copied from there.
+    # With a page to align it, it fits into a power of two, which is what it costs pinned.
+    block_bytes: int = 4 * (2**22 - PAGE_BYTES)
+    # A part of a block, so small that those of all threads stay in the processor's cache.
     cached_block_bytes: int = 2**22 - PAGE_BYTES
     past_cache: bool = True  # what the page cache does not hold
 
@@ -569,10 +569,7 @@ class _HostMemory(mmap.mmap):
     _pinned_address: int | None = None
 
     def __new__(cls, num_bytes: int) -> Self:
-        memory = super().__new__(cls, -1, num_bytes, flags=mmap.MAP_PRIVATE)
-        with suppress(OSError):  # not every kernel has large pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        return memory
+        return super().__new__(cls, -1, num_bytes, flags=mmap.MAP_PRIVATE)
 
     def tensor(self) -> Tensor:  # (num_bytes,) uint8
         """The memory, which lives as long as the tensor's storage does."""
@@ -642,15 +639,16 @@ class _File:
         return bool((pages & 1).mean() > 0.5)
 
     def read(self, buffer: memoryview, start: int, num_bytes: int, *, past_cache: bool) -> None:
-        """Puts at least `num_bytes` from `start` on into the buffer, which may be longer.
+        """Puts `num_bytes` from `start` on into the buffer, or up to the end of their last page.
 
         Raises:
             OSError: the file ends before.
         """
         descriptor = self._past_cache if past_cache else self._through_cache
+        room = buffer[: -(-num_bytes // PAGE_BYTES) * PAGE_BYTES]
         filled = 0
         while filled < num_bytes:
-            count = os.preadv(descriptor, [buffer[filled:]], start + filled)
+            count = os.preadv(descriptor, [room[filled:]], start + filled)
             if count == 0:
                 raise OSError(f"{self._path} ends at byte {start + filled}, inside a tensor")
             filled += count
