@@ -31,7 +31,7 @@ from torch import Tensor
 from worker.ahead import ahead
 from worker.engine import to_uint8
 from worker.inputs import AudioSegment
-from worker.model import autoencoder
+from worker.model import autoencoder, kernels
 from worker.video import write_video
 
 FPS = 25
@@ -46,15 +46,18 @@ class Way:
     name: str
     decode: Callable[[AutoencoderKLHunyuanVideo, Tensor], Iterator[Tensor]]
     memory_format: torch.memory_format = autoencoder.MEMORY_FORMAT
+    by_kernels: bool = True  # else by torch's operators
 
     def __call__(self, vae: AutoencoderKLHunyuanVideo, latents: Tensor) -> Iterator[Tensor]:
         """The frames in chunks."""
-        usual = autoencoder.MEMORY_FORMAT
+        usual = autoencoder.MEMORY_FORMAT, kernels._kernels_for_chunk
         autoencoder.MEMORY_FORMAT = self.memory_format
+        if not self.by_kernels:
+            kernels._kernels_for_chunk = lambda chunk: None
         try:
             yield from self.decode(vae, latents)
         finally:
-            autoencoder.MEMORY_FORMAT = usual
+            autoencoder.MEMORY_FORMAT, kernels._kernels_for_chunk = usual
 
 
 def theirs(vae: AutoencoderKLHunyuanVideo, latents: Tensor) -> Iterator[Tensor]:
@@ -70,6 +73,7 @@ def ours(scratch_bytes: int) -> Callable[[AutoencoderKLHunyuanVideo, Tensor], It
 WAYS = [
     Way("diffusers", theirs),
     Way("ours", ours(autoencoder.SCRATCH_BYTES)),
+    Way("ours, by torch", ours(autoencoder.SCRATCH_BYTES), by_kernels=False),
     Way("ours, channels first", ours(autoencoder.SCRATCH_BYTES), torch.contiguous_format),
     Way("ours, least scratch", ours(0)),
 ]

@@ -22,7 +22,7 @@ from worker import loading
 from worker.engine import _dtypes, _hosted
 from worker.model.attention import fastest_backend
 from worker.pipeline import Conditioning, HunyuanVideoAvatarPipeline, Step, _branches
-from worker.placement import GIB, USABLE, make_plan
+from worker.placement import DECODER_SCRATCH_BYTES, GIB, USABLE, make_plan
 from worker.shapes import SAMPLE_RATE_HZ, FrameSize
 
 PLANS = ["141:704x768", "24:704x768", "16:704x768", "12:512x512", "8:512x512", "6:384x384"]
@@ -71,7 +71,9 @@ def measure(pipeline: HunyuanVideoAvatarPipeline, size: FrameSize) -> dict[str, 
         raise ArithmeticError("the velocity is not finite")
     for branch in branches:
         branch.tails.clear()
-    found["decode"], _ = seconds_of(lambda: [len(f) for f in pipeline.decode_frames(latents, 129)])
+    found["decode"], _ = seconds_of(
+        lambda: [len(f) for f in pipeline.decode_frames(latents, 129, DECODER_SCRATCH_BYTES)]
+    )
     return found
 
 

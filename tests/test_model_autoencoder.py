@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.goldens.transformer import relative_difference
 from tests.goldens.weights import load_case
+from worker.model import kernels
 from worker.model.autoencoder import _affine, decode_frames, set_tiles, tile_bytes
 
 TOLERANCE = 3e-6
@@ -144,6 +145,28 @@ def test_a_gpu_decodes_the_same_frames(scratch_bytes, vae):
     theirs = diffusers_frames(vae, latents.to("cuda", torch.float16)).cpu()
     frames = torch.cat(list(decode_frames(vae, latents.to("cuda"), scratch_bytes))).cpu()
     assert relative_difference(frames, expected) < 1.1 * relative_difference(theirs, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("factor", [(1, 1, 1), (1, 2, 2), (2, 2, 2)])
+@pytest.mark.parametrize("channels", [16, 128, 512])
+def test_the_kernels_give_what_torch_s_operators_give(channels, factor):
+    generator = torch.Generator().manual_seed(3)
+    chunk = torch.randn(1, channels, 3, 33, 47, generator=generator).half()
+    chunk = chunk.to(memory_format=torch.channels_last_3d)
+    time, down, across = factor
+    size = (1, channels, 3 * time, 33 * down + 2, 47 * across + 2)
+    target = torch.empty(size, dtype=torch.float16, memory_format=torch.channels_last_3d)
+    assert kernels._kernels_for_chunk(chunk.cuda()) is not None
+    affine = [torch.randn(1, channels, 1, 1, 1, generator=generator) for _ in range(2)]
+    for given in (None, affine) if factor == (1, 1, 1) else (None,):
+        on_gpu = target.cuda()
+        kernels.padded_chunk(chunk.cuda(), on_gpu, factor, given and [a.cuda() for a in given])
+        kernels.padded_chunk(chunk, target, factor, given)
+        assert relative_difference(on_gpu.cpu(), target) <= (1e-3 if given else 0)
+    sums = (kernels.channel_sums(given) for given in (chunk.cuda(), chunk))
+    for ours, plain in zip(*sums, strict=True):
+        assert relative_difference(ours.cpu(), plain) < 1e-5
 
 
 def test_the_statistics_of_a_full_size_tile_are_exact():

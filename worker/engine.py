@@ -18,10 +18,18 @@ from PIL import Image
 from worker import errors, loading, weights
 from worker.ahead import ahead
 from worker.loading import LoadReport
+from worker.model import autoencoder
 from worker.model.attention import fastest_backend
 from worker.model.linear import float8_works
 from worker.pipeline import Conditioning, HunyuanVideoAvatarPipeline
-from worker.placement import GIB, USABLE, HostedNetwork, MemoryPlan, make_plan
+from worker.placement import (
+    DECODER_SCRATCH_BYTES,
+    GIB,
+    USABLE,
+    HostedNetwork,
+    MemoryPlan,
+    make_plan,
+)
 from worker.schema import PRESETS, GenerationParams
 from worker.settings import Settings
 from worker.shapes import LONG_SIDE, SAMPLE_RATE_HZ, fit_size, full_step_indices
@@ -154,7 +162,10 @@ class Engine:
 
         A GPU decodes the next chunk while the last one is used: close what is not used up.
         """
-        decoded = self.pipeline.decode_frames(latents, num_frames=conditioning.num_frames)
+        scratch_bytes = autoencoder.SCRATCH_BYTES
+        if self.plan is not None and not self.plan.all_resident:
+            scratch_bytes = DECODER_SCRATCH_BYTES
+        decoded = self.pipeline.decode_frames(latents, conditioning.num_frames, scratch_bytes)
         chunks = map(to_uint8, decoded)  # keeps no chunk, as a loop would
         with _failures_as_ours(), contextlib.closing(decoded):
             yield from ahead(chunks) if self.device.type == "cuda" else chunks

@@ -25,7 +25,8 @@ SLOTS = 2  # blocks on their way or in use, of those that do not stay
 # Measured on an H200 (docs/performance.md), rounded up.
 TOKEN_BYTES = 27 * 3072  # of the denoiser at its peak, for each token of a window
 DENOISER_BYTES = GIB // 4  # whatever the size: convolutions, text, noise
-DECODER_BYTES = 33 * GIB // 10  # a tile of the autoencoder
+DECODER_SCRATCH_BYTES = 2**28  # of the decoder's chunk in work, where memory is short
+DECODER_BYTES = 11 * GIB // 4  # a tile of the autoencoder then, and its frames
 TEXT_TOKENS = 831  # at most
 USABLE = 0.96  # of the memory that is free: the rest is for libraries, and lost between tensors
 

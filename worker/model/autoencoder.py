@@ -27,6 +27,8 @@ from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import (
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from worker.model import kernels
+
 TILE_PIXELS, STRIDE_PIXELS = 256, 192
 TILE_FRAMES, STRIDE_FRAMES = 64, 48
 
@@ -251,8 +253,8 @@ def _affine(norm: nn.GroupNorm, chunks: Sequence[Tensor] | Chunks) -> _Affine:
     Sums are per frame and channel, so that they do not depend on where the chunks end.
     """
     precise = torch.promote_types(chunks[0].dtype, torch.float32)
-    sums = torch.cat([chunk.sum((0, 3, 4), dtype=precise) for chunk in chunks], 1)  # (C, F)
-    squares = torch.cat([_squares(chunk, precise) for chunk in chunks], 1)
+    per_chunk = zip(*map(kernels.channel_sums, chunks), strict=True)
+    sums, squares = (torch.cat(list(values), 1) for values in per_chunk)  # (C, F) each
     count = norm.num_channels // norm.num_groups * sums.shape[1] * chunks[0][0, 0, 0].numel()
 
     def mean(values: Tensor) -> Tensor:  # (C, F) -> (C,), that of the channel's group
@@ -264,16 +266,6 @@ def _affine(norm: nn.GroupNorm, chunks: Sequence[Tensor] | Chunks) -> _Affine:
     scale = norm.weight * (variance + norm.eps).rsqrt()
     shift = norm.bias - center * scale
     return _Affine(*(values.to(precise).view(1, -1, 1, 1, 1) for values in (shift, scale)))
-
-
-def _squares(chunk: Tensor, precise: torch.dtype) -> Tensor:  # (C, f)
-    """The sum of the squares of each channel in each frame.
-
-    By rows: on a CPU a norm adds one number after the other, and a whole frame of them costs two
-    digits. A square of the chunk would lie in memory.
-    """
-    rows = torch.linalg.vector_norm(chunk, dim=4, dtype=precise)  # (1, C, f, H)
-    return rows.square_().sum((0, 3))
 
 
 class _Convolution:
@@ -319,24 +311,12 @@ class _Convolution:
 
     def __call__(self, piece: Tensor) -> Tensor:
         """The convolution of the next chunk (1, C, f, H, W)."""
-        time, vertical, horizontal = self._factor
+        time = self._factor[0]
         is_first = self._buffer is None
         start = CARRIED + 1 - time if is_first else CARRIED
         seen = self._room(piece, start + time * piece.shape[2])  # (1, C, ..., H + 2, W + 2)
         new = seen[:, :, start:]
-        inner = new[..., 1:-1, 1:-1]
-        if self._affine is not None:
-            torch.addcmul(self._affine.shift, piece, self._affine.scale, out=inner)
-        else:
-            copies = inner.unflatten(4, (-1, horizontal)).unflatten(3, (-1, vertical))
-            copies = copies.unflatten(2, (-1, time))  # (1, C, f, time, H, vertical, W, horizontal)
-            copies.copy_(piece[:, :, :, None, :, None, :, None])
-        for edge, beside in ((0, 1), (-1, -2)):
-            new[..., 1:-1, edge] = new[..., 1:-1, beside]
-        for edge, beside in ((0, 1), (-1, -2)):
-            new[..., edge, :] = new[..., beside, :]
-        if self._affine is not None:
-            F.silu(new, inplace=True)
+        kernels.padded_chunk(piece, new, self._factor, self._affine)
         if is_first:
             seen[:, :, :start] = new[:, :, :1]
         return F.conv3d(seen, self._weight, self._conv.bias)

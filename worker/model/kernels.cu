@@ -237,3 +237,113 @@ extern "C" __global__ void quantized_rows_of_gelu(const uint4* x, long long stri
   quantize<true>(x, stride, out, scale);
 }
 #endif
+
+// Chunks of the autoencoder: frames of rows of columns of channels, in float16. A thread works on
+// eight channels, always the same ones; `eighths` of the channels divide the threads of a block.
+
+__device__ __forceinline__ float half_to_float(bits32 bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"((bits16)bits));
+  return value;
+}
+
+__device__ __forceinline__ bits32 pack_two_halves(float low, float high) {
+  bits32 packed;
+  asm("{.reg .f16 l, h; cvt.rn.f16.f32 l, %1; cvt.rn.f16.f32 h, %2; mov.b32 %0, {l, h};}"
+      : "=r"(packed)
+      : "f"(low), "f"(high));
+  return packed;
+}
+
+__device__ __forceinline__ Eight unpack_halves(uint4 packed) {
+  Eight eight;
+  const bits32 words[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    eight.value[2 * i] = half_to_float(words[i] & 0xffffu);
+    eight.value[2 * i + 1] = half_to_float(words[i] >> 16);
+  }
+  return eight;
+}
+
+__device__ __forceinline__ uint4 pack_halves(const Eight& eight) {
+  const float* v = eight.value;
+  return make_uint4(pack_two_halves(v[0], v[1]), pack_two_halves(v[2], v[3]),
+                    pack_two_halves(v[4], v[5]), pack_two_halves(v[6], v[7]));
+}
+
+__device__ __forceinline__ int clamp_to(int value, int most) {
+  return value < 0 ? 0 : value > most ? most : value;
+}
+
+// A block writes one row of the target, which has a border of one pixel that repeats its edge: the
+// chunk with each value written `time` x `down` x `across` times, or, if there is a shift,
+// silu(shift + scale * chunk). Height and width are the chunk's.
+extern "C" __global__ void padded_chunk(const uint4* chunk, const float* shift, const float* scale,
+                                        uint4* target, long long eighths, long long height,
+                                        long long width, long long time, long long down,
+                                        long long across) {
+  const int rows = (int)(height * down) + 2, columns = (int)(width * across) + 2;
+  const int frame = blockIdx.x / rows, row = blockIdx.x % rows;
+  const int from_row = clamp_to(row - 1, rows - 3) / (int)down;
+  const uint4* from = chunk + ((frame / time) * height + from_row) * width * eighths;
+  uint4* to = target + (long long)blockIdx.x * columns * eighths;
+  const int eighth = threadIdx.x % (int)eighths;
+  Eight plus, by;
+  if (shift != nullptr) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      plus.value[i] = shift[8 * eighth + i];
+      by.value[i] = scale[8 * eighth + i];
+    }
+  }
+  const int step = blockDim.x / (int)eighths;
+  for (int column = threadIdx.x / (int)eighths; column < columns; column += step) {
+    const int from_column = clamp_to(column - 1, columns - 3) / (int)across;
+    uint4 packed = from[from_column * (int)eighths + eighth];
+    if (shift != nullptr) {
+      Eight value = unpack_halves(packed);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float x = plus.value[i] + by.value[i] * value.value[i];
+        value.value[i] = x / (1 + __expf(-x));
+      }
+      packed = pack_halves(value);
+    }
+    to[column * (int)eighths + eighth] = packed;
+  }
+}
+
+// A block sums each channel, and its squares, over `summed` pixels of one frame or what is left of
+// it; `parts` such blocks make a frame.
+extern "C" __global__ void channel_sums(const uint4* chunk, float* totals, float* squares,
+                                        long long eighths, long long pixels, long long parts,
+                                        long long summed) {
+  __shared__ float of_threads[16][256];
+  const long long frame = blockIdx.x / parts, part = blockIdx.x % parts;
+  const int eighth = threadIdx.x % (int)eighths, step = blockDim.x / (int)eighths;
+  const long long end = min((part + 1) * summed, pixels);
+  float sum[8] = {}, square[8] = {};
+  for (long long pixel = part * summed + threadIdx.x / (int)eighths; pixel < end; pixel += step) {
+    const Eight value = unpack_halves(chunk[(frame * pixels + pixel) * eighths + eighth]);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      sum[i] += value.value[i];
+      square[i] += value.value[i] * value.value[i];
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    of_threads[i][threadIdx.x] = sum[i];
+    of_threads[8 + i][threadIdx.x] = square[i];
+  }
+  __syncthreads();
+  for (int at = threadIdx.x; at < 16 * (int)eighths; at += blockDim.x) {
+    const int which = at / (int)eighths, from = at % (int)eighths;
+    float total = 0;
+    for (int thread = from; thread < (int)blockDim.x; thread += (int)eighths)
+      total += of_threads[which][thread];
+    float* out = which < 8 ? totals : squares;
+    out[((long long)blockIdx.x * eighths + from) * 8 + which % 8] = total;
+  }
+}

@@ -1,8 +1,9 @@
 """The point-wise work of the blocks: each function in one pass over memory on a GPU.
 
-On a CUDA device and in bfloat16 the kernels of `kernels.cu` do it, which NVRTC compiles when they
-are first needed: a second once a process, whatever the sizes, and without a compiler installed.
-Anywhere else torch's operators do the same. Shape letters: N tokens, D width, h heads.
+On a CUDA device and in bfloat16, or in float16 for the autoencoder, the kernels of `kernels.cu` do
+it, which NVRTC compiles when they are first needed: a second once a process, whatever the sizes,
+and without a compiler installed. Anywhere else torch's operators do the same. Shape letters: N
+tokens, D width, h heads; of the autoencoder's chunks C channels, f frames, H rows and W columns.
 """
 
 import ctypes
@@ -14,13 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, layer_norm
+from torch.nn.functional import gelu, layer_norm, silu
 
 logger = logging.getLogger(__name__)
 
 FLOAT8 = torch.float8_e4m3fn
 ELEMENTWISE_THREADS = 256
 WIDEST = 8 * 1024  # of a row: eight values a thread
+SUMMED_PIXELS = 1024  # by a block
 
 
 def modulated_norm(
@@ -127,6 +129,57 @@ def quantized_rows(
     return out, scale
 
 
+def padded_chunk(
+    chunk: Tensor,  # (1, C, f, H, W)
+    target: Tensor,  # (1, C, time * f, down * H + 2, across * W + 2)
+    factor: tuple[int, int, int] = (1, 1, 1),  # time, down, across
+    affine: tuple[Tensor, Tensor] | None = None,  # shift and scale, (1, C, 1, 1, 1) each
+) -> None:
+    """Fills the target: SiLU of `shift + scale * chunk`, or without those the chunk enlarged.
+
+    Its border of one pixel repeats the edge.
+    """
+    time, down, across = factor
+    kernels = _kernels_for_chunk(chunk)
+    if kernels is not None:
+        _, channels, _, height, width = chunk.shape
+        blocks = target.shape[2] * target.shape[3]
+        sizes = (channels // 8, height, width, *factor)
+        tensors = (chunk, *(affine or (None, None)), target)
+        kernels.launch("padded_chunk", blocks, ELEMENTWISE_THREADS, *tensors, *sizes)
+        return
+    inner = target[..., 1:-1, 1:-1]
+    if affine is not None:
+        torch.addcmul(affine[0], chunk, affine[1], out=inner)
+    else:
+        copies = inner.unflatten(4, (-1, across)).unflatten(3, (-1, down)).unflatten(2, (-1, time))
+        copies.copy_(chunk[:, :, :, None, :, None, :, None])
+    for edge, beside in ((0, 1), (-1, -2)):
+        target[..., 1:-1, edge] = target[..., 1:-1, beside]
+    for edge, beside in ((0, 1), (-1, -2)):
+        target[..., edge, :] = target[..., beside, :]
+    if affine is not None:
+        silu(target, inplace=True)
+
+
+def channel_sums(chunk: Tensor) -> tuple[Tensor, Tensor]:  # (1, C, f, H, W) -> 2 x (C, f)
+    """The sum of each channel in each frame, and that of its squares, in float32 at least."""
+    kernels = _kernels_for_chunk(chunk)
+    if kernels is None:
+        precise = torch.promote_types(chunk.dtype, torch.float32)
+        # by rows: on a CPU a norm adds one number after the other, and a whole frame of them costs
+        # two digits; a square of the chunk would lie in memory
+        rows = torch.linalg.vector_norm(chunk, dim=4, dtype=precise)
+        return chunk.sum((0, 3, 4), dtype=precise), rows.square_().sum((0, 3))
+    _, channels, frames, height, width = chunk.shape
+    parts = math.ceil(height * width / SUMMED_PIXELS)
+    sums = torch.empty((2, frames, parts, channels), dtype=torch.float32, device=chunk.device)
+    sizes = (channels // 8, height * width, parts, SUMMED_PIXELS)
+    kernels.launch("channel_sums", frames * parts, ELEMENTWISE_THREADS, chunk, *sums, *sizes)
+    total, squares = sums.sum(2).transpose(1, 2)
+    return total, squares
+
+
 def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """Pairs of neighbours turned, in float32: (1, N, h, D/h)."""
     real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
@@ -147,6 +200,18 @@ def _kernels_for(x: Tensor, width: int = 256, head: int = 128) -> "_Kernels | No
     if x.data_ptr() % 16 or any(stride % 8 for stride in x.stride()[:-1]):
         return None  # they read 16 bytes at a time
     return _compiled(x.device.index, width, head)
+
+
+def _kernels_for_chunk(chunk: Tensor) -> "_Kernels | None":
+    """The kernels for the autoencoder's chunks; None where torch has to do."""
+    eighths, rest = divmod(chunk.shape[1], 8)
+    fits = rest == 0 and eighths > 0 and ELEMENTWISE_THREADS % eighths == 0
+    if not (fits and chunk.is_cuda and chunk.dtype == torch.float16):
+        return None
+    is_last = chunk.is_contiguous(memory_format=torch.channels_last_3d)
+    if not is_last or chunk.data_ptr() % 16:
+        return None
+    return _compiled(chunk.device.index, 256, 128)
 
 
 @functools.cache
