@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from diffusers import AutoencoderKLHunyuanVideo, FlowMatchEulerDiscreteScheduler
 from safetensors import safe_open
@@ -278,7 +279,8 @@ def cached_share(directory: Path) -> float:
     for path in weight_files(directory):
         size = path.stat().st_size
         with loading._File(path) as file:
-            cached += [file.is_cached(start, start + MIB) for start in range(0, size, MIB)]
+            step = 16 * MIB
+            cached += [file.is_cached(start, start + step) for start in range(0, size, step)]
     return float(np.mean(cached))
 
 
@@ -661,7 +663,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--directory", type=Path, required=True, help="for the model directory")
     parser.add_argument("--size", choices=SIZES, default="full")
-    parser.add_argument("--limit-seconds", type=float, default=500.0, help="for all of it")
+    parser.add_argument(
+        "--limit-seconds", type=float, default=500.0, help="for all of it, imports too"
+    )
     parser.add_argument("--step", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     directory: Path = arguments.directory
@@ -684,7 +688,8 @@ def main() -> None:
         "write_seconds": round(seconds, 1),
     }
     emit(machine)
-    print_table(measure(directory, arguments.limit_seconds - seconds))
+    past_seconds = time.time() - psutil.Process().create_time()
+    print_table(measure(directory, arguments.limit_seconds - past_seconds))
 
 
 if __name__ == "__main__":
