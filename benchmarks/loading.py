@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from diffusers import AutoencoderKLHunyuanVideo, FlowMatchEulerDiscreteScheduler
 from safetensors import safe_open
@@ -280,7 +281,8 @@ def cached_share(directory: Path) -> float:
     for path in weight_files(directory):
         size = path.stat().st_size
         with loading._File(path) as file:
-            cached += [file.is_cached(start, start + MIB) for start in range(0, size, MIB)]
+            step = 16 * MIB
+            cached += [file.is_cached(start, start + step) for start in range(0, size, step)]
     return float(np.mean(cached))
 
 
@@ -336,12 +338,15 @@ def load_as_worker(
     directory: Path, reading: Reading, placement: Mapping[str, loading.Place] | None = None
 ) -> tuple[Any, dict[str, Any]]:
     """The pipeline, and how it came."""
+    gc.disable()  # as the worker does at its start
     begun = time.perf_counter()
     pipeline, report = loading.load(directory, DEVICE, DTYPES, placement, reading)
+    seconds = time.perf_counter() - begun
+    gc.enable()
     return pipeline, {
         "bytes": report.num_bytes,
         "seconds": report.seconds,
-        "seconds_with_probe_and_tokenizers": round(time.perf_counter() - begun, 3),
+        "seconds_with_probe_and_tokenizers": round(seconds, 3),
         "probed_disk_gbps": round((report.disk_bytes_per_second or 0) / GB, 2),
         "cached_share": round(report.cached_bytes / report.num_bytes, 3),
         "ready_seconds": {part.name: round(part.ready_seconds, 2) for part in report.components},
@@ -660,7 +665,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--directory", type=Path, required=True, help="for the model directory")
     parser.add_argument("--size", choices=SIZES, default="full")
-    parser.add_argument("--limit-seconds", type=float, default=500.0, help="for all of it")
+    parser.add_argument(
+        "--limit-seconds", type=float, default=500.0, help="for all of it, imports too"
+    )
     parser.add_argument("--step", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     directory: Path = arguments.directory
@@ -683,7 +690,8 @@ def main() -> None:
         "write_seconds": round(seconds, 1),
     }
     emit(machine)
-    print_table(measure(directory, arguments.limit_seconds - seconds))
+    past_seconds = time.time() - psutil.Process().create_time()
+    print_table(measure(directory, arguments.limit_seconds - past_seconds))
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | VALUES,
     "fitness": {"jobs", "engine", "storage", "video", "import_guard"} | VALUES,
     "serve": {"jobs", "fitness", "progress", "logs"},
-    "doctor": {"import_guard", "model", "pipeline", "engine", "weights", "video", "storage"}
+    "doctor": {"import_guard", "model", "pipeline", "engine", "weights", "video", "storage", "disk"}
     | VALUES,
     "client": {"storage", "logs", "errors", "settings", "schema"},
     "local": {"settings"},

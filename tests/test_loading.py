@@ -288,6 +288,29 @@ def test_a_dtype_that_no_network_has_is_named(own_model):
         loading.load(own_model, CPU, ON_CPU)
 
 
+def test_one_changed_byte_of_a_header_is_named_or_changes_nothing(tmp_path):
+    weights = {"0.weight": torch.rand(3, 5), "0.bias": torch.rand(3)}
+    path = tmp_path / "model.safetensors"
+    save_file(weights, path, metadata={"format": "pt"})
+    whole = path.read_bytes()
+    messages = []
+    for index in range(8 + int.from_bytes(whole[:8], "little")):
+        path.write_bytes(
+            whole[:index] + bytes([whole[index] ^ 1 << index % 7]) + whole[index + 1 :]
+        )
+        network = torch.nn.Sequential(torch.nn.Linear(5, 3, device="meta"))
+        try:
+            with loading._Transfer(CPU, SMALL) as transfer:
+                transfer.fill(network, tmp_path, torch.float32, "device")
+                transfer.finish()
+        except (OSError, ValueError) as error:
+            messages.append(str(error))
+        else:
+            assert_same(network.state_dict(), weights)
+    assert len(messages) > 100
+    assert [message for message in messages if str(tmp_path) not in message] == []
+
+
 def test_a_component_without_weights_is_named(own_model):
     (own_model / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="model/vae holds no weights"):

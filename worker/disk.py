@@ -42,14 +42,11 @@ def speed(path: Path, num_threads: int, block_bytes: int, seconds: float) -> flo
         seconds: after which no read begins.
 
     Raises:
-        OSError: the file cannot be read.
+        OSError: the file cannot be read, or not past the page cache.
     """
     blocks = iter(reversed(range(path.stat().st_size // block_bytes)))
     lock = threading.Lock()
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    except OSError:  # not every file system can
-        descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
 
     def read(buffer: mmap.mmap) -> int:
         """Bytes that a thread reads in the time."""
@@ -75,4 +72,8 @@ def speed(path: Path, num_threads: int, block_bytes: int, seconds: float) -> flo
 
 if __name__ == "__main__":
     _, path, num_threads, block_bytes, seconds = sys.argv
-    sys.stdout.write(str(speed(Path(path), int(num_threads), int(block_bytes), float(seconds))))
+    try:
+        result = speed(Path(path), int(num_threads), int(block_bytes), float(seconds))
+    except OSError as error:
+        sys.exit(f"the disk's speed was not measured: {error}")
+    sys.stdout.write(str(result))

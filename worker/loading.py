@@ -282,13 +282,21 @@ class _Stored:
     def num_values(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def num_bytes(self) -> int:
+        return self.num_values * self.dtype.itemsize
+
     def dtype_as(self, dtype: torch.dtype) -> torch.dtype:
         """What it is kept as where numbers are kept as `dtype`; the bits of 8-bit numbers stay."""
         return dtype if self.dtype.is_floating_point else self.dtype
 
 
 def _stored_tensors(path: Path) -> list[_Stored]:
-    """What the file holds, from front to back."""
+    """What the file holds, from front to back.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or its header is damaged; names the file.
+    """
     header, first = weights.read_header(path)
     tensors = []
     for key, entry in header.items():
@@ -296,7 +304,13 @@ def _stored_tensors(path: Path) -> list[_Stored]:
             raise ValueError(f"{path}: {key} is of an unknown dtype, {entry['dtype']}")
         start, end = (first + offset for offset in entry["data_offsets"])
         tensors.append(_Stored(key, DTYPES[entry["dtype"]], tuple(entry["shape"]), start, end))
-    return sorted(tensors, key=lambda tensor: tensor.start)
+    tensors.sort(key=lambda tensor: tensor.start)
+    for tensor, before in zip(tensors, [first, *(each.end for each in tensors)], strict=False):
+        if tensor.start != before or tensor.end - before != tensor.num_bytes:
+            raise ValueError(f"{path}: {tensor.key} is not where it should be, or of another size")
+    if path.stat().st_size > tensors[-1].end:
+        raise ValueError(f"{path} goes on after its last tensor")
+    return tensors
 
 
 def _match(

@@ -178,7 +178,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     """What a safetensors file says of each tensor, and where in the file the first one begins.
 
     Raises:
-        ValueError: the file ends before its header does, or the header is none.
+        ValueError: the file ends before its header does, or the header is none; names the file.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -186,9 +186,25 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
         if 8 + length > size:
             raise ValueError(f"{path} is cut short")
-        header = json.loads(file.read(length))
+        content = file.read(length)
+    try:
+        header = json.loads(content)
+    except ValueError:
+        header = None
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: the header is damaged")
     header.pop("__metadata__", None)
+    for key, entry in header.items():
+        if not _describes_a_tensor(entry):
+            raise ValueError(f"{path}: the header is damaged at {key}")
     return header, 8 + length
+
+
+def _describes_a_tensor(entry: Any) -> bool:
+    match entry:
+        case {"dtype": str(), "shape": [*sizes], "data_offsets": [int(), int()]}:
+            return all(isinstance(size, int) for size in sizes)
+    return False
 
 
 def _has_full_length(path: Path) -> bool:
