@@ -302,19 +302,9 @@ def by_worker_through_the_cache(directory: Path) -> Iterator[dict[str, Any]]:
 
 
 def by_worker_in_other_settings(directory: Path) -> Iterator[dict[str, Any]]:
-    """The same with other threads and other pieces of what is cached, one after the other."""
-    for num_threads, mib in [
-        (16, 2),
-        (16, 8),
-        (16, 1),
-        (16, 16),
-        (12, 4),
-        (24, 4),
-        (8, 4),
-        (8, 16),
-    ]:
-        cached_block_bytes = mib * MIB - loading.PAGE_BYTES
-        reading = Reading(num_threads, 16 // mib * cached_block_bytes, cached_block_bytes)
+    """The same with other threads and blocks, one after the other."""
+    for num_threads, mib in ((16, 16), (24, 32), (32, 32), (16, 64), (24, 16), (8, 32)):
+        reading = Reading(num_threads, mib * MIB - loading.PAGE_BYTES)
         measured = load_as_worker(directory, reading)[1]
         yield measured | {"threads": num_threads, "block_mib": mib}
         gc.collect()
@@ -580,12 +570,14 @@ def memory_bytes(field: str) -> int:
 # The whole
 
 
-def measure(directory: Path, limit_seconds: float) -> list[dict[str, Any]]:
+def measure(directory: Path, limit_seconds: float, only: list[str]) -> list[dict[str, Any]]:
     """Every line that was printed."""
     begun = time.perf_counter()
     best = {"disk": 0.0, "bus": 0.0}  # bytes a second
     lines = []
     for step in STEPS:
+        if only and step.name not in only:
+            continue
         left = limit_seconds - (time.perf_counter() - begun)
         if left < RESERVE_SECONDS:
             emit({"step": step.name, "skipped": "no time is left"})
@@ -668,6 +660,7 @@ def main() -> None:
     parser.add_argument(
         "--limit-seconds", type=float, default=500.0, help="for all of it, imports too"
     )
+    parser.add_argument("--only", nargs="*", default=[], help="steps by name; all by default")
     parser.add_argument("--step", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     directory: Path = arguments.directory
@@ -691,7 +684,7 @@ def main() -> None:
     }
     emit(machine)
     past_seconds = time.time() - psutil.Process().create_time()
-    print_table(measure(directory, arguments.limit_seconds - past_seconds))
+    print_table(measure(directory, arguments.limit_seconds - past_seconds, arguments.only))
 
 
 if __name__ == "__main__":

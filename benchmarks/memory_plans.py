@@ -52,7 +52,12 @@ def measure(pipeline: HunyuanVideoAvatarPipeline, size: FrameSize) -> dict[str, 
     conditioning: Conditioning
     found["encode"], conditioning = seconds_of(
         lambda: pipeline.encode(
-            portrait, waveform, "A person.", height=size.height, width=size.width
+            portrait,
+            waveform,
+            "A person.",
+            face_box=(size.width / 4, size.height / 4, size.width / 2, size.height / 2),
+            height=size.height,
+            width=size.width,
         )
     )
     latents, reference = pipeline._prepare_latents(conditioning, None, None, None)

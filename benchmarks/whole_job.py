@@ -85,7 +85,8 @@ def run(
         frame_rate=SAMPLE_RATE_HZ,
         channels=1,
     )
-    params = GenerationParams(resolution=min(size), preset=preset)
+    face = (size.width / 4, size.height / 4, size.width / 2, size.height / 2)
+    params = GenerationParams(resolution=min(size), preset=preset, face_box=face)
     seconds: dict[str, float] = {}
 
     def timed(name: str, call: Callable[[], Any]) -> Any:

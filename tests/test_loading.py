@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 ON_GPU = {"transformer": torch.bfloat16, "default": torch.float16}  # as the engine has them there
 ON_CPU = {"default": torch.float32}
 # Most tensors come in several pieces.
-SMALL = Reading(num_threads=3, block_bytes=8 * PAGE_BYTES, cached_block_bytes=3 * PAGE_BYTES)
+SMALL = Reading(num_threads=3, block_bytes=8 * PAGE_BYTES)
 
 
 TRANSFORMER_FILE = "transformer/diffusion_pytorch_model.safetensors"

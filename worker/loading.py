@@ -80,6 +80,7 @@ DTYPES = {
 PAGE_BYTES = 4096  # reads past the page cache begin and end at pages, on the disk and in memory
 ALIGNMENT = 256  # of a tensor in its storage, in bytes: what CUDA's own allocations promise
 DISK_SECONDS = 0.3  # for how long the disk's speed is measured
+PROBE_BLOCK_BYTES = 2**23  # and in what pieces: a slow disk has to end those that it has begun
 FAULTS_SHOWN = 10
 
 _IN_A_BLOCK = re.compile(r"(.*?\.\d+)\.")  # the key of a tensor that belongs to a block
@@ -93,10 +94,9 @@ class Reading:
     """How files are read."""
 
     num_threads: int = 16
-    # With a page to align it, it fits into a power of two, which is what it costs pinned.
-    block_bytes: int = 4 * (2**22 - PAGE_BYTES)
-    # A part of a block, so small that those of all threads stay in the processor's cache.
-    cached_block_bytes: int = 2**22 - PAGE_BYTES
+    # With the page to align it, it fills a power of two, which is what it costs pinned. Smaller
+    # ones are read faster, and then wait for one another: Python runs one thread at a time.
+    block_bytes: int = 2**25 - PAGE_BYTES
     past_cache: bool = True  # what the page cache does not hold
 
 
@@ -243,9 +243,9 @@ def _disk_probe(
     """Measures the disk in the model's largest file; None where there is too little to read."""
     paths = (path for name in NETWORKS for path in _weight_files(model_dir / name))
     path = max(paths, key=lambda path: path.stat().st_size)
-    if path.stat().st_size < reading.num_threads * reading.block_bytes:
+    if path.stat().st_size < reading.num_threads * PROBE_BLOCK_BYTES:
         return nullcontext(lambda: None)
-    return disk.probe(path, reading.num_threads, reading.block_bytes, DISK_SECONDS)
+    return disk.probe(path, reading.num_threads, PROBE_BLOCK_BYTES, DISK_SECONDS)
 
 
 def _without_storage(network_class: Network, directory: Path, dtype: torch.dtype) -> nn.Module:
@@ -441,29 +441,24 @@ class _Transfer:
         """Reads a block and sends each tensor its part of it. Runs in a thread."""
         was_cached = file.is_cached(start, end)
         past_cache = self._reading.past_cache and not was_cached
-        buffer = self._buffer(past_cache)
-        for piece_start in range(start, end, len(buffer.memory)):
-            piece_end = min(piece_start + len(buffer.memory), end)
-            file.read(buffer.view, piece_start, piece_end - piece_start, past_cache=past_cache)
-            piece = buffer.memory[: piece_end - piece_start]
-            for one in incoming:
-                if one.start < piece_end and one.end > piece_start:
-                    one.take(piece, piece_start)
+        buffer = self._buffer()
+        file.read(buffer.view, start, end - start, past_cache=past_cache)
+        block = buffer.memory[: end - start]
+        for one in incoming:
+            one.take(block, start)
         return _Moved(end - start, was_cached, time.monotonic())
 
     def _begin_thread(self) -> None:
-        self._of_this_thread.buffers = {}
+        self._of_this_thread.buffer = None
         if self._on_gpu:
             torch.cuda.set_stream(torch.cuda.Stream(self._device))
 
-    def _buffer(self, past_cache: bool) -> "_Buffer":
+    def _buffer(self) -> "_Buffer":
         """This thread's buffer."""
-        buffers: dict[bool, _Buffer] = self._of_this_thread.buffers
-        if past_cache not in buffers:
-            reading = self._reading
-            num_bytes = reading.block_bytes if past_cache else reading.cached_block_bytes
-            buffers[past_cache] = _Buffer(num_bytes, pinned=self._on_gpu)
-        return buffers[past_cache]
+        if self._of_this_thread.buffer is None:
+            buffer = _Buffer(self._reading.block_bytes, pinned=self._on_gpu)
+            self._of_this_thread.buffer = buffer
+        return self._of_this_thread.buffer
 
 
 @dataclass(frozen=True)
