@@ -36,10 +36,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "text": {"shapes"},
     "face": {"shapes"},
     "sampling": {"shapes", "model"},
-    "pipeline": {"audio", "image", "text", "face", "sampling", "model", "shapes"},
+    "parallel": set(),
+    "team": {"parallel", "logs"} | VALUES,
+    "pipeline": {"audio", "image", "text", "face", "sampling", "model", "shapes", "parallel"},
     "demo": {"pipeline", "model", "text"},
     "loading": {"pipeline", "model", "face", "weights"},
-    "engine": {"pipeline", "demo", "weights", "loading"} | VALUES,
+    "engine": {"pipeline", "demo", "weights", "loading", "sampling", "parallel", "team"} | VALUES,
+    "follower": {"engine", "parallel", "team", "logs"} | VALUES,
     "jobs": {"engine", "inputs", "video", "delivery", "progress", "estimate", "logs"}
     | {"import_guard"}
     | VALUES,

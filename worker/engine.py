@@ -8,19 +8,21 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from worker import errors, loading, weights
+from worker import errors, loading, sampling, weights
 from worker.loading import LoadReport
+from worker.parallel import NUM_SIDES, USABLE, Sharing
 from worker.pipeline import Conditioning, HunyuanVideoAvatarPipeline
 from worker.schema import GenerationParams
 from worker.settings import Settings
 from worker.shapes import SAMPLE_RATE_HZ
+from worker.team import Team
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,7 @@ GIB = 2**30
 # Room for activations: the denoiser takes 8 at 704 x 768 (docs/performance.md), and more at the
 # largest size; what the VAE's tiles take is not measured yet.
 ACTIVATIONS_GIB = 30
+OTHERS_SECONDS = 60  # that the other GPUs' processes may be slower than this one, and as much again
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +41,33 @@ class Engine:
     device: torch.device
     load_seconds: float
     load_report: LoadReport | None  # None: the demo model, which is read from nowhere
+    team: Team | None = None  # the processes of the other GPUs; None: there are none
 
     @classmethod
-    def load(cls, settings: Settings) -> "Engine":
+    def start(cls, settings: Settings) -> "Engine":
+        """Loads the model on each GPU that the settings allow, side by side.
+
+        Call it from a thread that lasts as long as the process: the other GPUs' end with it.
+
+        Raises:
+            OSError, RuntimeError, ValueError: as `load`, on any GPU; too few GPUs.
+        """
+        devices = _devices(settings)
+        if len(devices) == 1:
+            return cls.load(settings)
+        team = Team(settings, devices)
+        try:
+            engine = cls.load(settings, devices[0])
+            group = team.join(patience_seconds=OTHERS_SECONDS + 2 * engine.load_seconds)
+            group.share_tokens(engine.pipeline.transformer)
+        except BaseException:
+            team.close()
+            raise
+        logger.info("%d GPUs work together", len(devices))
+        return replace(engine, team=team)
+
+    @classmethod
+    def load(cls, settings: Settings, device: torch.device | None = None) -> "Engine":
         """Loads the model that the settings name and places it.
 
         On a GPU it is warmed up too: else the first job would pay for what the GPU's libraries set
@@ -51,7 +78,9 @@ class Engine:
                 model, or the warm-up failed.
         """
         started = time.monotonic()
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if device.index is not None:
+            torch.cuda.set_device(device)  # for what asks for "cuda" alone
         report: LoadReport | None = None
         if settings.avatar_model == "demo":
             from worker import demo
@@ -114,10 +143,17 @@ class Engine:
         params: GenerationParams,
         seed: int,
         on_step: Callable[[int, int], None],
+        sharing: Sharing | None = None,
     ) -> torch.Tensor:
-        """Latents of the video; `on_step(step, num_steps)` may raise to stop between two steps."""
+        """Latents of the video; `on_step(step, num_steps)` may raise to stop between two steps.
+
+        With `sharing` this process follows the one that began the job; else it begins it.
+        """
         generator = torch.Generator(self.device).manual_seed(seed)
-        with _failures_as_ours():
+        with _failures_as_ours(), contextlib.ExitStack() as stack:
+            if self.team is not None:
+                num_sides = _num_sides(params)
+                sharing = stack.enter_context(self.team.job(conditioning, params, seed, num_sides))
             return self.pipeline.denoise(
                 conditioning,
                 num_inference_steps=params.num_inference_steps,
@@ -125,6 +161,7 @@ class Engine:
                 flow_shift=params.flow_shift,
                 generator=generator,
                 on_step=on_step,
+                sharing=sharing,
             )
 
     def frames(self, conditioning: Conditioning, latents: torch.Tensor) -> Iterator[np.ndarray]:
@@ -133,6 +170,10 @@ class Engine:
             for chunk in self.pipeline.decode_frames(latents, num_frames=conditioning.num_frames):
                 pixels = (chunk * 255).to(torch.uint8)  # (F, 3, H, W)
                 yield pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()  # (F, H, W, 3)
+
+    def num_gpus(self, params: GenerationParams) -> int:
+        """How many GPUs (on a CPU: processes) generate such a video."""
+        return self.team.num_workers(_num_sides(params)) if self.team is not None else 1
 
     @property
     def gpu_name(self) -> str | None:
@@ -158,6 +199,29 @@ def check_gpu() -> None:
     total = torch.ones(1024, device="cuda").sum().item()
     if total != 1024:
         raise RuntimeError("the GPU computed a wrong sum")
+
+
+def _devices(settings: Settings) -> list[torch.device]:
+    """One for each process that the settings allow.
+
+    Raises:
+        RuntimeError: there are fewer GPUs than the settings ask for.
+    """
+    num_visible = torch.cuda.device_count()
+    if num_visible == 0:
+        return [torch.device("cpu")] * max(1, settings.num_gpus)
+    if settings.num_gpus > num_visible:
+        raise RuntimeError(f"NUM_GPUS is {settings.num_gpus}, and {num_visible} are visible")
+    wanted = settings.num_gpus or num_visible
+    usable = max(number for number in USABLE if number <= wanted)
+    if usable < num_visible:
+        logger.warning("%d of %d GPUs are used", usable, num_visible)
+    return [torch.device("cuda", index) for index in range(usable)]
+
+
+def _num_sides(params: GenerationParams) -> int:
+    """Sides of the guidance that such a video has."""
+    return NUM_SIDES if sampling.is_guided(params.guidance_scale) else 1
 
 
 def _dtypes(device: torch.device) -> dict[str, torch.dtype]:
