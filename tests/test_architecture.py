@@ -105,6 +105,16 @@ def test_only_the_engine_and_the_loader_speak_to_a_gpu():
             assert "torch.cuda." not in path.read_text(), path
 
 
+def test_the_process_of_a_further_gpu_knows_nothing_of_the_platform():
+    reached, new = set(), {"follower"}
+    while new:
+        reached |= new
+        new = set().union(*(MAY_IMPORT[layer] for layer in new)) - reached
+    users = {_layer(path) for path in SOURCES if "runpod" in _imports(path)}
+    assert users
+    assert not reached & users
+
+
 def _seconds_and_modules(code: str) -> tuple[float, set[str]]:
     """Wall time of a fresh interpreter that runs the code, and what it has imported."""
     begun = time.perf_counter()

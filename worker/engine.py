@@ -58,13 +58,21 @@ class Engine:
         team = Team(settings, devices)
         try:
             engine = cls.load(settings, devices[0])
-            group = team.join(patience_seconds=OTHERS_SECONDS + 2 * engine.load_seconds)
-            group.share_tokens(engine.pipeline.transformer)
+            return engine.join(team, OTHERS_SECONDS + 2 * engine.load_seconds)
         except BaseException:
             team.close()
             raise
-        logger.info("%d GPUs work together", len(devices))
-        return replace(engine, team=team)
+
+    def join(self, team: Team, patience_seconds: float) -> "Engine":
+        """This engine at the head of the other GPUs' processes, once they have loaded.
+
+        Raises:
+            RuntimeError: one of them failed, or was not ready in time.
+        """
+        group = team.join(patience_seconds)
+        group.share_tokens(self.pipeline.transformer)
+        logger.info("%d GPUs work together", team.num_processes)
+        return replace(self, team=team)
 
     @classmethod
     def load(cls, settings: Settings, device: torch.device | None = None) -> "Engine":

@@ -242,6 +242,8 @@ class Team:
 
     def close(self) -> None:
         """Ends the processes."""
+        if self._closing:
+            return
         self._closing = True
         self._watch.join()  # it reads the pipes
         for member in self._members:
