@@ -42,6 +42,7 @@ class Speedometer:
     """This worker's rate: the last finished job's, or the table's for its GPU before that."""
 
     gpu_name: str | None = None
+    num_gpus: int = 1
     _measured: float | None = None  # FLOP/s
 
     def record(self, flops: float, seconds: float) -> None:
@@ -50,6 +51,8 @@ class Speedometer:
 
     def estimate_seconds(self, flops: float) -> float | None:
         """Seconds for that much work; None if neither this worker nor the table knows."""
-        known = (rate for name, rate in RATES.items() if name in (self.gpu_name or ""))
+        known = (
+            rate * self.num_gpus for name, rate in RATES.items() if name in (self.gpu_name or "")
+        )
         rate = self._measured or next(known, None)
         return round(flops / rate, 1) if rate else None

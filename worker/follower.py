@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from worker import logs
-from worker.engine import Engine
+from worker.engine import Engine, go_on
 from worker.errors import OutOfMemoryError
 from worker.parallel import Group, GroupSharing
 from worker.settings import Settings
@@ -76,17 +76,13 @@ def _follow(message: Any, leader: "_Leader", engine: Engine, group: Group) -> No
     conditioning = group.receive(message.conditioning, message.num_sides)
     sharing = GroupSharing(group, message.num_sides, leader.await_step)
     try:
-        engine.denoise(conditioning, message.params, message.seed, _go_on, sharing)
+        engine.denoise(conditioning, message.params, message.seed, go_on, sharing)
         if group.device.type != "cpu":
             torch.accelerator.synchronize(group.device)  # a failure shows itself here at the latest
     except _JobEndedError:
         pass
     finally:
         logs.job_id.set(None)
-
-
-def _go_on(step: int, num_steps: int) -> None:
-    """After a step: it is the worker that decides."""
 
 
 class _Leader:

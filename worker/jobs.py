@@ -124,6 +124,8 @@ class Worker:
 
             self._engine = Engine.start(self.settings)
             self._speed.gpu_name = self._engine.gpu_name
+            team = self._engine.team
+            self._speed.num_gpus = team.num_processes if team else 1
         return self._engine
 
     @property

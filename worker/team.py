@@ -150,10 +150,11 @@ class Team:
         self._watch = threading.Thread(target=self._watch_members, name="team", daemon=True)
         self._watch.start()
 
-    def join(self, patience_seconds: float) -> Group:
-        """The group of all processes, once each has loaded its model.
+    def join(self, transformer: Any, patience_seconds: float) -> None:
+        """Returns when each process has loaded its model and met the others.
 
         Args:
+            transformer: this process's, which may have to share its passes.
             patience_seconds: how long to wait for their models.
 
         Raises:
@@ -164,8 +165,8 @@ class Team:
         deadline = time.monotonic() + JOIN_SECONDS
         self._group = Group(0, self.num_processes, self._rendezvous, self._device)
         self._group.check(lambda: self._failure is not None or time.monotonic() > deadline)
+        self._group.share_tokens(transformer)
         self._await(Word.JOINED, max(0.0, deadline - time.monotonic()))
-        return self._group
 
     def num_workers(self, num_sides: int) -> int:
         """How many processes compute so many sides of the guidance."""
@@ -189,11 +190,10 @@ class Team:
             yield Sharing()
             return
         ranks = self._group.ranks(num_sides)
-        sharing = GroupSharing(self._group, num_sides, lambda: self._tell(Word.STEP, ranks))
+        sharing = GroupSharing(self._group, num_sides, lambda: self._begin_step(ranks))
         self._sharing = sharing
         try:
-            if self._failure is not None:
-                raise self._failure.as_error()
+            self._require_whole()
             params = GenerationParams(  # without a job's pictures and sounds
                 **{name: getattr(params, name) for name in GenerationParams.model_fields}
             )
@@ -209,6 +209,14 @@ class Team:
         finally:
             self._sharing = None
             self._tell(Word.END, ranks)
+
+    def _begin_step(self, ranks: range) -> None:
+        self._require_whole()
+        self._tell(Word.STEP, ranks)
+
+    def _require_whole(self) -> None:
+        if self._failure is not None:
+            raise self._failure.as_error()
 
     def _finish(self) -> None:
         """Waits for the last step, so that a process that fails in it fails this job."""
