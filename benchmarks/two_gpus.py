@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -142,7 +143,8 @@ def measure() -> None:
         sizes = [tuple(map(int, size.split("x"))) for size in arguments.sizes]
         jobs = [random_conditioning(engine, *size) for size in sizes]
         alone = [time_steps(engine, job, arguments.num_steps) for job in jobs]
-        engine = engine.join(members, JOIN_PATIENCE_SECONDS)
+        members.join(engine.pipeline.transformer, JOIN_PATIENCE_SECONDS)
+        engine = replace(engine, team=members)
     for size, job, (seconds_alone, expected) in zip(arguments.sizes, jobs, alone, strict=True):
         seconds, latents = time_steps(engine, job, arguments.num_steps)
         report(

@@ -8,7 +8,8 @@ import torch
 
 from tests.team_jobs import NUM_STEPS, SIDE, TWO, conditioning, go_on, params
 from worker import errors
-from worker.engine import Engine
+from worker.engine import Engine, _devices
+from worker.settings import Settings
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -72,3 +73,9 @@ def test_the_other_process_computes_half_of_the_passes(engine):
     finally:
         hook.remove()
     assert len(own) == 5
+
+
+@pytest.mark.parametrize(("num_gpus", "num_processes"), [(0, 1), (1, 1), (2, 2), (3, 2), (9, 8)])
+def test_both_sides_of_the_guidance_get_equally_many_processes(num_gpus, num_processes):
+    settings = Settings(avatar_model="demo", num_gpus=num_gpus)
+    assert len(_devices(settings)) == num_processes

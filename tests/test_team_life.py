@@ -78,13 +78,12 @@ def test_jobs_are_made_cancelled_and_lost_with_a_process(own_endpoint, start_wor
     follower = follower_of(worker)
     cancelled_id = own_endpoint.submit(make_job(num_inference_steps=MANY_STEPS))
     next_id = own_endpoint.submit(make_job(seed=7))
-    alone_id = own_endpoint.submit(make_job(seed=7, guidance_scale=1.0))
     meet_denoising(own_endpoint, cancelled_id)
     own_endpoint.cancel(cancelled_id)
-    jobs = [own_endpoint.wait(job_id, JOB_SECONDS) for job_id in (next_id, alone_id)]
+    following = own_endpoint.wait(next_id, JOB_SECONDS)
     assert own_endpoint.state(cancelled_id).status == "CANCELLED"
-    assert [job.status for job in jobs] == ["COMPLETED", "COMPLETED"]
-    assert [job.output["metrics"]["num_gpus"] for job in jobs] == [2, 1]
+    assert following.status == "COMPLETED"
+    assert following.output["metrics"]["num_gpus"] == 2
 
     lost_id = own_endpoint.submit(make_job(num_inference_steps=MANY_STEPS))
     meet_denoising(own_endpoint, lost_id)

@@ -105,3 +105,11 @@ def test_a_process_that_dies_while_it_loads_keeps_the_worker_from_starting(monke
     monkeypatch.setattr(team, "FOLLOWER", "tests.no_such_module")
     with pytest.raises(RuntimeError, match="GPU 1: its process ended with status 1"):
         Engine.start(TWO)
+
+
+def test_a_process_that_takes_too_long_to_load_keeps_the_worker_from_starting(monkeypatch):
+    monkeypatch.setattr(team, "LEAVE_SECONDS", 0.0)
+    members = team.Team(TWO, [torch.device("cpu")] * 2)
+    with pytest.raises(RuntimeError, match="GPU 1: not ready after 0 s"):
+        members.join(None, patience_seconds=0.0)
+    members.close()

@@ -236,14 +236,18 @@ def _devices(settings: Settings) -> list[torch.device]:
     """
     num_visible = torch.cuda.device_count()
     if num_visible == 0:
-        return [torch.device("cpu")] * max(1, settings.num_gpus)
+        return [torch.device("cpu")] * _usable(settings.num_gpus or 1)
     if settings.num_gpus > num_visible:
         raise RuntimeError(f"NUM_GPUS is {settings.num_gpus}, and {num_visible} are visible")
-    wanted = settings.num_gpus or num_visible
-    usable = max(number for number in USABLE if number <= wanted)
+    usable = _usable(settings.num_gpus or num_visible)
     if usable < num_visible:
         logger.warning("%d of %d GPUs are used", usable, num_visible)
     return [torch.device("cuda", index) for index in range(usable)]
+
+
+def _usable(number: int) -> int:
+    """How many processes of at most so many can share the work."""
+    return max(usable for usable in USABLE if usable <= number)
 
 
 def go_on(step: int, num_steps: int) -> None:

@@ -51,8 +51,6 @@ class Speedometer:
 
     def estimate_seconds(self, flops: float) -> float | None:
         """Seconds for that much work; None if neither this worker nor the table knows."""
-        known = (
-            rate * self.num_gpus for name, rate in RATES.items() if name in (self.gpu_name or "")
-        )
-        rate = self._measured or next(known, None)
+        known = (rate for name, rate in RATES.items() if name in (self.gpu_name or ""))
+        rate = self._measured or self.num_gpus * next(known, 0.0)
         return round(flops / rate, 1) if rate else None

@@ -298,6 +298,11 @@ class Worker:
             conditioning = engine.encode(portrait, speech.waveform, params)
         with run.stage("denoise"):
             latents = engine.denoise(conditioning, params, seed, _step_report(run))
+        logger.info(
+            "denoised in %.1f s by %d processes",
+            run.stage_seconds["denoise_seconds"],
+            engine.num_gpus(params),
+        )
         size = fit_size(portrait.height, portrait.width, params.resolution)
         flops = job_flops(conditioning.plan, size, params.num_inference_steps)
         self._speed.record(flops, run.stage_seconds["denoise_seconds"])

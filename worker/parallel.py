@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from diffusers import ContextParallelConfig
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -106,7 +107,10 @@ class Group:
             )
 
     def close(self) -> None:
-        """Leaves the group. A GPU's is left with the process: NCCL would wait for the others."""
+        """Leaves the group. NCCL's is left with the process, which should end by `os._exit`.
+
+        Else it waits for the other processes, which may be gone.
+        """
         if self.device.type != "cuda":
             dist.destroy_process_group()
 
@@ -114,8 +118,6 @@ class Group:
         """Divides each pass among the processes of a side, if there are several."""
         if self._mesh is None:
             return
-        from diffusers import ContextParallelConfig
-
         transformer.enable_parallelism(
             config=ContextParallelConfig(
                 ulysses_degree=self.num_shares,

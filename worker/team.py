@@ -203,8 +203,9 @@ class Team:
             yield sharing
             self._finish()
         except BaseException as error:
-            if sharing.in_step:
-                raise self._as_loss(error) from error
+            loss = self._loss_behind(error) if sharing.in_step else None
+            if loss is not None:
+                raise loss from error
             raise
         finally:
             self._sharing = None
@@ -225,14 +226,14 @@ class Team:
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
 
-    def _as_loss(self, error: BaseException) -> BaseException:
-        """The error to raise for one that came inside a step."""
-        with self._changed:  # a lost process shows itself here first, and to the watch at once
+    def _loss_behind(self, error: BaseException) -> WorkerError | None:
+        """The loss of another process that led to an error inside a step; None: it came first."""
+        with self._changed:  # the watch may hear of it a little later than the thread
             self._changed.wait_for(lambda: self._failure is not None, GRACE_SECONDS)
         if self._failure is not None:
             return self._failure.as_error()
         self._lose(Failure(f"the worker's own process failed in a step: {error!r}", False))
-        return error
+        return None
 
     @property
     def is_lost(self) -> bool:
@@ -308,7 +309,9 @@ class Team:
                     member.process.kill()
                     self._lose(Failure(f"GPU {member.rank}: no sign of life", False))
             sharing = self._sharing
-            waits_for = sharing.awaited() if sharing is not None else None
+            waits_for = None
+            with contextlib.suppress(RuntimeError):  # of this process's GPU: its thread tells
+                waits_for = sharing.awaited() if sharing is not None else None
             if waits_for is None or waits_for is not awaited:
                 awaited, since = waits_for, now
             elif now - since > LAGGING_SECONDS:
