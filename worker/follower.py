@@ -64,7 +64,8 @@ def main(descriptor: int, load: Load = Engine.load) -> None:
         logger.exception("the process failed")
         cause = error.__cause__ or error
         reason = f"{who}: {type(cause).__name__}: {cause}"
-        leader.say(Failure(reason, isinstance(error, OutOfMemoryError)))
+        out_of_memory = isinstance(error, OutOfMemoryError | torch.OutOfMemoryError)
+        leader.say(Failure(reason, out_of_memory))
         os._exit(1)  # what torch would wait for on its way out may be what failed
 
 

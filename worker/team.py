@@ -42,8 +42,8 @@ ROOT = Path(__file__).parents[1]
 FOLLOWER = "worker.follower"  # its `main(descriptor)` is what a process runs
 
 BEAT_SECONDS = 1.0  # how often a process says that it lives
-SILENT_SECONDS = 30.0  # without a beat a process is stopped, or the machine out of memory
-LAGGING_SECONDS = 180.0  # for another GPU's velocity: less than compiling may take
+SILENT_SECONDS = 60.0  # without a beat a process is stopped; more than any call keeps it from one
+LAGGING_SECONDS = 180.0  # for another GPU's velocity; more than compiling takes
 GRACE_SECONDS = 2.0  # for a thread to notice by itself that another process is lost
 JOIN_SECONDS = 120.0  # to meet, and to find the ways between GPUs
 LEAVE_SECONDS = 5.0  # before a process that should end is killed
