@@ -1,6 +1,5 @@
 """Several processes make one video. On a CPU they are those of a worker with several GPUs."""
 
-import os
 from dataclasses import replace
 
 import pytest
@@ -16,9 +15,10 @@ from worker.settings import Settings
 def one_thread():
     """As many as another process has, or the last bits of sums may differ."""
     before = torch.get_num_threads()
-    os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
     torch.set_num_threads(before)
 
 

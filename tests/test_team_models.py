@@ -1,4 +1,6 @@
-"""Four processes: two for each side of the guidance, which share the tokens of each pass."""
+"""Teams with other models than the demo's, which take longer to start."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ from tests import sharing_follower
 from tests.goldens.transformer import relative_difference
 from tests.team_jobs import conditioning, go_on, params
 from worker import team
+from worker.engine import Engine
 from worker.settings import Settings
 
 pytestmark = pytest.mark.slow
@@ -14,7 +17,19 @@ pytestmark = pytest.mark.slow
 TOLERANCE = 1e-3  # the heads are summed in another order, and the latents rounded to bfloat16
 
 
+def test_each_process_loads_the_model_from_the_disk(toy_model):
+    engine = Engine.start(Settings(model_dir=str(toy_model), num_gpus=2))
+    try:
+        job = (conditioning(engine), params(3), 7)
+        latents = engine.denoise(*job, go_on)
+        expected = replace(engine, team=None).denoise(*job, go_on)
+    finally:
+        engine.team.close()
+    assert relative_difference(latents, expected) < TOLERANCE
+
+
 def test_four_processes_make_the_latents_of_one(monkeypatch):
+    """Two for each side of the guidance, which share the tokens of each pass."""
     monkeypatch.setattr(team, "FOLLOWER", "tests.sharing_follower")
     monkeypatch.setattr(torch.accelerator, "device_count", torch.accelerator.device_count)
     threads = torch.get_num_threads()
