@@ -95,6 +95,7 @@ def test_jobs_are_made_cancelled_and_lost_with_a_process(own_endpoint, start_wor
     assert "GPU 1: its process was killed by signal 9" in worker.log
 
 
+@pytest.mark.slow
 def test_a_job_is_given_up_though_its_thread_waits_for_the_other_gpu_for_ever(
     own_endpoint, start_worker, make_job
 ):
