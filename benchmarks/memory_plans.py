@@ -22,7 +22,7 @@ from worker import loading
 from worker.engine import _dtypes, _hosted
 from worker.model.attention import fastest_backend
 from worker.pipeline import Conditioning, HunyuanVideoAvatarPipeline, Step, _branches
-from worker.placement import DECODER_SCRATCH_BYTES, GIB, USABLE, make_plan
+from worker.placement import DECODER_SCRATCH_BYTES, GIB, USABLE_SHARE, make_plan
 from worker.shapes import SAMPLE_RATE_HZ, FrameSize
 
 PLANS = ["141:704x768", "24:704x768", "16:704x768", "12:512x512", "8:512x512", "6:384x384"]
@@ -107,7 +107,7 @@ def main() -> None:
         pipeline._encoded.clear()
         line: dict[str, Any] = {"gib": int(gib), "size": frame}
         try:
-            plan = make_plan(int(limit * USABLE), sizes)
+            plan = make_plan(int(limit * USABLE_SHARE), sizes)
             line["plan"] = str(plan)
             pipeline.hosted = _hosted(pipeline, device, plan)
             line |= measure(pipeline, FrameSize(height, width))

@@ -38,11 +38,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "face": {"shapes"},
     "sampling": {"shapes", "model"},
     "placement": {"shapes"},
-    "pipeline": {"audio", "image", "text", "face", "sampling", "model", "placement", "shapes"},
+    "parallel": set(),
+    "team": {"parallel", "logs"} | VALUES,
+    "pipeline": {"audio", "image", "text", "face", "sampling", "model", "placement", "parallel"}
+    | {"shapes"},
     "demo": {"pipeline", "model", "text"},
     "disk": set(),
     "loading": {"pipeline", "placement", "model", "face", "weights", "disk"},
-    "engine": {"pipeline", "demo", "weights", "loading", "placement", "model", "ahead"} | VALUES,
+    "engine": {"pipeline", "demo", "weights", "loading", "placement", "model", "ahead"}
+    | {"sampling", "parallel", "team"}
+    | VALUES,
+    "follower": {"engine", "parallel", "team", "logs"} | VALUES,
     "jobs": {"engine", "inputs", "video", "delivery", "progress", "estimate", "logs"}
     | {"import_guard"}
     | VALUES,
@@ -111,6 +117,16 @@ def test_only_what_places_the_model_or_brings_kernels_speaks_to_a_gpu():
     for path in SOURCES:
         if path.name not in speaking:
             assert "torch.cuda." not in path.read_text(), path
+
+
+def test_the_process_of_a_further_gpu_knows_nothing_of_the_platform():
+    reached, new = set(), {"follower"}
+    while new:
+        reached |= new
+        new = set().union(*(MAY_IMPORT[layer] for layer in new)) - reached
+    users = {_layer(path) for path in SOURCES if "runpod" in _imports(path)}
+    assert users
+    assert not reached & users
 
 
 def _seconds_and_modules(code: str) -> tuple[float, set[str]]:

@@ -47,6 +47,11 @@ def test_a_worker_learns_its_rate_from_the_job_it_has_finished():
     assert before != speed.estimate_seconds(1e18) == 7.0
 
 
+def test_two_gpus_are_taken_for_twice_as_fast_until_a_job_shows_it():
+    alone, together = (Speedometer("NVIDIA H200", num_gpus=number) for number in (1, 2))
+    assert together.estimate_seconds(1e18) == pytest.approx(alone.estimate_seconds(1e18) / 2)
+
+
 def test_nobody_guesses_for_a_gpu_that_is_not_known():
     assert Speedometer("Voodoo 2").estimate_seconds(1e18) is None
     assert Speedometer(None).estimate_seconds(1e18) is None

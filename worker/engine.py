@@ -8,24 +8,25 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from worker import errors, loading, weights
+from worker import errors, loading, sampling, weights
 from worker.ahead import ahead
 from worker.loading import LoadReport
 from worker.model import autoencoder
 from worker.model.attention import fastest_backend
 from worker.model.linear import float8_works
+from worker.parallel import NUM_SIDES, USABLE, Sharing
 from worker.pipeline import Conditioning, HunyuanVideoAvatarPipeline
 from worker.placement import (
     DECODER_SCRATCH_BYTES,
     GIB,
-    USABLE,
+    USABLE_SHARE,
     HostedNetwork,
     MemoryPlan,
     make_plan,
@@ -33,8 +34,13 @@ from worker.placement import (
 from worker.schema import PRESETS, GenerationParams
 from worker.settings import Settings
 from worker.shapes import LONG_SIDE, SAMPLE_RATE_HZ, fit_size, full_step_indices
+from worker.team import Team
 
 logger = logging.getLogger(__name__)
+
+OTHERS_SECONDS = 60  # beyond this GPU's own loading and as much again, for the other GPUs'
+TRIAL_SIDE = 64  # px
+TRIAL_TOLERANCE = 0.05  # bfloat16 and another order of sums; where tokens are mixed up it is over 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +53,58 @@ class Engine:
     load_report: LoadReport | None  # None: the demo model, which is read from nowhere
     plan: MemoryPlan | None  # None: on a CPU
     has_float8: bool  # whether the linear layers can compute in 8 bits here
+    team: Team | None = None  # the processes of the other GPUs; None: there are none
 
     @classmethod
-    def load(cls, settings: Settings) -> "Engine":
+    def start(cls, settings: Settings) -> "Engine":
+        """Loads the model on each GPU that the settings allow, side by side.
+
+        Call it from a thread that lasts as long as the process: the other GPUs' end with it.
+
+        Raises:
+            OSError, RuntimeError, ValueError: as `load`, on any GPU; too few GPUs.
+        """
+        devices = _devices(settings)
+        if len(devices) == 1:
+            return cls.load(settings)
+        team = Team(settings, devices)
+        try:
+            engine = cls.load(settings, devices[0])
+            return engine.join(team, OTHERS_SECONDS + 2 * engine.load_seconds)
+        except BaseException:
+            team.close()
+            raise
+
+    def join(self, team: Team, patience_seconds: float) -> "Engine":
+        """This engine at the head of the other GPUs' processes, once they have loaded.
+
+        A small job, alone and together, shows that all of them compute the same.
+
+        Raises:
+            RuntimeError: one of them failed, was not ready in time, or computes something else.
+            WorkerError: one of them failed in the small job.
+        """
+        trial = self.pipeline.encode(
+            Image.new("RGB", (TRIAL_SIDE, TRIAL_SIDE)),
+            np.zeros(SAMPLE_RATE_HZ, np.float32),
+            prompt="",
+            face_box=(0, 0, TRIAL_SIDE, TRIAL_SIDE),
+            height=TRIAL_SIDE,
+            width=TRIAL_SIDE,
+        )
+        params = GenerationParams(num_inference_steps=1)
+        expected = self.denoise(trial, params, 0, go_on)
+        team.join(self.pipeline.transformer, patience_seconds)
+        engine = replace(self, team=team)
+        latents = engine.denoise(trial, params, 0, go_on)
+        off = ((latents - expected).norm() / expected.norm()).item()
+        if not off < TRIAL_TOLERANCE:
+            raise RuntimeError(f"the GPUs together compute other values than one: {off:.0%} off")
+        logger.info("%d GPUs work together", team.num_processes)
+        return engine
+
+    @classmethod
+    def load(cls, settings: Settings, device: torch.device | None = None) -> "Engine":
         """Loads the model that the settings name and places it.
 
         On a GPU it is warmed up too: else the first job would pay for what the GPU's libraries set
@@ -60,7 +115,9 @@ class Engine:
                 model, or the warm-up failed.
         """
         started = time.monotonic()
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if device.index is not None:
+            torch.cuda.set_device(device)  # for what asks for "cuda" alone
         report: LoadReport | None = None
         plan: MemoryPlan | None = None
         if settings.avatar_model == "demo":
@@ -92,7 +149,7 @@ class Engine:
         waveform = np.zeros(round(SAMPLE_RATE_HZ / params.fps), np.float32)
         try:
             conditioning = self.encode(portrait, waveform, params)
-            latents = self.denoise(conditioning, params, 0, lambda step, num_steps: None)
+            latents = self.denoise(conditioning, params, 0, go_on)
             for _ in self.frames(conditioning, latents):
                 pass
         except errors.WorkerError as error:
@@ -141,11 +198,18 @@ class Engine:
         params: GenerationParams,
         seed: int,
         on_step: Callable[[int, int], None],
+        sharing: Sharing | None = None,
     ) -> torch.Tensor:
-        """Latents of the video; `on_step(step, num_steps)` may raise to stop between two steps."""
+        """Latents of the video; `on_step(step, num_steps)` may raise to stop between two steps.
+
+        With `sharing` this process follows the one that began the job; else it begins it.
+        """
         generator = torch.Generator(self.device).manual_seed(seed)
         preset = PRESETS[params.preset]
-        with _failures_as_ours():
+        with _failures_as_ours(), contextlib.ExitStack() as stack:
+            if self.team is not None:
+                num_sides = _num_sides(params)
+                sharing = stack.enter_context(self.team.job(conditioning, params, seed, num_sides))
             return self.pipeline.denoise(
                 conditioning,
                 num_inference_steps=params.num_inference_steps,
@@ -155,6 +219,7 @@ class Engine:
                 full_steps=full_step_indices(params.num_inference_steps, preset.schedule),
                 float8=preset.float8 and self.has_float8,
                 on_step=on_step,
+                sharing=sharing,
             )
 
     def frames(self, conditioning: Conditioning, latents: torch.Tensor) -> Generator[np.ndarray]:
@@ -169,6 +234,10 @@ class Engine:
         chunks = map(to_uint8, decoded)  # keeps no chunk, as a loop would
         with _failures_as_ours(), contextlib.closing(decoded):
             yield from ahead(chunks) if self.device.type == "cuda" else chunks
+
+    def num_gpus(self, params: GenerationParams) -> int:
+        """How many GPUs (on a CPU: processes) generate such a video."""
+        return self.team.num_workers(_num_sides(params)) if self.team is not None else 1
 
     @property
     def gpu_name(self) -> str | None:
@@ -194,6 +263,37 @@ def check_gpu() -> None:
     total = torch.ones(1024, device="cuda").sum().item()
     if total != 1024:
         raise RuntimeError("the GPU computed a wrong sum")
+
+
+def _devices(settings: Settings) -> list[torch.device]:
+    """One for each process that the settings allow.
+
+    Raises:
+        RuntimeError: there are fewer GPUs than the settings ask for.
+    """
+    num_visible = torch.cuda.device_count()
+    if num_visible == 0:
+        return [torch.device("cpu")] * _usable(settings.num_gpus or 1)
+    if settings.num_gpus > num_visible:
+        raise RuntimeError(f"NUM_GPUS is {settings.num_gpus}, and {num_visible} are visible")
+    usable = _usable(settings.num_gpus or num_visible)
+    if usable < num_visible:
+        logger.warning("%d of %d GPUs are used", usable, num_visible)
+    return [torch.device("cuda", index) for index in range(usable)]
+
+
+def _usable(number: int) -> int:
+    """How many processes of at most so many can share the work."""
+    return max(usable for usable in USABLE if usable <= number)
+
+
+def go_on(step: int, num_steps: int) -> None:
+    """After a step of a job that nothing here stops."""
+
+
+def _num_sides(params: GenerationParams) -> int:
+    """Sides of the guidance that such a video has."""
+    return NUM_SIDES if sampling.is_guided(params.guidance_scale) else 1
 
 
 def _dtypes(device: torch.device) -> dict[str, torch.dtype]:
@@ -249,7 +349,7 @@ def _budget(device: torch.device, memory_gib: float | None) -> int:
     if memory_gib is not None:
         free = min(free, int(memory_gib * GIB))
         torch.cuda.set_per_process_memory_fraction(free / total, device)
-    return int(free * USABLE)
+    return int(free * USABLE_SHARE)
 
 
 def to_uint8(frames: torch.Tensor) -> np.ndarray:

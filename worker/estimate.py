@@ -46,6 +46,7 @@ class Speedometer:
     """This worker's rate: the last finished job's, or the table's for its GPU before that."""
 
     gpu_name: str | None = None
+    num_gpus: int = 1
     _measured: float | None = None  # FLOP/s
 
     def record(self, flops: float, seconds: float) -> None:
@@ -55,5 +56,5 @@ class Speedometer:
     def estimate_seconds(self, flops: float) -> float | None:
         """Seconds for that much work; None if neither this worker nor the table knows."""
         known = (rate for name, rate in RATES.items() if name in (self.gpu_name or ""))
-        rate = self._measured or next(known, None)
+        rate = self._measured or self.num_gpus * next(known, 0.0)
         return round(flops / rate, 1) if rate else None

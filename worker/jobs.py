@@ -10,7 +10,11 @@ import contextvars
 import ctypes
 import json
 import logging
+import multiprocessing
+import os
 import secrets
+import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -45,6 +49,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+WATCH_SECONDS = 0.5  # between two looks whether the thread waits for a lost process
+
 
 class _StoppedError(Exception):
     """The client cancelled the job: nothing is posted."""
@@ -60,6 +66,7 @@ class Run:
     stop: threading.Event = field(default_factory=threading.Event)
     started: float = field(default_factory=time.monotonic)
     stage_seconds: dict[str, float] = field(default_factory=dict)
+    directory: Path | None = None  # of its files, while there are any
 
     @property
     def elapsed_seconds(self) -> float:
@@ -95,7 +102,7 @@ class Worker:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.load_error: Exception | None = None
-        self.damaged = False  # True: the process must not run another job
+        self._damaged = False
         self._engine: Engine | None = None
         self._speed = Speedometer()
         # one thread: one job on the GPU, also while a stopped one is still leaving it
@@ -115,9 +122,31 @@ class Worker:
         if self._engine is None:
             from worker.engine import Engine  # imports torch
 
-            self._engine = Engine.load(self.settings)
+            self._engine = Engine.start(self.settings)
             self._speed.gpu_name = self._engine.gpu_name
+            team = self._engine.team
+            self._speed.num_gpus = team.num_processes if team else 1
         return self._engine
+
+    @property
+    def damaged(self) -> bool:
+        """Whether the process must not run another job."""
+        team = self._engine.team if self._engine else None
+        return self._damaged or (team is not None and team.is_lost)
+
+    def leave(self) -> None:
+        """Ends the other GPUs' processes, if there are any, and this one with them.
+
+        At once: the thread may wait for one of them in vain, and torch's own end does.
+        """
+        if self._engine is None or self._engine.team is None:
+            return
+        self._engine.team.close()
+        for process in multiprocessing.active_children():  # the SDK's, which would go on
+            process.terminate()
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(1 if self.damaged else 0)
 
     async def handle(
         self, job: dict[str, Any], *, post: PostProgress | None = None
@@ -129,7 +158,8 @@ class Worker:
             post: sends a progress payload to the client; None: nobody listens.
 
         Raises:
-            asyncio.CancelledError: the job was stopped; its thread has ended by then.
+            asyncio.CancelledError: the job was stopped; its thread has ended by then, unless it
+                waits for another GPU in vain.
         """
         logs.job_id.set(schema.safe_id(job.get("id")))
         try:
@@ -143,12 +173,33 @@ class Worker:
             loop = asyncio.get_running_loop()
             work = loop.run_in_executor(self._thread, context.run, self._outcome, run)
             try:
-                return await asyncio.shield(work)
+                failure = await self._given_up(work, run)
             except asyncio.CancelledError:
                 run.stop.set()
-                await _ended(work)
+                await self._ended(work, run)
                 logger.info("stopped after %.1f s", run.elapsed_seconds)
                 raise
+            return failure.to_output(stage=progress.stage) if failure else work.result()
+
+    async def _given_up(self, work: "asyncio.Future[Any]", run: Run) -> WorkerError | None:
+        """Waits until the thread ends, or waits for another GPU in vain: that job's error."""
+        while not work.done():
+            await asyncio.wait({work}, timeout=WATCH_SECONDS)
+            team = self._engine.team if self._engine else None
+            failure = team.hopeless if team else None
+            if failure is not None and not work.done():
+                logger.error("given up in %s: %s", run.progress.stage, failure)
+                if run.directory is not None:
+                    shutil.rmtree(run.directory, ignore_errors=True)
+                return failure
+        return None
+
+    async def _ended(self, work: "asyncio.Future[Any]", run: Run) -> None:
+        """The same, however often the job is stopped meanwhile."""
+        while True:
+            with suppress(asyncio.CancelledError):
+                await self._given_up(work, run)
+                return
 
     def _outcome(self, run: Run) -> dict[str, Any]:
         """The output of a job, whatever happens in it. Runs in the worker's thread."""
@@ -168,7 +219,7 @@ class Worker:
             failure = InternalError(f"something unforeseen went wrong; reference {reference}")
         finally:
             _give_back_memory()
-        self.damaged |= failure.refresh_worker
+        self._damaged |= failure.refresh_worker
         return failure.to_output(stage=run.progress.stage)
 
     def _result(self, run: Run) -> dict[str, Any]:
@@ -178,6 +229,7 @@ class Worker:
             logger.info("already in the bucket: nothing is generated")
             return self._output(run, stored | {"reused": True})
         with tempfile.TemporaryDirectory(prefix="avatar-") as directory:
+            run.directory = Path(directory)
             with run.stage("download"):
                 portrait, speech = self._fetch(run, Path(directory))
                 delivery.require_room(speech.duration_seconds)
@@ -248,6 +300,11 @@ class Worker:
             conditioning = engine.encode(portrait, speech.waveform, params)
         with run.stage("denoise"):
             latents = engine.denoise(conditioning, params, seed, _step_report(run))
+        logger.info(
+            "denoised in %.1f s by %d processes",
+            run.stage_seconds["denoise_seconds"],
+            engine.num_gpus(params),
+        )
         size = fit_size(portrait.height, portrait.width, params.resolution)
         schedule = schema.PRESETS[params.preset].schedule
         flops = job_flops(conditioning.plan, size, params.num_inference_steps, schedule)
@@ -304,6 +361,7 @@ class Worker:
                 "total_seconds": round(run.elapsed_seconds, 3),
                 "peak_memory_gib": engine.peak_memory_gib if engine else None,
                 "gpu": engine.gpu_name if engine else None,
+                "num_gpus": engine.num_gpus(params) if engine else None,
                 **_load_metrics(engine),
             },
             "worker": self._identity(),
@@ -362,12 +420,3 @@ def _give_back_memory() -> None:
     """Returns what the job has freed to the system: glibc keeps it, and the process would swell."""
     with suppress(AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
-
-
-async def _ended(work: "asyncio.Future[Any]") -> None:
-    """Waits for the thread, however often the job is stopped."""
-    while not work.done():
-        try:
-            await asyncio.wait({work})
-        except asyncio.CancelledError:
-            continue

@@ -39,13 +39,15 @@ _SECRETS = [
 ]
 
 
-def configure(level: str) -> None:
+def configure(level: str, process: str = "") -> None:
     """Sends all logging of this process to stderr, redacted, one line an event.
+
+    `process` names one that is not the worker itself, on each of its lines.
 
     Call it before the SDK's import, which sets up the root logger unless somebody has.
     """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_LineFormatter())
+    handler.setFormatter(_LineFormatter(process))
     known = logging.getLevelNamesMapping()
     logging.basicConfig(level=known.get(level, logging.DEBUG), handlers=[handler], force=True)
     for name in CHATTY:
@@ -70,12 +72,14 @@ class _LineFormatter(logging.Formatter):
 
     converter = staticmethod(time.gmtime)
 
-    def __init__(self) -> None:
+    def __init__(self, process: str) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+        self._process = process
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         job = job_id.get()
-        record.message = f"job {job}: {record.message}" if job else record.message
+        subjects = [f"job {job}" if job else "", self._process, record.message]
+        record.message = ": ".join(subject for subject in subjects if subject)
         return super().formatMessage(record)
 
     def format(self, record: logging.LogRecord) -> str:

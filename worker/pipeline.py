@@ -35,6 +35,7 @@ from worker.image import face_mask, resize, scale_box, to_llava_pixels, to_pixel
 from worker.model import autoencoder
 from worker.model import encoders as encoders  # diffusers loads from modules that are there already
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel, Tail
+from worker.parallel import Sharing
 from worker.placement import HostedNetwork
 from worker.sampling import TailRing
 from worker.shapes import (
@@ -347,6 +348,7 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline, HunyuanVideoLoraLoaderMixin)
         full_steps: FullSteps = None,
         float8: bool = False,
         on_step: OnStep | None = None,
+        sharing: Sharing | None = None,
     ) -> Tensor:
         """Latents of the video (1, C, kept latents, h, w), still scaled, from noise.
 
@@ -368,6 +370,7 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline, HunyuanVideoLoraLoaderMixin)
                 capability 8.9 or more.
             on_step: called as `on_step(step, num_inference_steps)` after each finished step, with
                 step counted from 1; what it raises ends the loop and reaches the caller.
+            sharing: with the processes that run this loop too; the first one's noise counts.
 
         Raises:
             ValueError: noise of another shape; unusable steps.
@@ -380,11 +383,15 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline, HunyuanVideoLoraLoaderMixin)
         latents, reference_latents = self._prepare_latents(
             conditioning, generator, latents, reference_noise
         )
+        sharing = sharing or Sharing()
+        latents, reference_latents = sharing.same(latents), sharing.same(reference_latents)
         timesteps = timesteps.to(latents.device)
-        branches = _branches(conditioning, is_guided=guidance_scale > 1)
+        is_guided = sampling.is_guided(guidance_scale)
+        branches = sharing.own(_branches(conditioning, is_guided=is_guided))
 
         with self._in_use("transformer"), self.progress_bar(total=num_inference_steps) as progress:
             for index in range(num_inference_steps):
+                sharing.begin_step()
                 step = Step(
                     index=index,
                     timestep=timesteps[index : index + 1],
@@ -402,13 +409,14 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline, HunyuanVideoLoraLoaderMixin)
                     velocities = self._velocities(
                         window, start, step, branches, conditioning, reference_latents, float8
                     )
-                    velocity = sampling.guide(velocities, weight)
+                    velocity = sampling.guide(sharing.exchange(velocities), weight)
                     window = window + velocity * (sigmas[index + 1] - sigmas[index]).item()
                     window = window.to(latents_dtype or torch.bfloat16).float()
                     sampling.add(total, 2, start, window)
                     sampling.add(count, 2, start, torch.ones_like(window[:1, :1, :, :1, :1]))
                 latents = total / count  # windows overlap where they do not divide the ring
                 progress.update()
+                sharing.end_step()
                 if on_step is not None:
                     on_step(index + 1, num_inference_steps)
         return latents[:, :, : plan.kept_latents]

@@ -28,7 +28,9 @@ DENOISER_BYTES = GIB // 4  # whatever the size: convolutions, text, noise
 DECODER_SCRATCH_BYTES = 2**28  # of the decoder's chunk in work, where memory is short
 DECODER_BYTES = 11 * GIB // 4  # a tile of the autoencoder then, and its frames
 TEXT_TOKENS = 831  # at most
-USABLE = 0.96  # of the memory that is free: the rest is for libraries, and lost between tensors
+USABLE_SHARE = (
+    0.96  # of the memory that is free: the rest is for libraries, and lost between tensors
+)
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,11 @@ def guidance_weight(step: int, num_inference_steps: int, guidance_scale: float) 
     return left * 3 + 3.5
 
 
+def is_guided(guidance_scale: float) -> bool:
+    """Whether there is an unconditional side to go away from."""
+    return guidance_scale > 1
+
+
 def guide(velocities: Sequence[Tensor], weight: float) -> Tensor:
     """The velocity to follow, from [unconditional, conditional] or from the conditional alone."""
     if len(velocities) == 1:

@@ -5,7 +5,8 @@ The SDK's loop is kept. Three things about it are mended here, each seen in vers
 - a SIGTERM while the worker is idle was heeded only when the long poll for a job ended, up to 90 s
   later, and a job that arrived in that time was accepted and never run;
 - a failing poll was repeated at once, hundreds of times a second;
-- after a fault that breaks the GPU context the worker went on taking jobs.
+- after a fault that breaks the GPU context, or the loss of another GPU's process, the worker went
+  on taking jobs.
 """
 
 import asyncio
@@ -23,6 +24,7 @@ from worker.progress import PostProgress
 
 logger = logging.getLogger(__name__)
 
+WATCH_SECONDS = 1.0  # between two looks whether the worker is still whole
 LAST_POLL_SECONDS = 1.0  # on shutdown: for an answer that is already on its way
 RETRY_SECONDS = 2.0
 
@@ -40,6 +42,16 @@ def serve(worker: Worker) -> None:
             return await worker.handle(job, post=None if IS_LOCAL_TEST else _poster(session, job))
 
     class Scaler(_Scaler):
+        async def run(self) -> None:
+            watch = asyncio.create_task(self._watch())
+            await super().run()
+            watch.cancel()
+
+        async def _watch(self) -> None:
+            while not worker.damaged:
+                await asyncio.sleep(WATCH_SECONDS)
+            self.kill_worker()
+
         async def handle_job(self, session: ClientSession, job: dict[str, Any]) -> None:
             await super().handle_job(session, job)
             if worker.damaged:
@@ -47,6 +59,7 @@ def serve(worker: Worker) -> None:
 
     rp_scale.JobScaler = Scaler
     runpod.serverless.start({"handler": handler})
+    worker.leave()
 
 
 def _poster(session: ClientSession, job: dict[str, Any]) -> PostProgress:

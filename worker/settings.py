@@ -82,6 +82,12 @@ class Settings(FromEnvironment):
         allow_inf_nan=False,
         description="GPU memory that the worker may take, in GiB. Empty: what is free.",
     )
+    num_gpus: int = Field(
+        default=0,
+        ge=0,
+        description="How many of the worker's GPUs make a video together. 0: as many as it has, of "
+        "1, 2, 4 or 8.",
+    )
     import_guard: Literal["auto", "block", "require", "off"] = Field(
         default="auto",
         description="What happens to a torchvision, torchaudio or xformers that is installed: "
@@ -200,3 +206,14 @@ def worker_environment() -> dict[str, str]:
         for name, value in os.environ.items()
         if name in settings or not name.startswith(("RUNPOD_", "HOME", "TMPDIR", "FASTAPI_PORT"))
     }
+
+
+def keep_to_this_machine() -> None:
+    """Sets what libraries read in the processes of one worker, unless the operator has set it."""
+    for name, value in {
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
+        # NCCL's failures end the process from within: before a client is told. The worker watches.
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    }.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,28 @@
+"""The process of a further GPU whose model has heads to share, and that model."""
+
+import time
+
+import torch
+
+from worker import demo, follower
+from worker.engine import Engine
+from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
+from worker.pipeline import HunyuanVideoAvatarPipeline
+
+
+def main(descriptor):
+    follower.main(descriptor, load)
+
+
+def load(settings, device):
+    torch.set_num_threads(1)
+    torch.accelerator.device_count = lambda: 1  # a CPU has 0, and diffusers divides by it
+    started = time.monotonic()
+    components = demo.build_pipeline().components
+    config = dict(components["transformer"].config) | {"num_attention_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        transformer = HunyuanVideoAvatarTransformer3DModel.from_config(config).eval()
+    pipeline = HunyuanVideoAvatarPipeline(**components | {"transformer": transformer})
+    pipeline.set_progress_bar_config(disable=True)
+    return Engine(pipeline, device, time.monotonic() - started, load_report=None)
