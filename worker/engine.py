@@ -51,8 +51,8 @@ class Engine:
     device: torch.device
     load_seconds: float
     load_report: LoadReport | None  # None: the demo model, which is read from nowhere
-    plan: MemoryPlan | None  # None: on a CPU
-    has_float8: bool  # whether the linear layers can compute in 8 bits here
+    plan: MemoryPlan | None = None  # None: on a CPU
+    has_float8: bool = False  # whether the linear layers can compute in 8 bits here
     team: Team | None = None  # the processes of the other GPUs; None: there are none
 
     @classmethod
