@@ -29,6 +29,7 @@ COPY --from=packages /opt/venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
+    PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
     HF_HUB_OFFLINE=1 \
     IMPORT_GUARD=block \
     RUNPOD_INIT_TIMEOUT=800 \

@@ -23,10 +23,11 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo
 
 from benchmarks import reference
-from benchmarks.full_size_forward import (
+from benchmarks.random_model import (
     build_transformer,
     random_inputs,
     relative_difference,
+    report,
     synchronize,
 )
 from worker.model import autoencoder
@@ -181,11 +182,6 @@ def jobs(steps: dict[str, float], stages: dict[str, float]) -> dict[str, dict[st
     for job in found.values():
         job["times_published"] = whole / job["whole"]
     return {name: {k: round(v, 2) for k, v in job.items()} for name, job in found.items()}
-
-
-def report(**line: Any) -> None:
-    sys.stdout.write(json.dumps(line) + "\n")
-    sys.stdout.flush()
 
 
 def print_table(results: list[dict[str, Any]]) -> None:

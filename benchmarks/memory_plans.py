@@ -8,8 +8,6 @@ size of each plan; each plan encodes, takes a full and a cached step, and decode
 """
 
 import argparse
-import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.random_model import report
 from worker import loading
 from worker.engine import _dtypes, _hosted
 from worker.model.attention import fastest_backend
@@ -119,11 +118,6 @@ def main() -> None:
         for hosted in pipeline.hosted.values():
             hosted.let_go()
         pipeline.hosted = {}
-
-
-def report(**line: Any) -> None:
-    sys.stdout.write(json.dumps(line) + "\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

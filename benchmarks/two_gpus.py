@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.full_size_forward import (
+from benchmarks.random_model import (
     build_transformer,
     relative_difference,
     report,

@@ -8,8 +8,6 @@ preset's latents are compared with those of `quality`. The published way encodes
 """
 
 import argparse
-import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks import reference
-from benchmarks.full_size_forward import relative_difference
+from benchmarks.random_model import relative_difference, report
 from worker import face
 from worker.engine import Engine, to_uint8
 from worker.image import to_pixels
@@ -153,11 +151,6 @@ def main() -> None:
     report(preset="published", **job)
     for preset, own in jobs.items():
         report(preset=preset, times_published=round(job["whole"] / own["whole"], 2))
-
-
-def report(**line: Any) -> None:
-    sys.stdout.write(json.dumps(line) + "\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

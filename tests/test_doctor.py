@@ -118,6 +118,7 @@ def test_a_demo_worker_needs_neither_a_gpu_nor_weights(monkeypatch):
         "settings": "ok",
         "GPU": "skipped",
         "weights": "skipped",
+        "memory plan": "skipped",
         "disk speed": "skipped",
         "encoders": "ok",
         "storage": "skipped",

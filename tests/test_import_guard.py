@@ -463,7 +463,7 @@ def test_a_chain_of_exceptions_ends_with_its_root_cause():
 
 ENTRIES = ["handler", "worker.__main__", "worker.local.__main__", "worker.client.__main__"]
 ENTRIES += ["demo.__main__", "builder.bake", "builder.convert", "builder.download"]
-ENTRIES += ["builder.verify", "benchmarks.full_size_forward", "benchmarks.loading"]
+ENTRIES += ["builder.verify", "benchmarks.generation", "benchmarks.loading"]
 ENTRIES += ["benchmarks.decode", "benchmarks.two_gpus", "worker.follower"]
 ENTRIES += ["training.__main__", "training.audio_encoder"]
 WATCH = """

@@ -165,8 +165,21 @@ def check_gpu() -> str:
     free_bytes, total_bytes = torch.cuda.mem_get_info(0)
     return (
         f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
-        f"{free_bytes / GIB:.0f} of {total_bytes / GIB:.0f} GiB free"
+        f"{free_bytes / GIB:.0f} of {total_bytes / GIB:.0f} GiB free, "
+        f"driver for CUDA {_cuda_of_driver()}"
     )
+
+
+def check_memory_plan() -> str:
+    settings = _require_production_model()
+    import torch
+
+    from worker import engine
+
+    if not torch.cuda.is_available():
+        raise NotApplicableError("no GPU is visible")
+    model_dir = weights.find(settings).path
+    return str(engine.plan_memory(model_dir, torch.device("cuda"), settings.memory_plan))
 
 
 def check_weights() -> str:
@@ -221,6 +234,7 @@ MACHINE = (
     Check("settings", check_settings),
     Check("GPU", check_gpu),
     Check("weights", check_weights),
+    Check("memory plan", check_memory_plan),
     Check("disk speed", check_disk_speed),
     Check("encoders", check_encoders),
     Check("storage", check_storage),
@@ -306,6 +320,14 @@ def _require_production_model() -> Settings:
     if settings.avatar_model == "demo":
         raise NotApplicableError("the demo model needs none")
     return settings
+
+
+def _cuda_of_driver() -> str:
+    """The newest CUDA that the GPU's driver knows."""
+    from cuda.bindings import driver
+
+    _, version = driver.cuDriverGetVersion()
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def _size(path: Path) -> int:

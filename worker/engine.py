@@ -314,7 +314,7 @@ def _load(
     dtypes = _dtypes(device)
     if device.type == "cpu":
         return *loading.load(model_dir, device, dtypes), None
-    plan = make_plan(_budget(device, memory_gib), loading.network_sizes(model_dir, dtypes))
+    plan = plan_memory(model_dir, device, memory_gib)
     logger.info("memory plan: %s", plan)
     if plan.all_resident:
         pipeline, report = loading.load(model_dir, device, dtypes)
@@ -324,6 +324,15 @@ def _load(
         pipeline.hosted = _hosted(pipeline, device, plan)
     pipeline.transformer.set_attention_backend(fastest_backend(device))
     return pipeline, report, plan
+
+
+def plan_memory(model_dir: Path, device: torch.device, memory_gib: float | None) -> MemoryPlan:
+    """The plan for what is free of this GPU's memory, or for so much of it.
+
+    Raises:
+        OSError, ValueError: a file of weights cannot be read; not even the smallest video fits.
+    """
+    return make_plan(_budget(device, memory_gib), loading.network_sizes(model_dir, _dtypes(device)))
 
 
 def _hosted(

@@ -15,8 +15,8 @@ BLOCK_PARAMETERS = 12.46e9
 CACHED_SHARE = 1 / BLOCKS  # a cached step runs one block of 60
 
 # Sustained bfloat16 rate of this worker, in FLOP/s: a guided full step at 704 x 768, 9.75e15, in
-# 19.1 s on an H200 (benchmarks/full_size_forward.py). The H100 has the same arithmetic.
-RATES = {"H200": 5.1e14, "H100": 5.1e14}
+# 16.9 s on an H200 (benchmarks/generation.py). The H100 has the same arithmetic.
+RATES = {"H200": 5.7e14, "H100": 5.7e14}
 
 
 def job_flops(
