@@ -132,7 +132,8 @@ class Engine:
         pipeline.set_progress_bar_config(disable=True)  # the reporter's values go to the client
         load_seconds = time.monotonic() - started
         logger.info("model %s ready on %s in %.1f s", settings.avatar_model, device, load_seconds)
-        engine = cls(pipeline, device, load_seconds, report, plan, float8_works(device))
+        has_float8 = device.type == "cuda" and float8_works(device)
+        engine = cls(pipeline, device, load_seconds, report, plan, has_float8)
         if device.type == "cuda":
             engine.warm_up()
         return engine

@@ -83,10 +83,10 @@ class Settings(FromEnvironment):
         description="GPU memory that the worker may take, in GiB. Empty: what is free.",
     )
     num_gpus: int = Field(
-        default=0,
+        default=1,
         ge=0,
-        description="How many of the worker's GPUs make a video together. 0: as many as it has, of "
-        "1, 2, 4 or 8.",
+        description="How many of the worker's GPUs make a video together: 1, 2, 4 or 8. 0: as many "
+        "of these as it has.",
     )
     import_guard: Literal["auto", "block", "require", "off"] = Field(
         default="auto",
