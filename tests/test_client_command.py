@@ -120,7 +120,10 @@ def test_the_help_names_limits_and_no_secret(run):
     code, printed, _ = run("generate", "--help")
     assert code == 0
     words = " ".join(printed.split())
-    assert "Denoising steps. The preset sets them. 1 to 100. Default: 50" in words
+    assert (
+        "Denoising steps. The preset says how many of them run in full. 1 to 100. Default: 50"
+        in words
+    )
     assert "Also the first frame as a jpeg." in words
     assert "secret" not in printed.lower()
 

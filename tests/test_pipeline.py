@@ -286,6 +286,7 @@ def test_the_arguments_and_their_defaults_are_the_documented_ones():
         "reference_noise": None,
         "latents_dtype": None,
         "full_steps": None,
+        "float8": False,
         "output_type": "pt",
         "on_step": None,
     }
