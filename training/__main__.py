@@ -6,6 +6,7 @@ is a model directory as the worker loads it.
 
 import argparse
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,27 +34,52 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(".cache/training"))
     parser.add_argument("--out", type=Path, default=Path("out/demo-model"))
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=max((os.cpu_count() or 1) - 2, 1),
+        help="that make the speech and what is to be drawn",
+    )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    work, seed = arguments.work, arguments.seed
-
-    def once(name: str, make: Callable[[], torch.nn.Module]) -> Path:
-        directory = work / name
-        if not (directory / "config.json").exists():
-            logger.info("%s is trained", name)
-            make().save_pretrained(directory)  # type: ignore[operator]
-        return directory
-
-    heard = once(
-        "audio_encoder",
-        lambda: audio_encoder.train(SpeechCorpus("train", work), audio_encoder.STEPS, seed),
+    make(
+        arguments.work,
+        arguments.seed,
+        torch.device(arguments.device),
+        arguments.processes,
     )
-    seen = once("vae", lambda: autoencoder.train_autoencoder(work / "vae_run", seed))
+    write(arguments.work, arguments.out)
+
+
+def make(work: Path, seed: int, device: torch.device, num_processes: int) -> None:
+    """Trains each part that `work` does not hold yet, and says how good it is."""
+
+    def once(name: str, train: Callable[[], torch.nn.Module]) -> bool:
+        directory = work / name
+        if (directory / "config.json").exists():
+            return False
+        logger.info("%s is trained on %s", name, device)
+        train().save_pretrained(directory)  # type: ignore[operator]
+        return True
+
+    corpus = SpeechCorpus("train", work)
+    if once(
+        "audio_encoder",
+        lambda: audio_encoder.train(work, audio_encoder.STEPS, seed, device, num_processes),
+    ):
+        model = WhisperModel.from_pretrained(work / "audio_encoder").eval()
+        held_out = SpeechCorpus("held_out", work)
+        logger.info("%s", audio_encoder.measure(model, corpus, held_out))
+    if once("vae", lambda: autoencoder.train_autoencoder(work / "vae_run", seed, device)):
+        vae = AutoencoderKLHunyuanVideo.from_pretrained(work / "vae").eval()
+        logger.info("%s", autoencoder.measure(vae, device))
     once(
         "transformer",
-        lambda: transformer.train_transformer(work / "transformer_run", seen, heard, seed),
+        lambda: transformer.train_transformer(
+            work / "transformer_run", work, seed, device, num_processes
+        ),
     )
-    write(work, arguments.out)
 
 
 def write(work: Path, model_dir: Path) -> None:
