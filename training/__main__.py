@@ -38,10 +38,11 @@ def main() -> None:
     parser.add_argument(
         "--processes",
         type=int,
-        default=max((os.cpu_count() or 1) - 2, 1),
-        help="that make the speech and what is to be drawn",
+        default=min(max((os.cpu_count() or 1) - 2, 1), 8),
+        help="that make what is to be seen and heard",
     )
     arguments = parser.parse_args()
+    torch.backends.cudnn.benchmark = True  # the shapes are few
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     make(
         arguments.work,

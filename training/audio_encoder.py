@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 
+from training.muon import Muon
 from training.processes import made_ahead
 from training.speech import (
     GAIN_DB,
@@ -126,7 +127,7 @@ def _optimizers(model: WhisperModel, heads: nn.Module) -> list[torch.optim.Optim
     matrices = [value for value in encoder if value.ndim == 2]
     others = [value for value in encoder if value.ndim != 2]
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, lr=MUON_RATE, weight_decay=0.01),
+        Muon(matrices, lr=MUON_RATE),
         torch.optim.AdamW([*others, *heads.parameters()], lr=ADAM_RATE, weight_decay=0.01),
     ]
     for optimizer in optimizers:

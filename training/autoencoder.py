@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.nn.functional import l1_loss
 
 from training import architecture, world
 from training.convolution import see_motion, to_stored, to_trained
-from training.loop import train
+from training.loop import Descent, train
 from training.speech import MouthTrack
 
 SIZE = 256  # px of a picture
@@ -79,25 +80,35 @@ class Pictures:
         return (frames * 255).round().byte().transpose(0, 1)
 
     def batch(self, count: int, num_frames: int, crop: int) -> tuple[Tensor, Tensor]:
-        """Pixels (B, 3, F, crop, crop) in [-1, 1] and what each counts (B, 1, 1, crop, crop)."""
+        """Pixels (B, 3, F, crop, crop) uint8 and what each counts (B, 1, 1, crop, crop)."""
         rng = self._rng
-        pixels, weights = list[Tensor](), list[Tensor]()
-        for number in range(count):
-            person = int(rng.integers(len(self._faces)))
-            first = int(rng.integers(CLIP_FRAMES - num_frames + 1))
-            rows, columns = self._place(self._faces[person], crop, of_face=number % 2 == 0)
-            pixels.append(self._clips[person, :, first : first + num_frames, rows, columns])
-            weights.append(self._weights[person, rows, columns])
-        return torch.stack(pixels).float() / 127.5 - 1, torch.stack(weights)[:, None, None]
+        people = rng.integers(len(self._faces), size=count)
+        firsts = rng.integers(CLIP_FRAMES - num_frames + 1, size=count)
+        corners = [
+            self._corner(self._faces[person], crop, of_face=number % 2 == 0)
+            for number, person in enumerate(people)
+        ]
+        starts = np.concatenate([people[None], firsts[None], np.transpose(corners)])  # (4, B)
+        person, first, top, left = torch.from_numpy(starts).to(self._clips.device)[..., None]
+        planes, frames, pixels = (
+            torch.arange(length, device=self._clips.device) for length in (3, num_frames, crop)
+        )
+        rows, columns = (top + pixels)[:, :, None], (left + pixels)[:, None, :]  # (B, crop, crop)
+        weights = self._weights[person[:, None], rows, columns]
+        rows, columns = rows[:, None, None], columns[:, None, None]
+        frame = (first + frames)[:, None, :, None, None]
+        person = person[:, None, None, None]
+        clips = self._clips[person, planes[:, None, None, None], frame, rows, columns]
+        return clips, weights[:, None, None]
 
-    def _place(self, face: world.Face, crop: int, *, of_face: bool) -> tuple[slice, slice]:
+    def _corner(self, face: world.Face, crop: int, *, of_face: bool) -> np.ndarray:  # row, column
         rng, size = self._rng, self._size
         # between the mouth and the eyes
         middle = np.asarray((face.centre[1] + face.size * rng.choice([0.0, 0.5]), face.centre[0]))
         spread = crop * 0.3 if of_face else size
         corner = size / 2 + size * middle - crop / 2 + rng.uniform(-spread, spread, 2)
-        y, x = (int(place) for place in np.clip(corner, 0, size - crop))
-        return slice(y, y + crop), slice(x, x + crop)
+        place: np.ndarray = np.clip(corner, 0, size - crop).astype(np.int64)
+        return place
 
 
 def face_weight(face: world.Face, height: int, width: int) -> Tensor:
@@ -114,8 +125,14 @@ def face_weight(face: world.Face, height: int, width: int) -> Tensor:
 def loss_of(
     vae: AutoencoderKLHunyuanVideo, pixels: Tensor, weight: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """How far the pictures are from the originals, in values and in edges."""
-    with torch.autocast(pixels.device.type, torch.bfloat16):
+    """How far the pictures are from the originals, in values and in edges.
+
+    Args:
+        pixels: (B, 3, F, H, W) uint8.
+        weight: what each pixel counts, (B, 1, 1, H, W).
+    """
+    pixels = pixels.float() / 127.5 - 1
+    with torch.autocast(pixels.device.type, torch.bfloat16, cache_enabled=False):
         mean = vae.encode(pixels).latent_dist.mean.float()
         decoded = vae.decode(mean + LATENT_NOISE * torch.randn_like(mean)).sample
     decoded = decoded.float()
@@ -149,13 +166,14 @@ def train_autoencoder(
     pictures = Pictures(seed, device, people, size)
 
     for phase in phases:
+        descent = Descent(vae, partial(loss_of, vae))
 
-        def loss(phase: Phase = phase) -> tuple[Tensor, dict[str, Tensor]]:
-            return loss_of(vae, *pictures.batch(phase.count, phase.num_frames, phase.crop))
+        def descend(phase: Phase = phase, descent: Descent = descent) -> dict[str, Tensor]:
+            return descent(*pictures.batch(phase.count, phase.num_frames, phase.crop))
 
         train(
             vae.train(),
-            loss,
+            descend,
             directory=directory / phase.name,
             steps=phase.steps,
             learning_rate=phase.learning_rate,
@@ -165,7 +183,7 @@ def train_autoencoder(
             see_motion(vae)
     pixels, _ = pictures.batch(16, 1, size)
     with torch.no_grad():
-        spread = vae.encode(pixels).latent_dist.mean.std().item()
+        spread = vae.encode(pixels.float() / 127.5 - 1).latent_dist.mean.std().item()
     stored = to_stored(vae.state_dict(), architecture.autoencoder())
     stored.register_to_config(scaling_factor=1 / spread)
     with torch.no_grad():  # nothing has trained the half that gives the logarithm of the variance

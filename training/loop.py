@@ -3,12 +3,14 @@
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from training.muon import Muon
 
 CHECKPOINT = "checkpoint.pt"
 LOGGED_STEPS = 50
@@ -18,7 +20,7 @@ AVERAGE_DECAY = 0.995
 
 def train(
     model: nn.Module,
-    loss_of: Callable[[], tuple[Tensor, dict[str, Tensor]]],
+    descend: Callable[[], dict[str, Tensor]],
     *,
     directory: Path,
     steps: int,
@@ -33,7 +35,8 @@ def train(
 
     Args:
         model: in float32; its forward passes may run in bfloat16.
-        loss_of: the loss of a step, and figures for the log; each a scalar on any device.
+        descend: gives the parameters their gradients, and returns figures for the log, each a
+            scalar on any device.
         directory: gets `checkpoint.pt` and `log.jsonl`.
         steps: in all, those of earlier runs counted.
         learning_rate: AdamW's; Muon's is ten times as much.
@@ -58,9 +61,7 @@ def train(
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["base_lr"] * rate
-            loss, figures = loss_of()
-            loss.backward()
-            seen.append({"loss": loss.detach(), **figures})
+            seen.append(descend())
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
@@ -87,6 +88,51 @@ def train(
     return model.eval()
 
 
+class Descent:
+    """The gradients of a loss; on a GPU its many small launches are recorded once and replayed."""
+
+    def __init__(
+        self, model: nn.Module, loss_of: Callable[..., tuple[Tensor, dict[str, Tensor]]]
+    ) -> None:
+        self._parameters = list(model.parameters())
+        self._loss_of = loss_of
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """Gives the parameters their gradients. The inputs have the same shapes in every call."""
+        if inputs[0].device.type != "cuda":
+            return self._descend(*inputs)
+        if self._graph is None:
+            self._record(inputs)
+            assert self._graph is not None
+        for held, given in zip(self._inputs, inputs, strict=True):
+            held.copy_(given)
+        self._graph.replay()
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+        return {name: value.clone() for name, value in self._figures.items()}
+
+    def _descend(self, *inputs: Tensor) -> dict[str, Tensor]:
+        loss, figures = self._loss_of(*inputs)
+        loss.backward()
+        return {"loss": loss.detach(), **figures}
+
+    def _record(self, inputs: Sequence[Tensor]) -> None:
+        self._inputs = [value.clone() for value in inputs]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # what libraries set up at their first use cannot be recorded
+                self._descend(*self._inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        for parameter in self._parameters:
+            parameter.grad = None
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._figures = self._descend(*self._inputs)
+        self._gradients = [parameter.grad for parameter in self._parameters]
+
+
 def steps_done(directory: Path) -> int:
     """How many steps of an earlier run in the directory are kept."""
     path = directory / CHECKPOINT
@@ -105,9 +151,7 @@ def _optimizers(model: nn.Module, learning_rate: float) -> list[torch.optim.Opti
         torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.97), weight_decay=0.01)
     ]
     if matrices:
-        optimizers.append(
-            torch.optim.Muon(matrices, lr=10 * learning_rate, momentum=0.95, weight_decay=0.01)
-        )
+        optimizers.append(Muon(matrices, lr=10 * learning_rate))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]

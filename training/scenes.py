@@ -1,12 +1,12 @@
 """What the denoiser is trained on: people who speak, as latents with all that goes with them.
 
 A scene is written by chance (who, what is heard, how they move) and then drawn and encoded. A
-window is a stretch of a scene's latents, as one pass of the denoiser has it. Shape letters: C latent
-channels, T latent frames of a scene, h and w latents, L text positions.
+window is a stretch of a scene's latents, as one pass of the denoiser has it. Shape letters: C
+latent channels, T latent frames of a scene, h and w latents, L text positions.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -127,18 +127,6 @@ class Writer:
         }
 
 
-@functools.cache
-def _writer(work: Path) -> Writer:
-    return Writer(work)
-
-
-def write_script(
-    work: Path, seed: int, sizes: Sequence[FrameSize], num_latents: int, number: int
-) -> Script:
-    """A script as any process writes it; the sizes take turns."""
-    return _writer(work).write(sizes[number % len(sizes)], num_latents, (seed, number))
-
-
 def _closed(mouth: MouthTrack, start: int) -> MouthTrack:
     """The same with a mouth that stays closed from a frame on."""
     opening, width = mouth.opening.copy(), mouth.width.copy()
@@ -229,6 +217,12 @@ class Studio:
         self._audio_encoder = audio_encoder.to(device)
         self._device = device
 
+    @classmethod
+    def load(cls, work: Path, device: torch.device) -> Self:
+        """One with the autoencoder and the speech encoder that the training left in `work`."""
+        vae = AutoencoderKLHunyuanVideo.from_pretrained(work / "vae").eval()
+        return cls(vae, WhisperModel.from_pretrained(work / "audio_encoder").eval(), device)
+
     @torch.no_grad()
     def shoot(self, script: Script) -> Scene:
         """The scene of a script."""
@@ -263,31 +257,58 @@ class Studio:
         )
 
 
+@functools.cache
+def _crew(work: Path, device: torch.device) -> tuple[Writer, Studio]:
+    return Writer(work), Studio.load(work, device)
+
+
+def make_scene(
+    work: Path,
+    device: torch.device,
+    seed: int,
+    sizes: Sequence[FrameSize],
+    num_latents: int,
+    number: int,
+) -> dict[str, np.ndarray]:
+    """The fields of a scene, as any process makes it; the sizes take turns."""
+    writer, studio = _crew(work, device)
+    script = writer.write(sizes[number % len(sizes)], num_latents, (seed, number))
+    return {name: value.cpu().numpy() for name, value in vars(studio.shoot(script)).items()}
+
+
 class Pool:
     """Scenes of several sizes, of which batches of windows are drawn; new ones come in slowly."""
 
     def __init__(
-        self, sizes: int, next_scene: Callable[[], Scene], rng: np.random.Generator, limit: int
+        self,
+        scenes: Iterator[dict[str, np.ndarray]],
+        num_sizes: int,
+        limit: int,
+        rng: np.random.Generator,
+        device: torch.device,
     ) -> None:
-        self._scenes: list[list[Scene]] = [[] for _ in range(sizes)]
-        self._next_scene = next_scene
-        self._rng = rng
+        self._next = scenes
+        self._scenes: list[list[Scene]] = [[] for _ in range(num_sizes)]
         self._limit = limit
-        self._count = 0
+        self._rng = rng
+        self._device = device
+        self._turn = 0
 
     def grow(self, count: int = 1) -> None:
         """Takes in so many new scenes, for the oldest ones when the pool is full."""
         for _ in range(count):
-            scenes = self._scenes[self._count % len(self._scenes)]
-            scenes.append(self._next_scene())
+            fields = {
+                name: torch.from_numpy(value).to(self._device)
+                for name, value in next(self._next).items()
+            }
+            scenes = self._scenes[self._turn % len(self._scenes)]
+            scenes.append(Scene(**fields))
             del scenes[: -self._limit]
-            self._count += 1
+            self._turn += 1
 
-    def draw(
-        self, count: int, length: int, shares: Sequence[float], ring_share: float = 0.0
-    ) -> Scene:
+    def draw(self, count: int, length: int, ring_share: float = 0.0) -> Scene:
         """Windows of one size, stacked; a share of them lies over both ends of the ring."""
-        scenes = self._scenes[self._rng.choice(len(shares), p=shares)]
+        scenes = self._scenes[self._rng.integers(len(self._scenes))]
         return Scene.stack([self._window(scenes, length, ring_share) for _ in range(count)])
 
     def _window(self, scenes: list[Scene], length: int, ring_share: float) -> Scene:

@@ -7,6 +7,7 @@ no speech is seen, since guidance multiplies what differs. So is what its cached
 last block alone, on tokens of a higher noise level.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,26 +15,29 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLHunyuanVideo
 from torch import Tensor
-from transformers import WhisperModel
 
 from training import architecture, world
 from training.loop import steps_done, train
 from training.processes import made_ahead
-from training.scenes import Pool, Scene, Studio, write_script
+from training.scenes import Pool, Scene, make_scene
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel, Tail
 from worker.sampling import EARLY_FACE_MASK
 from worker.shapes import WINDOW_LATENTS, FrameSize
 
-SIZES = (FrameSize(256, 256), FrameSize(256, 256), FrameSize(320, 256), FrameSize(256, 320))
-SIZE_SHARES = (0.4, 0.4, 0.1, 0.1)
+SIZES = (  # a wide and a tall one for three square ones
+    FrameSize(256, 256),
+    FrameSize(256, 320),
+    FrameSize(256, 256),
+    FrameSize(320, 256),
+    FrameSize(256, 256),
+)
 SCENE_LATENTS = WINDOW_LATENTS + 12
-POOL = 400  # scenes of each size
+POOL = 300  # scenes that are kept for each entry of SIZES
 FIRST_SCENES = 320  # before the first step
 
 SILENT_SHARE = 0.25  # of a batch's windows, seen without audio too
-CACHED_SHARE = 0.25  # of them, put through the last block again at a later step
+CACHED_SHARE = 0.12  # of them, put through the last block again at a later step
 EARLIEST_CACHED = 0.75  # of the noise level at which the tokens were made
 RING_SHARE = 0.1
 QUIET_MASK_SHARE = 0.3
@@ -58,8 +62,8 @@ class Phase:
 
 
 PHASES = (
-    Phase("short", 48, 9, 1200, 1.5e-3, 0.2, 4),
-    Phase("whole", 12, WINDOW_LATENTS, 1500, 1e-3, 0.8, 4),
+    Phase("short", 64, 9, 600, 1.5e-3, 0.2, 4),
+    Phase("whole", 16, WINDOW_LATENTS, 1400, 1.2e-3, 0.8, 4),
 )
 
 
@@ -88,26 +92,29 @@ def loss_of(
     mask = torch.where(quiet, EARLY_FACE_MASK * scenes.face_mask, scenes.face_mask)
     silent_count = max(1, round(SILENT_SHARE * count))
     cached_count = max(1, round(CACHED_SHARE * count))
-    silent_prompt = int(rng.integers(2))
+    # the windows, and some of them again without audio
+    rows = torch.cat([torch.arange(count), torch.arange(silent_count)]).to(device)
+    is_heard = torch.arange(len(rows), device=device) < count
+    prompts = torch.where(is_heard, 1, int(rng.integers(2)))
 
     def predict(
-        windows: int, audio_share: float, prompt: int, timesteps: Tensor, tail: Tail | None = None
+        rows: Tensor, is_heard: Tensor, timesteps: Tensor, tail: Tail | None = None
     ) -> tuple[Tensor, Tail | None]:
-        """The velocity of the first so many windows, and the tail."""
-        embeds = scenes.prompt_embeds[:windows, prompt].float()
+        """The velocity of the windows of these rows, and the tail."""
+        embeds = scenes.prompt_embeds[rows, prompts[: len(rows)]].float()
         with torch.autocast(device.type, torch.bfloat16):
             predicted, tail = transformer(
-                hidden_states=noisy[:windows],
-                timestep=timesteps[:windows],
+                hidden_states=noisy[rows],
+                timestep=timesteps[rows],
                 encoder_hidden_states=embeds,
                 encoder_attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
-                pooled_projections=scenes.pooled_prompt_embeds[:windows, prompt],
-                reference_latents=reference[:windows],
-                audio_embeds=scenes.audio_embeds[:windows].float() * audio_share,
-                face_mask=mask[:windows],
-                motion_expression=scenes.expression[:windows, None].expand(-1, 4),
-                motion_pose=scenes.pose[:windows, None].expand(-1, 4),
-                fps=torch.full((windows,), float(world.FPS), device=device),
+                pooled_projections=scenes.pooled_prompt_embeds[rows, prompts[: len(rows)]],
+                reference_latents=reference[rows],
+                audio_embeds=scenes.audio_embeds[rows] * is_heard.view(-1, 1, 1, 1, 1),
+                face_mask=mask[rows],
+                motion_expression=scenes.expression[rows, None].expand(-1, 4),
+                motion_pose=scenes.pose[rows, None].expand(-1, 4),
+                fps=torch.full((len(rows),), float(world.FPS), device=device),
                 tail=tail,
                 return_tail=True,
                 return_dict=False,
@@ -121,14 +128,13 @@ def loss_of(
         windows = len(predicted)
         return ((predicted - wanted[:windows]).square() * weight[:windows]).mean((1, 2, 3, 4))
 
-    heard, tail = predict(count, 1.0, 1, 1000 * levels)
+    predicted, tail = predict(rows, is_heard, 1000 * levels)
     assert tail is not None
-    silent, _ = predict(silent_count, 0.0, silent_prompt, 1000 * levels)
-    later = levels * torch.tensor(
-        rng.uniform(EARLIEST_CACHED, 1, count), dtype=torch.float32, device=device
-    )
+    heard, silent = predicted[:count], predicted[count:]
+    earlier = rng.uniform(EARLIEST_CACHED, 1, count)
+    later = levels * torch.tensor(earlier, dtype=torch.float32, device=device)
     kept = Tail(image=tail.image[:cached_count], text=tail.text[:cached_count])
-    cached, _ = predict(cached_count, 1.0, 1, 1000 * later, kept)
+    cached, _ = predict(rows[:cached_count], is_heard[:cached_count], 1000 * later, kept)
 
     heard_errors = error(heard, weight, velocity)
     losses = {
@@ -170,36 +176,41 @@ def train_transformer(
     for parameter in transformer.proj_out.parameters():
         torch.nn.init.zeros_(parameter)
     transformer.to(device)
-    studio = Studio(
-        AutoencoderKLHunyuanVideo.from_pretrained(work / "vae").eval(),
-        WhisperModel.from_pretrained(work / "audio_encoder").eval(),
-        device,
-    )
     done = sum(steps_done(directory / phase.name) for phase in phases)
-    write = partial(write_script, work, seed, tuple(sizes), SCENE_LATENTS)
-    with made_ahead(write, num_processes, first=1000 * done) as scripts:
+    scene = partial(make_scene, work, device, seed, tuple(sizes), SCENE_LATENTS)
+    with made_ahead(scene, num_processes, first=1000 * done) as scenes:
         rng = np.random.default_rng((seed, done))
         torch.manual_seed(seed + done)
-        pool = Pool(len(sizes), lambda: studio.shoot(next(scripts)), rng, POOL)
+        pool = Pool(scenes, len(sizes), POOL, rng, device)
         pool.grow(first_scenes)
         for phase in phases:
-            drawn = 0
-
-            def loss(phase: Phase = phase) -> tuple[Tensor, dict[str, Tensor]]:
-                nonlocal drawn
-                drawn += 1
-                if drawn % phase.steps_a_scene == 0:
-                    pool.grow()
-                ring_share = RING_SHARE if phase.length == WINDOW_LATENTS else 0.0
-                scenes = pool.draw(phase.count, phase.length, SIZE_SHARES[: len(sizes)], ring_share)
-                return loss_of(transformer, scenes, rng)
-
-            train(
-                transformer.train(),
-                loss,
-                directory=directory / phase.name,
-                steps=phase.steps,
-                learning_rate=phase.learning_rate,
-                decay_share=phase.decay_share,
-            )
+            train_phase(transformer, pool, phase, rng, directory / phase.name)
     return transformer
+
+
+def train_phase(
+    transformer: HunyuanVideoAvatarTransformer3DModel,
+    pool: Pool,
+    phase: Phase,
+    rng: np.random.Generator,
+    directory: Path,
+) -> None:
+    """Trains the denoiser in place, or reads what an earlier run of the phase made of it."""
+    drawn = itertools.count(1)
+    ring_share = RING_SHARE if phase.length == WINDOW_LATENTS else 0.0
+
+    def descend() -> dict[str, Tensor]:
+        if next(drawn) % phase.steps_a_scene == 0:
+            pool.grow()
+        loss, figures = loss_of(transformer, pool.draw(phase.count, phase.length, ring_share), rng)
+        loss.backward()
+        return {"loss": loss.detach(), **figures}
+
+    train(
+        transformer.train(),
+        descend,
+        directory=directory,
+        steps=phase.steps,
+        learning_rate=phase.learning_rate,
+        decay_share=phase.decay_share,
+    )
