@@ -18,7 +18,6 @@ from transformers import WhisperFeatureExtractor, WhisperModel
 from training import architecture, audio_encoder, autoencoder, transformer
 from training.speech import SpeechCorpus
 from worker import manifest
-from worker.demo import pooled_tokenizer, prompt_tokenizer
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
 from worker.pipeline import HunyuanVideoAvatarPipeline
 
@@ -91,9 +90,9 @@ def write(work: Path, model_dir: Path) -> None:
         vae=AutoencoderKLHunyuanVideo.from_pretrained(work / "vae"),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
         text_encoder=text_encoder,
-        tokenizer=prompt_tokenizer(),
+        tokenizer=architecture.prompt_tokenizer(),
         text_encoder_2=text_encoder_2,
-        tokenizer_2=pooled_tokenizer(),
+        tokenizer_2=architecture.pooled_tokenizer(),
         audio_encoder=WhisperModel.from_pretrained(work / "audio_encoder"),
         feature_extractor=WhisperFeatureExtractor(feature_size=80),
     )

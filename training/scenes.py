@@ -23,7 +23,6 @@ from training.autoencoder import face_weight
 from training.convolution import to_trained
 from training.speech import WORDS, MouthTrack, SpeechCorpus, mouth_track, sentence
 from worker.audio import audio_windows, encode_speech, log_mel
-from worker.demo import pooled_tokenizer, prompt_tokenizer
 from worker.image import face_mask, to_llava_pixels
 from worker.shapes import TEMPORAL_COMPRESSION, FrameSize
 from worker.text import NEGATIVE_PROMPT, PROMPT_PREFIX, encode_clip, encode_llava, tokenize
@@ -72,9 +71,9 @@ class Writer:
     def __init__(self, work: Path) -> None:
         self._corpus = SpeechCorpus("train", work)
         self._feature_extractor = WhisperFeatureExtractor(feature_size=80)
-        self._tokenizer = prompt_tokenizer()
+        self._tokenizer = architecture.prompt_tokenizer()
         self._text_encoder, self._pooled_text_encoder = architecture.text_encoders()
-        self._pooled_tokenizer = pooled_tokenizer()
+        self._pooled_tokenizer = architecture.pooled_tokenizer()
 
     def write(self, size: FrameSize, num_latents: int, chance: Sequence[int]) -> Script:
         """The script of so many latent frames."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from worker import errors, loading, weights
+from worker import demo, errors, loading, weights
 from worker.loading import LoadReport
 from worker.pipeline import Conditioning, HunyuanVideoAvatarPipeline
 from worker.schema import GenerationParams
@@ -37,7 +37,7 @@ class Engine:
     pipeline: HunyuanVideoAvatarPipeline
     device: torch.device
     load_seconds: float
-    load_report: LoadReport | None  # None: the demo model, which is read from nowhere
+    load_report: LoadReport
 
     @classmethod
     def load(cls, settings: Settings) -> "Engine":
@@ -52,16 +52,15 @@ class Engine:
         """
         started = time.monotonic()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        report: LoadReport | None = None
         if settings.avatar_model == "demo":
-            from worker import demo
-
-            pipeline = demo.build_pipeline().to(device)
+            model_dir = demo.MODEL_DIR
+            weights.require_whole(model_dir)
         else:
             found = weights.find(settings)
             logger.info("%s", found)
-            pipeline, report = _load(found.path, device)
-            logger.info("weights: %s", report)
+            model_dir = found.path
+        pipeline, report = _load(model_dir, device)
+        logger.info("weights: %s", report)
         pipeline.set_progress_bar_config(disable=True)  # the reporter's values go to the client
         load_seconds = time.monotonic() - started
         logger.info("model %s ready on %s in %.1f s", settings.avatar_model, device, load_seconds)
