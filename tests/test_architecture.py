@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "face": {"shapes"},
     "sampling": {"shapes", "model"},
     "pipeline": {"audio", "image", "text", "face", "sampling", "model", "shapes"},
-    "demo": {"pipeline", "model", "text"},
+    "demo": set(),
     "loading": {"pipeline", "model", "face", "weights"},
     "engine": {"pipeline", "demo", "weights", "loading"} | VALUES,
     "jobs": {"engine", "inputs", "video", "delivery", "progress", "estimate", "logs"}
