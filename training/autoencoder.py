@@ -38,9 +38,9 @@ class Phase:
 # One frame is what a clip's every frame is while nothing moves, at a tenth of the work. The last
 # clips are whole pictures: the normalisation sees what it will see in use.
 PHASES = (
-    Phase("stills", 32, 1, 96, 2000, 2e-3, 0.3),
-    Phase("clips", 8, 9, 96, 700, 3e-4, 0.8),
-    Phase("whole", 4, CLIP_FRAMES, SIZE, 150, 1e-4, 1.0),
+    Phase("stills", 32, 1, 96, 3700, 2e-3, 0.3),
+    Phase("clips", 8, 9, 96, 950, 3e-4, 0.8),
+    Phase("whole", 4, CLIP_FRAMES, SIZE, 50, 1e-4, 1.0),
 )
 LATENT_NOISE = 0.1  # added to the latents, so that near ones decode alike
 STORED_NOISE = 0.05  # what the encoder says of its own doubt: the reference is drawn with it

@@ -34,7 +34,7 @@ SIZES = (  # a wide and a tall one for three square ones
 )
 SCENE_LATENTS = WINDOW_LATENTS + 12
 POOL = 300  # scenes that are kept for each entry of SIZES
-FIRST_SCENES = 320  # before the first step
+FIRST_SCENES = 195  # before the first step
 
 SILENT_SHARE = 0.25  # of a batch's windows, seen without audio too
 CACHED_SHARE = 0.12  # of them, put through the last block again at a later step
@@ -62,8 +62,8 @@ class Phase:
 
 
 PHASES = (
-    Phase("short", 64, 9, 600, 1.5e-3, 0.2, 4),
-    Phase("whole", 16, WINDOW_LATENTS, 1400, 1.2e-3, 0.8, 4),
+    Phase("short", 64, 9, 300, 1.5e-3, 0.2, 4),
+    Phase("whole", 16, WINDOW_LATENTS, 1000, 1.2e-3, 0.8, 4),
 )
 
 
