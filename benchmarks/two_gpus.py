@@ -28,7 +28,7 @@ from benchmarks.random_model import (
     report,
     synchronize,
 )
-from worker import demo, follower, team
+from worker import demo, follower, loading, team
 from worker.engine import Engine
 from worker.pipeline import Conditioning, HunyuanVideoAvatarPipeline
 from worker.schema import GenerationParams
@@ -53,10 +53,10 @@ def load(settings: Settings, device: torch.device) -> Engine:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     transformer = build_transformer(device, dtype, **model["transformer"])
     transformer.set_attention_backend(model["backend"])
-    others = demo.build_pipeline().components | {"transformer": transformer}
-    pipeline = HunyuanVideoAvatarPipeline(**others)
+    others, report_of_load = loading.load(demo.MODEL_DIR, device, {"default": torch.float32})
+    pipeline = HunyuanVideoAvatarPipeline(**others.components | {"transformer": transformer})
     pipeline.set_progress_bar_config(disable=True)
-    return Engine(pipeline, device, time.monotonic() - started, load_report=None)
+    return Engine(pipeline, device, time.monotonic() - started, report_of_load)
 
 
 def random_conditioning(engine: Engine, height: int, width: int) -> Conditioning:

@@ -51,7 +51,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--audio", type=Path, default=HERE / "speech.wav")
     parser.add_argument("--output", default="out/demo.mp4")
     parser.add_argument("--resolution", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=50, help="number of denoising steps")
+    parser.add_argument("--steps", type=int, default=20, help="number of denoising steps")
     return parser.parse_args()
 
 

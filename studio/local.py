@@ -23,8 +23,8 @@ START_SECONDS = 180
 END_SECONDS = 20
 NAME = "local"
 NOTE = (
-    "This machine runs the demo model: the sound is yours, the picture is noise. "
-    "To see a person speak, name an endpoint that has the published weights."
+    "This machine runs the demo model, which makes drawn faces speak. "
+    "For the face of a person, name an endpoint that has the published weights."
 )
 FIRST_VALUES = {"resolution": 256, "preset": "draft", "num_inference_steps": 20}  # without a GPU
 # of its own: keys and buckets of the person stay out of it

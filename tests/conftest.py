@@ -241,10 +241,20 @@ def endpoint() -> Iterator[LocalEndpoint]:
 
 
 @pytest.fixture(scope="session")
-def demo_environment(object_store, tmp_path_factory) -> Mapping[str, str]:
-    """The operator's settings of a worker with the demo model and the bucket."""
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory of random weights, whose videos are noise and quickly made."""
+    from tests import random_model
+
+    model_dir = tmp_path_factory.mktemp("random-model")
+    random_model.write(model_dir)
+    return model_dir
+
+
+@pytest.fixture(scope="session")
+def demo_environment(object_store, random_model, tmp_path_factory) -> Mapping[str, str]:
+    """The operator's settings of a worker with the model of random weights and the bucket."""
     return {
-        "AVATAR_MODEL": "demo",
+        "MODEL_DIR": str(random_model),
         "RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS": "true",  # the media server's
         # torch's own cache, which outlives a job, away from the job's temporary files
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("torch-cache")),
@@ -254,7 +264,7 @@ def demo_environment(object_store, tmp_path_factory) -> Mapping[str, str]:
 
 @pytest.fixture(scope="session")
 def demo_worker(endpoint, demo_environment, tmp_path_factory) -> Iterator[WorkerProcess]:
-    """The shared worker: `handler.py` with the demo model, ready for jobs of `endpoint`."""
+    """The shared worker: `handler.py` with random weights, ready for jobs of `endpoint`."""
     directory = tmp_path_factory.mktemp("demo-worker")
     with WorkerProcess(endpoint, directory, environment=demo_environment) as worker:
         worker.wait_until_polling(timeout_seconds=120)

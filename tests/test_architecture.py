@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "team": {"parallel", "logs"} | VALUES,
     "pipeline": {"audio", "image", "text", "face", "sampling", "model", "placement", "parallel"}
     | {"shapes"},
-    "demo": {"pipeline", "model", "text"},
+    "demo": set(),
     "disk": set(),
     "loading": {"pipeline", "placement", "model", "face", "weights", "disk"},
     "engine": {"pipeline", "demo", "weights", "loading", "placement", "model", "ahead"}

@@ -10,12 +10,10 @@ from worker.engine import Engine
 from worker.schema import GenerationParams
 from worker.settings import Settings
 
-DEMO = Settings(avatar_model="demo")
-
 
 @pytest.fixture
-def engine() -> Engine:
-    return Engine.load(DEMO)
+def engine(random_model) -> Engine:
+    return Engine.load(Settings(model_dir=str(random_model)))
 
 
 def video(engine: Engine) -> np.ndarray:
@@ -42,7 +40,7 @@ def test_a_warm_up_that_fails_says_why(engine, part):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_the_model_is_warm_when_it_is_loaded(caplog):
+def test_on_a_gpu_the_model_is_warm_when_it_is_loaded(random_model, caplog):
     with caplog.at_level(logging.INFO, "worker.engine"):
-        Engine.load(DEMO)
+        Engine.load(Settings(model_dir=str(random_model)))
     assert "warmed up in" in caplog.text

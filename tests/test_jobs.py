@@ -24,16 +24,16 @@ SMALL = {"resolution": 256, "num_inference_steps": 1}
 
 
 @pytest.fixture(scope="module")
-def engine():
-    """The demo model, loaded once for all workers of this file."""
-    return Engine.load(Settings(avatar_model="demo"))
+def engine(random_model):
+    """The model of random weights, loaded once for all workers of this file."""
+    return Engine.load(Settings(model_dir=str(random_model)))
 
 
 @pytest.fixture
 def worker(engine, tmp_path, monkeypatch):
     """A worker without a bucket, its temporary files in a directory of their own."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    worker = Worker(Settings(avatar_model="demo", max_audio_seconds=20.0))
+    worker = Worker(Settings(max_audio_seconds=20.0))
     worker._engine = engine
     return worker
 
@@ -165,7 +165,7 @@ def test_a_drawn_seed_makes_the_same_video_when_it_is_sent_back(worker, make_inp
 
 
 def test_a_job_over_the_workers_own_limit_ends_with_a_code(engine, make_input):
-    worker = Worker(Settings(avatar_model="demo", job_timeout_seconds=0.01))
+    worker = Worker(Settings(job_timeout_seconds=0.01))
     worker._engine = engine
     output = handle(worker, make_input(num_inference_steps=100))
     assert output["error"].startswith("DEADLINE_EXCEEDED: ")

@@ -24,17 +24,22 @@ JOB_SECONDS = 120.0
 class Served:
     """The command in a process of its own, on a port that it keeps when it starts again."""
 
-    def __init__(self, state: Path, *, workers: int) -> None:
+    def __init__(self, state: Path, model_dir: Path, *, workers: int) -> None:
         with LocalEndpoint() as free:
             self.port = int(free.origin.rpartition(":")[2])
         self.state = state
+        self.model_dir = model_dir
         self.workers = workers
         self.url = f"http://127.0.0.1:{self.port}/v2/local"
         self.start()
 
     def start(self) -> None:
         arguments = ["--port", str(self.port), "--state", str(self.state)]
-        environment = {"PATH": os.defpath, "AVATAR_MODEL": "demo", "RUNPOD_API_KEY": "a-key"}
+        environment = {
+            "PATH": os.defpath,
+            "MODEL_DIR": str(self.model_dir),
+            "RUNPOD_API_KEY": "a-key",
+        }
         with (self.state.parent / "log").open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "worker.local", *arguments, "--workers", str(self.workers)],
@@ -105,8 +110,8 @@ def job(make_portrait, make_speech):
 
 
 @pytest.fixture
-def served(tmp_path):
-    served = Served(tmp_path / "state", workers=2)
+def served(tmp_path, random_model):
+    served = Served(tmp_path / "state", random_model, workers=2)
     yield served
     served.stop()
 

@@ -2,19 +2,40 @@
 
 import torch
 from diffusers import AutoencoderKLHunyuanVideo
-from transformers import CLIPTextModel, LlavaModel
-
-from worker.demo import (
-    POOLED_DIM,
-    TEXT_DIM,
-    pooled_text_encoder,
-    prompt_tokenizer,
-    text_encoder,
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaModel,
+    PreTrainedTokenizerFast,
 )
+
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
+from worker.text import PROMPT_TEMPLATE
 
 LATENT_CHANNELS = 16
 AUDIO_STATES = (10, 5, 64)  # a window of the audio encoder's states
+TEXT_DIM = 32
+POOLED_DIM = 16
+
+# Llama 3's way of cutting text into words, so that the prompt's template has as many tokens.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPECIAL_TOKENS = [
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<image>",
+    "<pad>",
+]
 
 
 def transformer() -> HunyuanVideoAvatarTransformer3DModel:
@@ -53,3 +74,78 @@ def text_encoders() -> tuple[LlavaModel, CLIPTextModel]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(20250526)
         return text_encoder(prompt_tokenizer()).eval(), pooled_text_encoder().eval()
+
+
+def text_encoder(tokenizer: PreTrainedTokenizerFast) -> LlavaModel:
+    """Reads the prompt and the portrait, which is 16 tokens to it."""
+    return LlavaModel(
+        LlavaConfig(
+            text_config=LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=TEXT_DIM,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+            ),
+            vision_config=CLIPVisionConfig(
+                hidden_size=8,
+                intermediate_size=16,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                image_size=336,
+                patch_size=84,
+            ),
+            image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def prompt_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer that knows the template's words and spells out the rest."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        min_frequency=1,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=SPECIAL_TOKENS,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([PROMPT_TEMPLATE], trainer)
+    begin, end, *_, pad = SPECIAL_TOKENS
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A", special_tokens=[(begin, tokenizer.token_to_id(begin))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=begin, eos_token=end, pad_token=pad
+    )
+
+
+def pooled_text_encoder() -> CLIPTextModel:
+    """Reads the prompt alone."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=514,
+            hidden_size=POOLED_DIM,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            bos_token_id=512,
+            eos_token_id=513,
+        )
+    )
+
+
+def pooled_tokenizer() -> CLIPTokenizer:
+    """Knows letters only."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[])

@@ -6,8 +6,10 @@ away; what stays is an encoder whose states carry the mouth.
 Shape letters: B batch, P positions (50 a second), C channels, E layers whose states are read.
 """
 
-import argparse
+import functools
 import time
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 
+from training.muon import Muon
+from training.processes import made_ahead
 from training.speech import (
     GAIN_DB,
     SPEECH_RMS_DB,
@@ -56,47 +60,46 @@ def build() -> WhisperModel:
     )
 
 
-def train(corpus: SpeechCorpus, steps: int, seed: int) -> WhisperModel:
-    """An encoder trained for so many steps, the same each time for a seed.
+def train(
+    work: Path, steps: int, seed: int, device: torch.device, num_processes: int
+) -> WhisperModel:
+    """An encoder trained for so many steps on the speech of which `work` has the bank.
 
     Most steps run on the first seconds of shorter clips, because the attention's cost grows with
     the square of the positions; the last ones run as in use, on 30 s filled up with silence.
     """
-    rng = np.random.default_rng(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = build()
-        heads = nn.ModuleList(nn.Linear(model.config.d_model, 2) for _ in range(4))
+    torch.manual_seed(seed)
+    model = build().to(device)
+    heads = nn.ModuleList(nn.Linear(model.config.d_model, 2) for _ in range(4)).to(device)
     optimizers = _optimizers(model, heads)
-    feature_extractor = WhisperFeatureExtractor(feature_size=80)
-    began, recent = time.monotonic(), list[list[float]]()
-    for step in range(steps):
-        rate = min(1.0, (step + 1) / 50, (steps - step) / (0.6 * steps))
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * rate
-        if step < (1 - WHOLE_SHARE) * steps:
-            positions = int(rng.integers(*EXCERPT_POSITIONS))
-            first = int(rng.integers(ALL_POSITIONS - positions))
-        else:
-            positions, first = ALL_POSITIONS, 0
-        mel, targets, weights = _batch(corpus, rng, feature_extractor, positions)
-        states = mouth_states(model, mel, first)
-        read = torch.stack([head(s) for head, s in zip(heads, states, strict=True)])  # (E, B, P, 2)
-        errors = ((read - targets) ** 2).mean(-1)  # (E, B, P)
-        losses = (errors * weights).sum((1, 2)) / weights.sum()
-        losses.sum().backward()
-        nn.utils.clip_grad_norm_([*model.parameters(), *heads.parameters()], 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        recent.append(losses.tolist())
-        if (step + 1) % 50 == 0:
-            layers = " ".join(f"{loss:.5f}" for loss in np.mean(recent, axis=0))
-            seconds = time.monotonic() - began
-            print(f"step {step + 1} loss by layer {layers} {seconds:.0f} s", flush=True)  # noqa: T201
-            recent.clear()
-    return model.eval()
+    began, recent = time.monotonic(), list[Tensor]()
+    make = partial(make_batch, work, seed, round((1 - WHOLE_SHARE) * steps))
+    with made_ahead(make, num_processes) as batches:
+        for step, batch in zip(range(steps), batches, strict=False):
+            rate = min(1.0, (step + 1) / 50, (steps - step) / (0.6 * steps))
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["initial_lr"] * rate
+            mel, targets, weights = (
+                torch.from_numpy(values).to(device).float()
+                for values in (batch.mel, batch.targets, batch.weights)
+            )
+            states = mouth_states(model, mel, batch.first)
+            read = torch.stack([head(s) for head, s in zip(heads, states, strict=True)])
+            errors = ((read - targets) ** 2).mean(-1)  # (E, B, P)
+            losses = (errors * weights).sum((1, 2)) / weights.sum()
+            losses.sum().backward()
+            nn.utils.clip_grad_norm_([*model.parameters(), *heads.parameters()], 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            recent.append(losses.detach())
+            if (step + 1) % 50 == 0:
+                layers = " ".join(f"{loss:.5f}" for loss in torch.stack(recent).mean(0).tolist())
+                seconds = time.monotonic() - began
+                print(f"step {step + 1} loss by layer {layers} {seconds:.0f} s", flush=True)  # noqa: T201
+                recent.clear()
+    return model.eval().cpu()
 
 
 def mouth_states(
@@ -124,7 +127,7 @@ def _optimizers(model: WhisperModel, heads: nn.Module) -> list[torch.optim.Optim
     matrices = [value for value in encoder if value.ndim == 2]
     others = [value for value in encoder if value.ndim != 2]
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, lr=MUON_RATE, weight_decay=0.01),
+        Muon(matrices, lr=MUON_RATE),
         torch.optim.AdamW([*others, *heads.parameters()], lr=ADAM_RATE, weight_decay=0.01),
     ]
     for optimizer in optimizers:
@@ -133,23 +136,42 @@ def _optimizers(model: WhisperModel, heads: nn.Module) -> list[torch.optim.Optim
     return optimizers
 
 
-def _batch(
-    corpus: SpeechCorpus,
-    rng: np.random.Generator,
-    feature_extractor: WhisperFeatureExtractor,
-    positions: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # (B, 80, 2P), (B, P, 2), (B, P)
-    """Log-mel of clips of a second to P positions, their mouths, and each position's weight."""
+@dataclass(frozen=True)
+class Batch:
+    """Clips of speech, some positions of each, and what is wanted there."""
+
+    first: int  # of the positions
+    mel: np.ndarray  # (B, 80, 2P) float16
+    targets: np.ndarray  # (B, P, 2)
+    weights: np.ndarray  # (B, P)
+
+
+@functools.cache
+def _sources(work: Path) -> tuple[SpeechCorpus, WhisperFeatureExtractor]:
+    return SpeechCorpus("train", work), WhisperFeatureExtractor(feature_size=80)
+
+
+def make_batch(work: Path, seed: int, excerpts: int, number: int) -> Batch:
+    """Clips of a second and more; whole windows of the encoder after so many batches of excerpts.
+
+    The same for the same seed and number.
+    """
+    corpus, feature_extractor = _sources(work)
+    rng = np.random.default_rng((seed, number))
+    positions, first = ALL_POSITIONS, 0
+    if number < excerpts:
+        positions = int(rng.integers(*EXCERPT_POSITIONS))
+        first = int(rng.integers(ALL_POSITIONS - positions))
     frames = np.exp(rng.uniform(np.log(25), np.log(positions // 2), BATCH)).astype(int)
     clips = [corpus.clip(rng, int(count)) for count in frames]
     mel = torch.cat([log_mel(clip, feature_extractor) for clip in clips])[..., : 2 * positions]
-    targets = torch.zeros(BATCH, positions, 2)
-    weights = torch.full((BATCH, positions), PADDING_WEIGHT)
+    targets = np.zeros((BATCH, positions, 2), np.float32)
+    weights = np.full((BATCH, positions), PADDING_WEIGHT, np.float32)
     for index, clip in enumerate(clips):
-        mouth = torch.from_numpy(np.stack(state_track(clip), axis=-1))  # (P', 2)
+        mouth = np.stack(state_track(clip), axis=-1)  # (P', 2)
         targets[index, : len(mouth)] = mouth
         weights[index, : len(mouth)] = 1.0
-    return mel, targets, weights
+    return Batch(first, mel.half().numpy(), targets, weights)
 
 
 @torch.inference_mode()
@@ -208,23 +230,3 @@ def _heard(model: WhisperModel, clip: np.ndarray) -> tuple[Tensor, Tensor]:
     mel = log_mel(clip, WhisperFeatureExtractor(feature_size=80))
     states = encode_speech(mel, model)[: len(clip) // STATE_SAMPLES]
     return states, torch.from_numpy(np.stack(state_track(clip), axis=-1))
-
-
-def main() -> None:
-    """Trains, measures, and saves."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(".cache/training/audio_encoder"))
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--cache", type=Path, default=Path(".cache/training"))
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    corpus = SpeechCorpus("train", arguments.cache)
-    model = train(corpus, arguments.steps, arguments.seed)
-    model.save_pretrained(arguments.out)
-    print(measure(model, corpus, SpeechCorpus("held_out", arguments.cache)))  # noqa: T201
-
-
-if __name__ == "__main__":
-    main()

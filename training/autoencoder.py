@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,13 @@ from torch.nn.functional import l1_loss
 
 from training import architecture, world
 from training.convolution import see_motion, to_stored, to_trained
-from training.loop import train
-from training.speech import MouthTrack, SpeechCorpus, mouth_track
+from training.loop import Descent, train
+from training.speech import MouthTrack
 
 SIZE = 256  # px of a picture
-TRACK_FRAMES = 60  # of the speech of which a clip is a part
+PEOPLE = 1200  # whose clips are drawn before the training
+CLIP_FRAMES = 17
+TRACK_FRAMES = 60  # of the movement of which a clip is a part
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,12 @@ class Phase:
 # One frame is what a clip's every frame is while nothing moves, at a tenth of the work. The last
 # clips are whole pictures: the normalisation sees what it will see in use.
 PHASES = (
-    Phase("stills", 16, 1, 64, 2800, 2e-3, 0.3),
-    Phase("clips", 4, 9, 64, 600, 2e-4, 0.8),
-    Phase("whole", 1, 9, SIZE, 40, 1e-4, 1.0),
+    Phase("stills", 32, 1, 96, 3700, 2e-3, 0.3),
+    Phase("clips", 8, 9, 96, 950, 3e-4, 0.8),
+    Phase("whole", 4, CLIP_FRAMES, SIZE, 50, 1e-4, 1.0),
 )
 LATENT_NOISE = 0.1  # added to the latents, so that near ones decode alike
+STORED_NOISE = 0.05  # what the encoder says of its own doubt: the reference is drawn with it
 SIZE_WEIGHT = 1e-3  # keeps the latents near 1
 FACE_WEIGHT = 3.0  # what the eyes and the mouth count beside the rest
 
@@ -53,36 +57,58 @@ def chance_track(rng: np.random.Generator, num_frames: int) -> MouthTrack:
 
 
 class Pictures:
-    """Crops of people who speak or move by chance, half of them around the mouth and the eyes."""
+    """Crops of people who move by chance, half of them around the mouth and the eyes."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(
+        self, seed: int, device: torch.device, people: int = PEOPLE, size: int = SIZE
+    ) -> None:
         self._rng = np.random.default_rng(seed)
-        self._corpus = SpeechCorpus("train")
+        self._size = size
+        self._faces = [world.draw_person(self._rng) for _ in range(people)]
+        self._clips = torch.stack([self._draw(face, device) for face in self._faces])
+        self._weights = torch.stack([face_weight(face, size, size) for face in self._faces]).to(
+            device
+        )
+
+    def _draw(self, face: world.Face, device: torch.device) -> Tensor:  # (3, F, H, W) uint8
+        rng = self._rng
+        track = chance_track(rng, TRACK_FRAMES)
+        motion = world.move(rng, track, rng.uniform(0, 100), rng.uniform(0, 100))
+        start = int(rng.integers(0, TRACK_FRAMES - CLIP_FRAMES))
+        part = motion[start : start + CLIP_FRAMES]
+        frames = world.render(face, part, self._size, self._size, device)
+        return (frames * 255).round().byte().transpose(0, 1)
 
     def batch(self, count: int, num_frames: int, crop: int) -> tuple[Tensor, Tensor]:
-        """Pixels (B, 3, F, crop, crop) in [-1, 1] and what each counts (B, 1, 1, crop, crop)."""
-        pixels, weights = zip(
-            *(self._clip(num_frames, crop, index % 2 == 0) for index in range(count)), strict=True
-        )
-        return torch.stack(pixels).transpose(1, 2) * 2 - 1, torch.stack(weights)[:, None, None]
-
-    def _clip(self, num_frames: int, crop: int, of_face: bool) -> tuple[Tensor, Tensor]:
+        """Pixels (B, 3, F, crop, crop) uint8 and what each counts (B, 1, 1, crop, crop)."""
         rng = self._rng
-        face = world.draw_person(rng)
-        if rng.random() < 0.75:
-            track = mouth_track(self._corpus.clip(rng, TRACK_FRAMES))
-        else:
-            track = chance_track(rng, TRACK_FRAMES)
-        motion = world.move(rng, track, rng.uniform(0, 100), rng.uniform(0, 100))
-        start = int(rng.integers(0, TRACK_FRAMES - num_frames))
+        people = rng.integers(len(self._faces), size=count)
+        firsts = rng.integers(CLIP_FRAMES - num_frames + 1, size=count)
+        corners = [
+            self._corner(self._faces[person], crop, of_face=number % 2 == 0)
+            for number, person in enumerate(people)
+        ]
+        starts = np.concatenate([people[None], firsts[None], np.transpose(corners)])  # (4, B)
+        person, first, top, left = torch.from_numpy(starts).to(self._clips.device)[..., None]
+        planes, frames, pixels = (
+            torch.arange(length, device=self._clips.device) for length in (3, num_frames, crop)
+        )
+        rows, columns = (top + pixels)[:, :, None], (left + pixels)[:, None, :]  # (B, crop, crop)
+        weights = self._weights[person[:, None], rows, columns]
+        rows, columns = rows[:, None, None], columns[:, None, None]
+        frame = (first + frames)[:, None, :, None, None]
+        person = person[:, None, None, None]
+        clips = self._clips[person, planes[:, None, None, None], frame, rows, columns]
+        return clips, weights[:, None, None]
+
+    def _corner(self, face: world.Face, crop: int, *, of_face: bool) -> np.ndarray:  # row, column
+        rng, size = self._rng, self._size
         # between the mouth and the eyes
         middle = np.asarray((face.centre[1] + face.size * rng.choice([0.0, 0.5]), face.centre[0]))
-        spread = crop * 0.3 if of_face else SIZE
-        corner = SIZE / 2 + SIZE * middle - crop / 2 + rng.uniform(-spread, spread, 2)
-        y, x = np.clip(corner, 0, SIZE - crop).astype(int)
-        at = (slice(y, y + crop), slice(x, x + crop))
-        frames = world.render(face, motion[start : start + num_frames], SIZE, SIZE, at)
-        return frames, face_weight(face, SIZE, SIZE)[at]
+        spread = crop * 0.3 if of_face else size
+        corner = size / 2 + size * middle - crop / 2 + rng.uniform(-spread, spread, 2)
+        place: np.ndarray = np.clip(corner, 0, size - crop).astype(np.int64)
+        return place
 
 
 def face_weight(face: world.Face, height: int, width: int) -> Tensor:
@@ -98,9 +124,15 @@ def face_weight(face: world.Face, height: int, width: int) -> Tensor:
 
 def loss_of(
     vae: AutoencoderKLHunyuanVideo, pixels: Tensor, weight: Tensor
-) -> tuple[Tensor, dict[str, float]]:
-    """How far the pictures are from the originals, in values and in edges."""
-    with torch.autocast("cpu", torch.bfloat16):
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """How far the pictures are from the originals, in values and in edges.
+
+    Args:
+        pixels: (B, 3, F, H, W) uint8.
+        weight: what each pixel counts, (B, 1, 1, H, W).
+    """
+    pixels = pixels.float() / 127.5 - 1
+    with torch.autocast(pixels.device.type, torch.bfloat16, cache_enabled=False):
         mean = vae.encode(pixels).latent_dist.mean.float()
         decoded = vae.decode(mean + LATENT_NOISE * torch.randn_like(mean)).sample
     decoded = decoded.float()
@@ -114,25 +146,34 @@ def loss_of(
     ).sum()
     loss = values + edges + SIZE_WEIGHT * mean.square().mean()
     with torch.no_grad():
-        error = ((decoded - pixels) / 2).square().mean().item()
-    return loss, {"psnr": -10 * math.log10(error), "std": mean.std().item()}
+        psnr = -10 * ((decoded - pixels) / 2).square().mean().log10()
+        return loss, {"psnr": psnr, "std": mean.std()}
 
 
-def train_autoencoder(directory: Path, seed: int) -> AutoencoderKLHunyuanVideo:
+def train_autoencoder(
+    directory: Path,
+    seed: int,
+    device: torch.device,
+    phases: tuple[Phase, ...] = PHASES,
+    people: int = PEOPLE,
+) -> AutoencoderKLHunyuanVideo:
     """The autoencoder, trained; an earlier run in the directory is gone on with."""
     torch.manual_seed(seed)
     vae = architecture.autoencoder().train()
     to_trained(vae)
-    pictures = Pictures(seed)
+    vae.to(device)
+    size = phases[-1].crop
+    pictures = Pictures(seed, device, people, size)
 
-    for phase in PHASES:
+    for phase in phases:
+        descent = Descent(vae, partial(loss_of, vae))
 
-        def loss(_: int, phase: Phase = phase) -> tuple[Tensor, dict[str, float]]:
-            return loss_of(vae, *pictures.batch(phase.count, phase.num_frames, phase.crop))
+        def descend(phase: Phase = phase, descent: Descent = descent) -> dict[str, Tensor]:
+            return descent(*pictures.batch(phase.count, phase.num_frames, phase.crop))
 
         train(
             vae.train(),
-            loss,
+            descend,
             directory=directory / phase.name,
             steps=phase.steps,
             learning_rate=phase.learning_rate,
@@ -140,9 +181,29 @@ def train_autoencoder(directory: Path, seed: int) -> AutoencoderKLHunyuanVideo:
         )
         if phase.num_frames == 1:
             see_motion(vae)
-    pixels, _ = pictures.batch(16, 1, SIZE)
+    pixels, _ = pictures.batch(16, 1, size)
     with torch.no_grad():
-        spread = vae.encode(pixels).latent_dist.mean.std().item()
+        spread = vae.encode(pixels.float() / 127.5 - 1).latent_dist.mean.std().item()
     stored = to_stored(vae.state_dict(), architecture.autoencoder())
     stored.register_to_config(scaling_factor=1 / spread)
+    with torch.no_grad():  # nothing has trained the half that gives the logarithm of the variance
+        half = len(stored.quant_conv.weight) // 2
+        stored.quant_conv.weight[half:] = 0
+        stored.quant_conv.bias[half:] = 2 * math.log(STORED_NOISE)
     return stored
+
+
+@torch.inference_mode()
+def measure(vae: AutoencoderKLHunyuanVideo, device: torch.device, people: int = 8) -> str:
+    """How near whole pictures of people whom the training never saw come back."""
+    vae = vae.to(device)
+    rng = np.random.default_rng(98)
+    psnrs = []
+    for _ in range(people):
+        face = world.draw_person(rng)
+        motion = world.move(rng, chance_track(rng, TRACK_FRAMES + 1))
+        frames = world.render(face, motion, SIZE, SIZE, device)
+        latents = vae.encode(frames.transpose(0, 1)[None] * 2 - 1).latent_dist.mean
+        seen = vae.decode(latents).sample[0].transpose(0, 1) / 2 + 0.5
+        psnrs.append(-10 * (seen - frames).square().mean().log10().item())
+    return f"pictures through latents and back: {np.mean(psnrs):.1f} dB, lowest {min(psnrs):.1f}"

@@ -1,49 +1,14 @@
-"""Causal convolutions that train quickly, and rightly, in bfloat16 on a CPU.
+"""Causal convolutions that train quickly.
 
 The numbers are those of diffusers' own modules. What differs: replicate padding by joining slices,
-which is ten times as quick; one frame as a 2-d convolution; weights kept as matrices, for Muon; and
-gradients of the weights as sums of 2-d ones, because oneDNN's bfloat16 3-d ones are not numbers for
-some shapes (torch 2.13, 32 channels, a CPU with AMX).
+one frame as a 2-d convolution, and weights kept as matrices, for Muon.
 """
-
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKLHunyuanVideo
 from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import HunyuanVideoCausalConv3d
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, conv3d
-
-_backward = torch.ops.aten.convolution_backward
-
-
-class _Convolution(torch.autograd.Function):
-    """An unpadded 3-d convolution in bfloat16, with gradients of its weights by 2-d ones."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, stride: list[int]) -> Tensor:
-        x, weight = x.bfloat16(), weight.bfloat16()
-        ctx.save_for_backward(x, weight)
-        ctx.stride = stride
-        return conv3d(x, weight, bias.bfloat16(), stride)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        grad = grads[0].contiguous()
-        options = ([1, 1, 1], False, [0, 0, 0], 1, [True, False, False])
-        grad_x = _backward(grad, x, weight, [0], ctx.stride, [0, 0, 0], *options)[0]
-        frames = grad.shape[2]
-        flat = grad.transpose(1, 2).flatten(0, 1)
-        flat_options = ([0, 0], [1, 1], False, [0, 0], 1, [False, True, False])
-        taps = []
-        for tap in range(weight.shape[2]):
-            seen = x[:, :, tap : tap + (frames - 1) * ctx.stride[0] + 1 : ctx.stride[0]]
-            seen = seen.transpose(1, 2).flatten(0, 1)
-            tap_weight = weight[:, :, tap]
-            taps.append(_backward(flat, seen, tap_weight, [0], ctx.stride[1:], *flat_options)[1])
-        grad_bias = grad.sum((0, 2, 3, 4), dtype=torch.float32)
-        return grad_x, torch.stack(taps, dim=2).float(), grad_bias, None
 
 
 class TrainedConvolution(nn.Module):
@@ -77,7 +42,7 @@ class TrainedConvolution(nn.Module):
         if self._has_padding:
             first = x[:, :, :1]
             x = _pad(_pad(torch.cat([first, first, x], dim=2), 3), 4)
-        return _Convolution.apply(x, weight, self.bias, self._stride)
+        return conv3d(x, weight, self.bias, self._stride)
 
 
 def see_motion(vae: AutoencoderKLHunyuanVideo) -> None:

@@ -356,7 +356,7 @@ def _write_bank(split: Split, path: Path) -> None:
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
-        np.savez(
+        np.savez_compressed(
             file,
             samples=np.concatenate(utterances),
             lengths=[len(samples) for samples in utterances],
@@ -380,7 +380,7 @@ def _espeak(rng: np.random.Generator, split: Split) -> np.ndarray:
     languages = list(WORDS[split])
     language = languages[rng.integers(len(languages))]
     voice = VOICES[split][rng.integers(len(VOICES[split]))]
-    sentences = [_sentence(rng, WORDS[split][language]) for _ in range(rng.integers(1, 4))]
+    sentences = [sentence(rng, WORDS[split][language]) for _ in range(rng.integers(1, 4))]
     speed, pitch = rng.integers(120, 211), rng.integers(20, 81)
     options = ["-v", f"{language}+{voice}", "-s", str(speed), "-p", str(pitch), "--stdout"]
     spoken = subprocess.run(  # noqa: S603  # our own words
@@ -392,7 +392,7 @@ def _espeak(rng: np.random.Generator, split: Split) -> np.ndarray:
     return resampled
 
 
-def _sentence(rng: np.random.Generator, words: Words) -> str:
+def sentence(rng: np.random.Generator, words: Words) -> str:
     parts = [options[rng.integers(len(options))] for options in words]
     return " ".join(parts).capitalize() + "."
 

@@ -1,72 +1,51 @@
 """Trains the denoiser: from noise to the latents of a person who speaks the recording.
 
 Flow matching as the published model's: with noise e and latents x, at noise level s the model sees
-(1 - s) x + s e and answers e - x. What the reference's guidance schedule needs is dropped out at
-times: the audio to zeros, the prompt to the negative one, the face mask to 0.6 of itself.
+(1 - s) x + s e and answers e - x. What the worker's guidance needs is trained beside it: the
+velocity without audio and under either prompt, and that it is the same as the one with audio where
+no speech is seen, since guidance multiplies what differs. So is what its cached steps need: the
+last block alone, on tokens of a higher noise level.
 """
 
-import contextlib
 import itertools
-import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from queue import Full
-from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLHunyuanVideo
-from PIL import Image
 from torch import Tensor
-from transformers import WhisperFeatureExtractor, WhisperModel
 
 from training import architecture, world
-from training.autoencoder import face_weight
-from training.convolution import to_trained
 from training.loop import steps_done, train
-from training.speech import MouthTrack, SpeechCorpus, mouth_track
-from worker.audio import audio_windows, encode_speech, log_mel
-from worker.demo import pooled_tokenizer, prompt_tokenizer
-from worker.image import face_mask, to_llava_pixels
-from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
+from training.processes import made_ahead
+from training.scenes import Pool, Scene, make_scene
+from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel, Tail
 from worker.sampling import EARLY_FACE_MASK
-from worker.shapes import TEMPORAL_COMPRESSION, WINDOW_LATENTS, FrameSize
-from worker.text import NEGATIVE_PROMPT, PROMPT_PREFIX, encode_clip, encode_llava, tokenize
+from worker.shapes import WINDOW_LATENTS, FrameSize
 
-PROMPTS = (
-    "A person speaks to the camera.",
-    "A woman speaks to the camera.",
-    "A man talks, calm and friendly.",
-    "Someone tells a story in front of a plain wall.",
-    "A speaker in a studio.",
-    "",
+SIZES = (  # a wide and a tall one for three square ones
+    FrameSize(256, 256),
+    FrameSize(256, 320),
+    FrameSize(256, 256),
+    FrameSize(320, 256),
+    FrameSize(256, 256),
 )
+SCENE_LATENTS = WINDOW_LATENTS + 12
+POOL = 300  # scenes that are kept for each entry of SIZES
+FIRST_SCENES = 195  # before the first step
 
-Kinds = tuple[tuple[tuple[int, int, int], float], ...]
-
-# Height, width and latent frames, about as much work each; how often each is drawn.
-SHORT_CLIPS: Kinds = (
-    ((256, 256, 6), 0.5),
-    ((192, 192, 11), 0.15),
-    ((256, 192, 8), 0.1),
-    ((192, 256, 8), 0.1),
-    ((128, 128, WINDOW_LATENTS), 0.15),
-)
-WHOLE_CLIPS: Kinds = (((256, 256, WINDOW_LATENTS), 1.0),)
-LEAD_LATENTS = 3  # before a clip that does not begin where its video does
-POOL = 192  # scenes that are kept
-USES = 8  # of a scene, on average
-QUEUE = 8
-
-NO_AUDIO_SHARE = 0.12
+SILENT_SHARE = 0.25  # of a batch's windows, seen without audio too
+CACHED_SHARE = 0.12  # of them, put through the last block again at a later step
+EARLIEST_CACHED = 0.75  # of the noise level at which the tokens were made
+RING_SHARE = 0.1
 QUIET_MASK_SHARE = 0.3
-CUT_SHARE = 0.1  # of clips whose speech ends and leaves zeros
-ELSEWHERE_SHARE = 0.08  # of clips whose face mask lies beside the mouth: it stays closed
-WHOLE_MASK_SHARE = 0.3
-NOISE_SHIFT = 3.0
-MOUTH_WEIGHT = 5.0
+SILENT_WEIGHT = 0.5
+CACHED_WEIGHT = 0.5
+AGREEMENT_WEIGHT = 5.0
+NOISE_SHIFT = 4.0
+LOWEST_NOISE = 0.02  # before the shift; no step begins lower
 
 
 @dataclass(frozen=True)
@@ -74,268 +53,164 @@ class Phase:
     """A part of the training."""
 
     name: str
-    kinds: Kinds
+    count: int  # windows a step
+    length: int  # latent frames of a window
     steps: int
     learning_rate: float
     decay_share: float
-    accumulate: int
+    steps_a_scene: int  # for how many steps no new scene comes in
 
 
 PHASES = (
-    Phase("short", SHORT_CLIPS, 3000, 1.5e-3, 0.35, 4),
-    Phase("whole", WHOLE_CLIPS, 60, 4e-4, 0.8, 2),
+    Phase("short", 64, 9, 300, 1.5e-3, 0.2, 4),
+    Phase("whole", 16, WINDOW_LATENTS, 1000, 1.2e-3, 0.8, 4),
 )
 
 
-@dataclass(frozen=True)
-class Scene:
-    """A clip as the denoiser is given it; shapes as in its `forward`, a batch of one."""
-
-    latents: Tensor  # (1, C, T, h, w), scaled
-    reference_mean: Tensor  # (1, C, 1, h, w), scaled
-    reference_std: Tensor
-    audio_embeds: Tensor  # (1, 4T - 3, 10, 5, 64) float16
-    face_mask: Tensor  # (1, 1, 1, h, w)
-    prompt_embeds: Tensor  # (2, L, D), the negative one first
-    prompt_mask: Tensor  # (2, L)
-    pooled_prompt_embeds: Tensor  # (2, D)
-    pose: float
-    expression: float
-    weight: Tensor  # (h, w), what each latent counts
-
-
-class Scenes:
-    """Clips of people who speak, made from a seed."""
-
-    def __init__(
-        self, vae: AutoencoderKLHunyuanVideo, audio_encoder: WhisperModel, seed: Sequence[int]
-    ) -> None:
-        self._rng = np.random.default_rng(seed)
-        to_trained(vae)  # quicker, and the same numbers
-        self._vae = vae
-        self._audio_encoder = audio_encoder
-        self._feature_extractor = WhisperFeatureExtractor(feature_size=80)
-        self._corpus = SpeechCorpus("train")
-        self._tokenizer = prompt_tokenizer()
-        self._text_encoder, self._pooled_text_encoder = architecture.text_encoders()
-        self._pooled_tokenizer = pooled_tokenizer()
-
-    @torch.no_grad()
-    def make(self, height: int, width: int, num_latents: int) -> Scene:
-        """A clip of so many latent frames."""
-        rng = self._rng
-        size = FrameSize(height, width)
-        frames = TEMPORAL_COMPRESSION * (num_latents - 1) + 1
-        # a clip from the beginning of its video, or one from the middle
-        lead = LEAD_LATENTS if rng.random() < 0.5 else 0
-        start = TEMPORAL_COMPRESSION * (lead + int(rng.integers(0, 40)) if lead else 0)
-        whole = start + frames + int(rng.integers(0, 60))
-        waveform = self._corpus.clip(rng, whole)
-        states = encode_speech(log_mel(waveform, self._feature_extractor), self._audio_encoder)
-        audio = audio_windows(states, whole, world.FPS)[:, start : start + frames].clone()
-        mouth = mouth_track(waveform)
-        if rng.random() < CUT_SHARE:
-            end = int(rng.integers(0, frames))
-            audio[:, end:] = 0
-            mouth = _closed(mouth, start + end)
-
-        face = world.draw_person(rng)
-        mask = face_mask(_jittered(rng, face.box(*size)), size)
-        if rng.random() < WHOLE_MASK_SHARE:
-            mask = torch.ones_like(mask)
-        elif rng.random() < ELSEWHERE_SHARE:
-            mask = _mask_elsewhere(rng, face, size)
-            mouth = _closed(mouth, 0)
-
-        pose = float(rng.uniform(0, 100)) if rng.random() < 0.7 else 25.0
-        expression = float(rng.uniform(0, 100)) if rng.random() < 0.7 else 30.0
-        motion = world.move(rng, mouth, pose, expression)
-        first = start - TEMPORAL_COMPRESSION * lead
-        clip = world.render(face, motion[first : start + frames], *size)
-        portrait = world.portrait(face, *size)
-        with torch.autocast("cpu", torch.bfloat16):
-            latents = self._vae.encode(clip.transpose(0, 1)[None] * 2 - 1).latent_dist.mean
-            reference = self._vae.encode(portrait[None, :, None] * 2 - 1).latent_dist
-        scale = self._vae.config.scaling_factor
-        weight = face_weight(face, *size)[None, None]
-        weight = torch.nn.functional.avg_pool2d(weight, 8)[0, 0]
-        return Scene(
-            latents=latents.float()[:, :, lead:] * scale,
-            reference_mean=reference.mean.float() * scale,
-            reference_std=reference.std.float() * scale,
-            audio_embeds=audio,
-            face_mask=mask,
-            **self._encode_prompts(portrait),
-            pose=pose,
-            expression=expression,
-            weight=1 + (weight - 1) / (weight.max() - 1) * MOUTH_WEIGHT,
-        )
-
-    def _encode_prompts(self, portrait: Tensor) -> dict[str, Tensor]:
-        pixels = (portrait.permute(1, 2, 0) * 255).byte().numpy()
-        prompt = PROMPT_PREFIX + PROMPTS[self._rng.integers(len(PROMPTS))]
-        texts = [NEGATIVE_PROMPT, prompt]
-        tokens = [tokenize(text, self._tokenizer) for text in texts]
-        picture = to_llava_pixels(Image.fromarray(pixels))
-        embeds, mask = encode_llava(tokens, picture, self._text_encoder)
-        pooled = encode_clip(texts, self._pooled_tokenizer, self._pooled_text_encoder)
-        return {"prompt_embeds": embeds, "prompt_mask": mask, "pooled_prompt_embeds": pooled}
-
-
-def _closed(mouth: MouthTrack, start: int) -> MouthTrack:
-    """The same with a mouth that stays closed from a frame on."""
-    opening, width = mouth.opening.copy(), mouth.width.copy()
-    opening[start:] = 0
-    width[start:] = 0
-    return MouthTrack(opening, width)
-
-
-def _jittered(
-    rng: np.random.Generator, box: tuple[float, float, float, float]
-) -> tuple[float, float, float, float]:
-    """The box as another detector might have found it."""
-    x, y, width, height = box
-    wider = width * rng.uniform(-0.15, 0.25)
-    x, y = x - wider / 2 + width * rng.uniform(-0.1, 0.1), y + height * rng.uniform(-0.15, 0.1)
-    return (x, y, width + wider, height + wider)
-
-
-def _mask_elsewhere(rng: np.random.Generator, face: world.Face, size: FrameSize) -> Tensor:
-    """A mask of one edge of the picture, away from the mouth."""
-    mask = torch.zeros(1, 1, 1, *size.latent)
-    x, y, width, height = face.box(*size)
-    top, bottom = int(y / 8), int((y + height) / 8) + 1
-    left, right = int(x / 8), int((x + width) / 8) + 1
-    edges = [mask[..., : max(top, 1), :], mask[..., bottom:, :]]
-    edges += [mask[..., : max(left, 1)], mask[..., right:]]
-    edges[rng.integers(4)].fill_(1)
-    return mask
-
-
 def loss_of(
-    transformer: torch.nn.Module, scene: Scene, rng: np.random.Generator
-) -> tuple[Tensor, dict[str, float]]:
-    """The squared error of the velocity at a noise level drawn by chance."""
-    even = rng.uniform()
-    level = NOISE_SHIFT * even / (1 + (NOISE_SHIFT - 1) * even)
-    noise = torch.randn_like(scene.latents)
-    noisy = (1 - level) * scene.latents + level * noise
-    reference = scene.reference_mean.expand_as(scene.latents)
-    reference = reference + scene.reference_std * torch.randn_like(scene.latents)
-    hears = rng.random() >= NO_AUDIO_SHARE
-    prompt = 1 if hears or rng.random() < 0.5 else 0
-    mask = scene.face_mask * (EARLY_FACE_MASK if rng.random() < QUIET_MASK_SHARE else 1.0)
-    motion = torch.ones(1, 4)
-    with torch.autocast("cpu", torch.bfloat16):
-        velocity = transformer(
-            hidden_states=noisy,
-            timestep=torch.tensor([1000 * level]),
-            encoder_hidden_states=scene.prompt_embeds[prompt : prompt + 1],
-            encoder_attention_mask=scene.prompt_mask[prompt : prompt + 1],
-            pooled_projections=scene.pooled_prompt_embeds[prompt : prompt + 1],
-            reference_latents=reference,
-            audio_embeds=scene.audio_embeds.float() * float(hears),
-            face_mask=mask,
-            motion_expression=motion * scene.expression,
-            motion_pose=motion * scene.pose,
-            fps=motion[:, 0] * world.FPS,
-        ).sample
-    error = (velocity.float() - (noise - scene.latents)).square()
-    loss = (error * scene.weight).mean() / scene.weight.mean()
-    band = "low" if level < 0.4 else "middle" if level < 0.8 else "high"
-    return loss, {f"{band}_noise": loss.item(), f"{band}_count": 1.0}
+    transformer: HunyuanVideoAvatarTransformer3DModel, scenes: Scene, rng: np.random.Generator
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The squared error of the velocity at noise levels drawn by chance.
 
-
-def _produce(queue: Any, work: tuple[Path, Path], seed: Sequence[int], kinds: Kinds) -> None:
-    """Fills the queue with scenes until the process is stopped, or the trainer is gone."""
-    torch.set_num_threads(1)
-    vae, audio_encoder = work
-    scenes = Scenes(
-        AutoencoderKLHunyuanVideo.from_pretrained(vae).eval(),
-        WhisperModel.from_pretrained(audio_encoder).eval(),
-        seed,
+    Args:
+        scenes: a batch of windows.
+    """
+    latents = scenes.latents
+    device, count = latents.device, len(latents)
+    evenly = (
+        LOWEST_NOISE + (1 - LOWEST_NOISE) * (rng.permutation(count) + rng.random(count)) / count
     )
-    rng = np.random.default_rng(seed)
-    queue.cancel_join_thread()  # nobody reads what is left in the end
-    trainer = multiprocessing.parent_process()
-    while trainer is not None and trainer.is_alive():
-        kind = kinds[rng.choice(len(kinds), p=[share for _, share in kinds])][0]
-        scene = scenes.make(*kind)
-        # by value: shared memory would hold a file handle for each tensor
-        values = {name: _to_numpy(value) for name, value in vars(scene).items()}
-        while trainer.is_alive():
-            with contextlib.suppress(Full):
-                queue.put(values, timeout=5)
-                break
+    levels = torch.tensor(
+        NOISE_SHIFT * evenly / (1 + (NOISE_SHIFT - 1) * evenly), dtype=torch.float32, device=device
+    )
+    noise = torch.randn_like(latents)
+    level = levels.view(-1, 1, 1, 1, 1)
+    noisy = (1 - level) * latents + level * noise
+    velocity = noise - latents
+    reference = scenes.reference_mean + scenes.reference_std * torch.randn_like(latents)
+    quiet = torch.tensor(rng.random(count) < QUIET_MASK_SHARE, device=device).view(-1, 1, 1, 1, 1)
+    mask = torch.where(quiet, EARLY_FACE_MASK * scenes.face_mask, scenes.face_mask)
+    silent_count = max(1, round(SILENT_SHARE * count))
+    cached_count = max(1, round(CACHED_SHARE * count))
+    # the windows, and some of them again without audio
+    rows = torch.cat([torch.arange(count), torch.arange(silent_count)]).to(device)
+    is_heard = torch.arange(len(rows), device=device) < count
+    prompts = torch.where(is_heard, 1, int(rng.integers(2)))
 
+    def predict(
+        rows: Tensor, is_heard: Tensor, timesteps: Tensor, tail: Tail | None = None
+    ) -> tuple[Tensor, Tail | None]:
+        """The velocity of the windows of these rows, and the tail."""
+        embeds = scenes.prompt_embeds[rows, prompts[: len(rows)]].float()
+        with torch.autocast(device.type, torch.bfloat16):
+            predicted, tail = transformer(
+                hidden_states=noisy[rows],
+                timestep=timesteps[rows],
+                encoder_hidden_states=embeds,
+                encoder_attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
+                pooled_projections=scenes.pooled_prompt_embeds[rows, prompts[: len(rows)]],
+                reference_latents=reference[rows],
+                audio_embeds=scenes.audio_embeds[rows] * is_heard.view(-1, 1, 1, 1, 1),
+                face_mask=mask[rows],
+                motion_expression=scenes.expression[rows, None].expand(-1, 4),
+                motion_pose=scenes.pose[rows, None].expand(-1, 4),
+                fps=torch.full((len(rows),), float(world.FPS), device=device),
+                tail=tail,
+                return_tail=True,
+                return_dict=False,
+            )
+        return predicted.float(), tail
 
-def _to_numpy(value: Any) -> Any:
-    return value.numpy() if isinstance(value, Tensor) else value
+    weight = (scenes.weight / scenes.weight.mean((1, 2), keepdim=True))[:, None, None]
+    beside = (scenes.beside / scenes.beside.mean((1, 2), keepdim=True))[:, None, None]
 
+    def error(predicted: Tensor, weight: Tensor, wanted: Tensor) -> Tensor:
+        windows = len(predicted)
+        return ((predicted - wanted[:windows]).square() * weight[:windows]).mean((1, 2, 3, 4))
 
-def _to_tensor(value: Any) -> Any:
-    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+    predicted, tail = predict(rows, is_heard, 1000 * levels)
+    assert tail is not None
+    heard, silent = predicted[:count], predicted[count:]
+    earlier = rng.uniform(EARLIEST_CACHED, 1, count)
+    later = levels * torch.tensor(earlier, dtype=torch.float32, device=device)
+    kept = Tail(image=tail.image[:cached_count], text=tail.text[:cached_count])
+    cached, _ = predict(rows[:cached_count], is_heard[:cached_count], 1000 * later, kept)
 
-
-@contextmanager
-def drawn_scenes(
-    work: tuple[Path, Path], seed: Sequence[int], kinds: Kinds
-) -> Iterator[Callable[[], Scene]]:
-    """Gives what draws scenes; another process makes them meanwhile, each for a few uses."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue(QUEUE)
-    process = context.Process(target=_produce, args=(queue, work, seed, kinds), daemon=True)
-    process.start()
-    pool: list[Scene] = []
-    rng = np.random.default_rng(seed)
-    draws = itertools.count()
-
-    def draw() -> Scene:
-        if next(draws) % USES == 0:
-            values = queue.get(timeout=600)
-            pool.append(Scene(**{name: _to_tensor(value) for name, value in values.items()}))
-            del pool[:-POOL]
-        return pool[rng.integers(len(pool))]
-
-    try:
-        yield draw
-    finally:
-        process.terminate()
-        process.join()
+    heard_errors = error(heard, weight, velocity)
+    losses = {
+        "heard": heard_errors.mean(),
+        "silent": error(silent, weight, velocity).mean(),
+        "cached": error(cached, weight, velocity).mean(),
+        "apart": error(silent, beside, heard).mean(),
+    }
+    loss = (
+        losses["heard"]
+        + SILENT_WEIGHT * losses["silent"]
+        + CACHED_WEIGHT * losses["cached"]
+        + AGREEMENT_WEIGHT * losses["apart"]
+    )
+    with torch.no_grad():
+        figures = {name: value.detach() for name, value in losses.items()}
+        figures["beside"] = error(heard, beside, velocity).mean()
+        for name, band in (("low", levels < 0.5), ("high", levels >= 0.5)):
+            figures[name] = (heard_errors * band).sum() / band.sum().clamp(min=1)
+    return loss, figures
 
 
 def train_transformer(
-    directory: Path, vae: Path, audio_encoder: Path, seed: int
+    directory: Path,
+    work: Path,
+    seed: int,
+    device: torch.device,
+    num_processes: int,
+    phases: Sequence[Phase] = PHASES,
+    sizes: Sequence[FrameSize] = SIZES,
+    first_scenes: int = FIRST_SCENES,
 ) -> HunyuanVideoAvatarTransformer3DModel:
-    """The denoiser, trained on short clips and then on whole windows.
+    """The denoiser, trained on short windows and then on whole ones.
 
-    An earlier run in the directory is gone on with. The other two models are read from theirs.
+    An earlier run in the directory is gone on with. The other two models are read from `work`.
     """
     torch.manual_seed(seed)
-    torch.set_num_threads(1)  # the other core makes the scenes
     transformer = architecture.transformer().train()
     for parameter in transformer.proj_out.parameters():
         torch.nn.init.zeros_(parameter)
-    for number, phase in enumerate(PHASES):
-        chance = (seed, number, steps_done(directory / phase.name))
-        torch.manual_seed(sum(chance))
-        rng = np.random.default_rng(chance)
-        with drawn_scenes((vae, audio_encoder), chance, phase.kinds) as draw:
-
-            def loss(
-                _: int,
-                draw: Callable[[], Scene] = draw,
-                rng: np.random.Generator = rng,
-            ) -> tuple[Tensor, dict[str, float]]:
-                return loss_of(transformer, draw(), rng)
-
-            train(
-                transformer.train(),
-                loss,
-                directory=directory / phase.name,
-                steps=phase.steps,
-                learning_rate=phase.learning_rate,
-                decay_share=phase.decay_share,
-                accumulate=phase.accumulate,
-            )
+    transformer.to(device)
+    done = sum(steps_done(directory / phase.name) for phase in phases)
+    scene = partial(make_scene, work, device, seed, tuple(sizes), SCENE_LATENTS)
+    with made_ahead(scene, num_processes, first=1000 * done) as scenes:
+        rng = np.random.default_rng((seed, done))
+        torch.manual_seed(seed + done)
+        pool = Pool(scenes, len(sizes), POOL, rng, device)
+        pool.grow(first_scenes)
+        for phase in phases:
+            train_phase(transformer, pool, phase, rng, directory / phase.name)
     return transformer
+
+
+def train_phase(
+    transformer: HunyuanVideoAvatarTransformer3DModel,
+    pool: Pool,
+    phase: Phase,
+    rng: np.random.Generator,
+    directory: Path,
+) -> None:
+    """Trains the denoiser in place, or reads what an earlier run of the phase made of it."""
+    drawn = itertools.count(1)
+    ring_share = RING_SHARE if phase.length == WINDOW_LATENTS else 0.0
+
+    def descend() -> dict[str, Tensor]:
+        if next(drawn) % phase.steps_a_scene == 0:
+            pool.grow()
+        loss, figures = loss_of(transformer, pool.draw(phase.count, phase.length, ring_share), rng)
+        loss.backward()
+        return {"loss": loss.detach(), **figures}
+
+    train(
+        transformer.train(),
+        descend,
+        directory=directory,
+        steps=phase.steps,
+        learning_rate=phase.learning_rate,
+        decay_share=phase.decay_share,
+    )

@@ -210,21 +210,19 @@ def _smooth(track: np.ndarray, length: int) -> np.ndarray:
     return smoothed.astype(np.float32)
 
 
-def portrait(face: Face, height: int, width: int) -> Tensor:
+def portrait(face: Face, height: int, width: int, device: torch.device | None = None) -> Tensor:
     """The person at rest, mouth closed and eyes open: (3, H, W) in [0, 1]."""
-    return render(face, REST, height, width)[0]
+    return render(face, REST, height, width, device)[0]
 
 
 def render(
-    face: Face, motion: Motion, height: int, width: int, crop: tuple[slice, slice] | None = None
+    face: Face, motion: Motion, height: int, width: int, device: torch.device | None = None
 ) -> Tensor:
-    """The frames (F, 3, H, W) float32 in [0, 1], or of each only the rows and columns of a crop."""
+    """The frames (F, 3, H, W) float32 in [0, 1], drawn on the device."""
     short = min(height, width)
     num_frames = len(motion.x)
-    rows = (torch.arange(height) + 0.5 - height / 2) / short
-    columns = (torch.arange(width) + 0.5 - width / 2) / short
-    if crop is not None:
-        rows, columns = rows[crop[0]], columns[crop[1]]
+    rows = (torch.arange(height, device=device) + 0.5 - height / 2) / short
+    columns = (torch.arange(width, device=device) + 0.5 - width / 2) / short
     pixel = 1 / (face.size * short)
 
     # what does not move, in the units of the head at rest
@@ -233,14 +231,19 @@ def render(
     still = _Canvas(_background(face, rows, columns), x, y, pixel)
     _draw_body(still, face)
 
-    moved_x = x - torch.from_numpy(motion.x)[:, None, None] / face.size
-    moved_y = y - torch.from_numpy(motion.y)[:, None, None] / face.size
-    tilt = torch.from_numpy(motion.tilt)[:, None, None]
+    moved_x = x - _tracks(motion.x, x) / face.size
+    moved_y = y - _tracks(motion.y, x) / face.size
+    tilt = _tracks(motion.tilt, x)
     # around the neck
     turned_x, turned_y = moved_x - tilt * (moved_y - 1.2), moved_y + tilt * moved_x
     colours = still.colours.expand(-1, num_frames, -1, -1).clone()
     _draw_head(_Canvas(colours, turned_x, turned_y, pixel), face, motion)
     return colours.transpose(0, 1).clamp(0, 1)
+
+
+def _tracks(values: np.ndarray, like: Tensor) -> Tensor:  # (F,) → (F, 1, 1)
+    """One value a frame, for all of its pixels."""
+    return torch.from_numpy(values).to(like.device)[:, None, None]
 
 
 class _Canvas:
@@ -299,7 +302,9 @@ def _glow(x: Tensor, y: Tensor, radius: float) -> Tensor:
 def _background(face: Face, rows: Tensor, columns: Tensor) -> Tensor:
     x, y = columns[None, None, :], rows[None, :, None]
     far = (0.5 + y * 0.7 + x * 0.5 * face.background_bend).clamp(0, 1)
-    first, second = (torch.tensor(colour)[:, None, None, None] for colour in face.background)
+    first, second = (
+        torch.tensor(colour, device=rows.device)[:, None, None, None] for colour in face.background
+    )
     colours = torch.lerp(first, second, far)
     for spot_x, spot_y, radius, light in face.spots:
         colours = colours + light * _glow(x - spot_x, y - spot_y, radius)
@@ -320,8 +325,7 @@ def _draw_body(canvas: _Canvas, face: Face) -> None:
 def _draw_head(canvas: _Canvas, face: Face, motion: Motion) -> None:
     x, y = canvas.x, canvas.y
     opening, width, eyes, brows = (
-        torch.from_numpy(track)[:, None, None]
-        for track in (motion.opening, motion.width, motion.eyes, motion.brows)
+        _tracks(track, x) for track in (motion.opening, motion.width, motion.eyes, motion.brows)
     )
     if face.hair_style in ("bob", "long"):
         length = 0.75 if face.hair_style == "bob" else 1.25

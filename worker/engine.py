@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from worker import errors, loading, sampling, weights
+from worker import demo, errors, loading, sampling, weights
 from worker.ahead import ahead
 from worker.loading import LoadReport
 from worker.model import autoencoder
@@ -50,7 +50,7 @@ class Engine:
     pipeline: HunyuanVideoAvatarPipeline
     device: torch.device
     load_seconds: float
-    load_report: LoadReport | None  # None: the demo model, which is read from nowhere
+    load_report: LoadReport
     plan: MemoryPlan | None = None  # None: on a CPU
     has_float8: bool = False  # whether the linear layers can compute in 8 bits here
     team: Team | None = None  # the processes of the other GPUs; None: there are none
@@ -118,17 +118,15 @@ class Engine:
         device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if device.index is not None:
             torch.cuda.set_device(device)  # for what asks for "cuda" alone
-        report: LoadReport | None = None
-        plan: MemoryPlan | None = None
         if settings.avatar_model == "demo":
-            from worker import demo
-
-            pipeline = demo.build_pipeline().to(device)
+            model_dir = demo.MODEL_DIR
+            weights.require_whole(model_dir)
         else:
             found = weights.find(settings)
             logger.info("%s", found)
-            pipeline, report, plan = _load(found.path, device, settings.memory_plan)
-            logger.info("weights: %s", report)
+            model_dir = found.path
+        pipeline, report, plan = _load(model_dir, device, settings.memory_plan)
+        logger.info("weights: %s", report)
         pipeline.set_progress_bar_config(disable=True)  # the reporter's values go to the client
         load_seconds = time.monotonic() - started
         logger.info("model %s ready on %s in %.1f s", settings.avatar_model, device, load_seconds)

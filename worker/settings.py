@@ -58,7 +58,7 @@ class Settings(FromEnvironment):
 
     avatar_model: Literal["hunyuan-video-avatar", "demo"] = Field(
         default="hunyuan-video-avatar",
-        description="Which model answers. `demo` is a toy with random weights, for trying the "
+        description="Which model answers. `demo` is a small one of drawn faces, for trying the "
         "worker without a GPU.",
     )
     model_dir: str = Field(
