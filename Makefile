@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 STUDIO_VENV := .venv-studio
 
-.PHONY: demo studio test lint types unit slow packages browser image format clean
+.PHONY: demo studio test lint types unit slow talks packages browser image format clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m demo
@@ -30,6 +30,10 @@ unit: $(VENV)/ready
 # The longest cases, one of them at the published width (10 GB), and processes killed in mid-job.
 slow: $(VENV)/ready
 	$(BIN)/pytest -m "slow or large"
+
+# The demo model on more faces and voices: half an hour.
+talks: $(VENV)/ready
+	$(BIN)/pytest -m talks
 
 # The import guard against real broken packages, which are fetched: several minutes.
 packages: $(VENV)/ready

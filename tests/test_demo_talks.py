@@ -181,7 +181,7 @@ def test_a_face_that_was_never_seen_speaks_with_a_voice_that_was_never_heard(spe
     assert other.correlation <= 0.3
 
 
-@pytest.mark.slow
+@pytest.mark.talks
 @pytest.mark.parametrize(("seed", "name"), [(FACES[1], "romanian"), (FACES[2], "finnish")])
 def test_other_faces_speak_too(speak, seed, name):
     video = speak(seed, name)
@@ -189,7 +189,7 @@ def test_other_faces_speak_too(speak, seed, name):
     require_likeness(video)
 
 
-@pytest.mark.slow
+@pytest.mark.talks
 def test_the_same_face_with_another_recording_speaks_that_one(speak):
     video = speak(name="finnish")
     require_speech(video)
@@ -197,14 +197,14 @@ def test_the_same_face_with_another_recording_speaks_that_one(speak):
     assert other.correlation <= 0.3
 
 
-@pytest.mark.slow
+@pytest.mark.talks
 def test_silence_leaves_the_mouth_closed(speak):
     video = speak(name="silence")
     require_closed_mouth(video)
     require_likeness(video)
 
 
-@pytest.mark.slow
+@pytest.mark.talks
 def test_more_pose_moves_the_head_more(speak):
     still, usual, lively = (
         video.sway for video in (speak(motion={"pose": 0}), speak(), speak(motion={"pose": 60}))
@@ -212,7 +212,7 @@ def test_more_pose_moves_the_head_more(speak):
     assert still < usual < lively
 
 
-@pytest.mark.slow
+@pytest.mark.talks
 def test_the_seed_changes_no_speech(speak):
     one, other = speak(), speak(seed=2)
     require_speech(other)
@@ -220,7 +220,7 @@ def test_the_seed_changes_no_speech(speak):
     assert (one.frames != other.frames).any()
 
 
-@pytest.mark.slow
+@pytest.mark.talks
 @pytest.mark.xfail(reason="the model was not trained for long enough to blink")
 def test_the_seed_changes_the_blinks(speak):
     blinks = [talking.eye_opening(video.frames, video.face) for video in (speak(), speak(seed=2))]
@@ -233,7 +233,7 @@ def long_video(speak) -> Video:
     return speak(name="english")
 
 
-@pytest.mark.slow
+@pytest.mark.talks
 def test_a_long_video_is_as_much_in_time_at_its_end_as_at_its_start(long_video):
     require_likeness(long_video)
     sound = talking.envelope(long_video.waveform)
@@ -243,7 +243,7 @@ def test_a_long_video_is_as_much_in_time_at_its_end_as_at_its_start(long_video):
         assert abs(sync.lag_seconds) <= MOST_LAG
 
 
-@pytest.mark.slow
+@pytest.mark.talks
 def test_a_long_video_has_no_seams(long_video):
     same = talking.outside(long_video.face, SIZE, SIZE)
     still = long_video.frames[:, same].astype(np.float32)
@@ -323,7 +323,7 @@ def swapped_guidance(engine: Engine) -> Iterator[None]:
         yield
 
 
-@pytest.mark.slow
+@pytest.mark.talks
 @pytest.mark.parametrize("fault", [muted_adapters, late_audio, swapped_guidance])
 def test_a_fault_on_the_way_of_the_audio_is_seen(speak, engine, fault):
     with fault(engine):
@@ -332,12 +332,12 @@ def test_a_fault_on_the_way_of_the_audio_is_seen(speak, engine, fault):
         require_speech(video)
 
 
-@pytest.mark.slow
+@pytest.mark.talks
 def test_a_mouth_outside_of_the_face_box_stays_closed(speak):
     require_closed_mouth(speak(face_box=CORNER))
 
 
-@pytest.mark.slow
+@pytest.mark.talks
 def test_a_face_mask_that_is_left_out_is_seen(speak, engine):
     with no_face_mask(engine):
         video = speak(fault="no_face_mask", face_box=CORNER)
