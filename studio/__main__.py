@@ -32,7 +32,7 @@ def main() -> int:
         endpoint = arguments.endpoint
         if endpoint is None:
             print("Starting an endpoint on this machine ...", flush=True)  # noqa: T201
-            local = LocalEndpoint(directory / "local", arguments.worker_python)
+            local = LocalEndpoint(directory / "local", arguments.worker_python, arguments.model_dir)
             try:
                 stack.enter_context(local)
             except LocalEndpointError as error:
@@ -72,6 +72,9 @@ def _arguments() -> argparse.Namespace:
         type=Path,
         default=WORKER_PYTHON,
         help="of the environment that the worker is installed in; default: .venv/bin/python",
+    )
+    parser.add_argument(
+        "--model-dir", type=Path, help="of the endpoint on this machine; default: the demo model"
     )
     return parser.parse_args()
 

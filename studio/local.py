@@ -27,8 +27,7 @@ NOTE = (
     "For the face of a person, name an endpoint that has the published weights."
 )
 FIRST_VALUES = {"resolution": 256, "preset": "draft", "num_inference_steps": 20}  # without a GPU
-# of its own: keys and buckets of the person stay out of it
-ENVIRONMENT = {"PATH": os.defpath, "AVATAR_MODEL": "demo"}
+ENVIRONMENT = {"PATH": os.defpath}  # of its own: keys and buckets of the person stay out of it
 
 
 class LocalEndpointError(Exception):
@@ -41,10 +40,15 @@ class LocalEndpoint:
     Args:
         directory: holds its state, which outlives it.
         python: of the environment that the worker is installed in.
+        model_dir: another model; None is the demo's.
     """
 
-    def __init__(self, directory: Path, python: Path = WORKER_PYTHON) -> None:
+    def __init__(
+        self, directory: Path, python: Path = WORKER_PYTHON, model_dir: Path | None = None
+    ) -> None:
         self._directory = directory.absolute()
+        model = {"MODEL_DIR": str(model_dir.absolute())} if model_dir else {"AVATAR_MODEL": "demo"}
+        self._environment = ENVIRONMENT | model
         self._python = python
         self._port = _free_port()
         self._log_path = self._directory / "endpoint.log"
@@ -60,7 +64,7 @@ class LocalEndpoint:
             self._process = subprocess.Popen(  # noqa: S603  # our own module
                 self._command(),
                 cwd=REPOSITORY,
-                env=ENVIRONMENT,
+                env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

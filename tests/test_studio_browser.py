@@ -66,8 +66,9 @@ class Studio:
 
 
 @pytest.fixture(scope="module")
-def studio(tmp_path_factory):
-    studio = Studio(tmp_path_factory.mktemp("studio") / "files")
+def studio(tmp_path_factory, random_model):
+    directory = tmp_path_factory.mktemp("studio") / "files"
+    studio = Studio(directory, "--model-dir", str(random_model))
     studio.start()
     yield studio
     studio.stop()
@@ -289,9 +290,10 @@ def test_a_reloaded_page_finds_its_job_and_another_tab_has_its_own(studio, open_
 
 
 def test_a_closed_page_stops_nothing_and_the_history_outlives_the_studio(
-    tmp_path_factory, open_page, files
+    tmp_path_factory, open_page, files, random_model
 ):
-    studio = Studio(tmp_path_factory.mktemp("restart") / "files")
+    directory = tmp_path_factory.mktemp("restart") / "files"
+    studio = Studio(directory, "--model-dir", str(random_model))
     studio.start()
     try:
         page = open_page(studio.url)

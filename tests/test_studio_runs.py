@@ -175,13 +175,13 @@ def test_a_page_that_goes_away_while_the_inputs_are_sent_stops_nothing(
 
 
 def test_a_large_recording_goes_through_the_bucket_of_the_studios_own_endpoint(
-    runs, portrait, make_speech, tmp_path
+    runs, portrait, make_speech, tmp_path, random_model
 ):
     recording = tmp_path / "long.wav"
     recording.write_bytes(make_speech(240.0, 24_000))
     assert recording.stat().st_size > 10e6
 
-    with LocalEndpoint(tmp_path / "local", Path(sys.executable)) as local:
+    with LocalEndpoint(tmp_path / "local", Path(sys.executable), random_model) as local:
 
         async def story() -> State:
             fields = {**SHORT, "max_seconds": 0.4}
