@@ -17,6 +17,13 @@ from worker.model.linear import (
     quantize,
 )
 
+
+@pytest.fixture(autouse=True)
+def inference():
+    with torch.no_grad():
+        yield
+
+
 ROUNDING = 3e-3  # of bfloat16, in relative norm
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

@@ -2,8 +2,9 @@
 
 On a CUDA device and in bfloat16, or in float16 for the autoencoder, the kernels of `kernels.cu` do
 it, which NVRTC compiles when they are first needed: a second once a process, whatever the sizes,
-and without a compiler installed. Anywhere else torch's operators do the same. Shape letters: N
-tokens, D width, h heads; of the autoencoder's chunks C channels, f frames, H rows and W columns.
+and without a compiler installed. Anywhere else, and where a gradient is wanted, torch's operators
+do the same. Shape letters: N tokens, D width, h heads; of the autoencoder's chunks C channels, f
+frames, H rows and W columns.
 """
 
 import ctypes
@@ -195,7 +196,7 @@ def _kernels_for_rows(x: Tensor) -> "_Kernels | None":
 def _kernels_for(x: Tensor, width: int = 256, head: int = 128) -> "_Kernels | None":
     """The kernels for rows of that width; None where torch has to do."""
     fits = width % 8 == 0 and width <= WIDEST and head % 64 == 0
-    if not (fits and x.is_cuda and x.dtype == torch.bfloat16):
+    if not (fits and x.is_cuda and x.dtype == torch.bfloat16) or torch.is_grad_enabled():
         return None
     if x.data_ptr() % 16 or any(stride % 8 for stride in x.stride()[:-1]):
         return None  # they read 16 bytes at a time
@@ -206,7 +207,7 @@ def _kernels_for_chunk(chunk: Tensor) -> "_Kernels | None":
     """The kernels for the autoencoder's chunks; None where torch has to do."""
     eighths, rest = divmod(chunk.shape[1], 8)
     fits = rest == 0 and eighths > 0 and ELEMENTWISE_THREADS % eighths == 0
-    if not (fits and chunk.is_cuda and chunk.dtype == torch.float16):
+    if not (fits and chunk.is_cuda and chunk.dtype == torch.float16) or torch.is_grad_enabled():
         return None
     is_last = chunk.is_contiguous(memory_format=torch.channels_last_3d)
     if not is_last or chunk.data_ptr() % 16:

@@ -187,14 +187,17 @@ class AvatarSingleTransformerBlock(HunyuanVideoSingleTransformerBlock):
             project(layer, rows).view(shape) for layer in (attn.to_q, attn.to_k, attn.to_v)
         )
         norms = (attn.norm_q, attn.norm_k)
+        turned = (query, key)  # in place, but where a gradient has to come back
+        if torch.is_grad_enabled():
+            turned = (torch.empty_like(query), torch.empty_like(key))
         for part, rotary in (
             (slice(num_image), image_rotary_emb),
             (slice(num_image, None), None),
         ):
-            both = (query[:, part], key[:, part])
-            _norm_and_rotate(*both, norms, rotary, both)  # in place
-        attended = attend(query, key, value, attn.processor)
-        del query, key, value
+            out = (turned[0][:, part], turned[1][:, part])
+            _norm_and_rotate(query[:, part], key[:, part], norms, rotary, out)
+        attended = attend(*turned, value, attn.processor)
+        del query, key, value, turned
 
         # The last layer sees both side by side; they are never put together.
         if is_plain(self.proj_out):
