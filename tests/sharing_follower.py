@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from worker import demo, follower
+from worker import demo, follower, loading
 from worker.engine import Engine
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
 from worker.pipeline import HunyuanVideoAvatarPipeline
@@ -18,11 +18,12 @@ def load(settings, device):
     torch.set_num_threads(1)
     torch.accelerator.device_count = lambda: 1  # a CPU has 0, and diffusers divides by it
     started = time.monotonic()
-    components = demo.build_pipeline().components
+    loaded, report = loading.load(demo.MODEL_DIR, device, {"default": torch.float32})
+    components = loaded.components
     config = dict(components["transformer"].config) | {"num_attention_heads": 2}
     with torch.random.fork_rng():
         torch.manual_seed(1)
         transformer = HunyuanVideoAvatarTransformer3DModel.from_config(config).eval()
     pipeline = HunyuanVideoAvatarPipeline(**components | {"transformer": transformer})
     pipeline.set_progress_bar_config(disable=True)
-    return Engine(pipeline, device, time.monotonic() - started, load_report=None)
+    return Engine(pipeline, device, time.monotonic() - started, report)
