@@ -1,4 +1,4 @@
-"""The model on its device: the only module that chooses a device or asks the GPU anything.
+"""The model on its device: chooses the device, and what of the model lies there when.
 
 Jobs call `encode`, `denoise` and `frames` one after the other. Whatever torch raises inside them
 becomes an error of ours here.

@@ -99,7 +99,6 @@ KEPT_PROMPTS = 4  # with their portraits, 14 MB each: a repeated one costs nothi
 class Branch:
     """One side of the guidance: what it hears and first reads, and its tokens for cached steps."""
 
-    name: str
     audio_embeds: Tensor  # (1, 4T, 10, 5, 384)
     first_prompt: int
     tails: TailRing = field(default_factory=TailRing)
@@ -562,8 +561,8 @@ def _checked_box(box: Sequence[float], size: FrameSize) -> Box:
 def _branches(conditioning: Conditioning, *, is_guided: bool) -> list[Branch]:
     """The sides of the guidance, the unconditional one first; without guidance the other alone."""
     speech = sampling.ring_audio(conditioning.audio_embeds, conditioning.plan)
-    speaking = Branch("speaking", speech, first_prompt=POSITIVE)
-    silent = Branch("silent", torch.zeros_like(speech), first_prompt=NEGATIVE)
+    speaking = Branch(speech, first_prompt=POSITIVE)
+    silent = Branch(torch.zeros_like(speech), first_prompt=NEGATIVE)
     return [silent, speaking] if is_guided else [speaking]
 
 

@@ -6,7 +6,6 @@ it has besides its blocks as a whole, its blocks one after the other on a stream
 while the one before it computes. As many of the transformer's blocks as there is room for stay.
 """
 
-import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,8 +16,6 @@ from torch import Tensor, nn
 
 from worker.shapes import LONG_SIDE, FrameSize, window_tokens
 
-logger = logging.getLogger(__name__)
-
 GIB = 2**30
 SLOTS = 2  # blocks on their way or in use, of those that do not stay
 
@@ -28,9 +25,7 @@ DENOISER_BYTES = GIB // 4  # whatever the size: convolutions, text, noise
 DECODER_SCRATCH_BYTES = 2**28  # of the decoder's chunk in work, where memory is short
 DECODER_BYTES = 11 * GIB // 4  # a tile of the autoencoder then, and its frames
 TEXT_TOKENS = 831  # at most
-USABLE_SHARE = (
-    0.96  # of the memory that is free: the rest is for libraries, and lost between tensors
-)
+USABLE_SHARE = 0.96  # of free memory: the rest is for libraries, and lost between tensors
 
 
 @dataclass(frozen=True)

@@ -53,9 +53,10 @@ def fastest_backend(device: torch.device) -> str:
     """
     major, _ = torch.cuda.get_device_capability(device)
     names = dict.fromkeys([BY_CAPABILITY.get(major, "native"), "native"])
-    errors = {name: _error(name, device) for name in names}
-    for name, error in errors.items():
-        if error < LARGEST_ERROR:
+    errors = {}
+    for name in names:
+        errors[name] = _error(name, device)
+        if errors[name] < LARGEST_ERROR:
             return name
     raise RuntimeError(f"no attention kernel is right on this GPU: {errors}")
 

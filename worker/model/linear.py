@@ -134,9 +134,10 @@ def feed_forward(
 def float8_works(device: torch.device) -> bool:
     """Whether products in 8 bits run on this device and come out right."""
     generator = torch.Generator().manual_seed(0)
-    layer = nn.Linear(512, 768, dtype=torch.bfloat16)
-    values = torch.randn(1, 640, 512, generator=generator).to(device, torch.bfloat16)
-    layer.weight.data = torch.randn(768, 512, generator=generator).to(layer.weight)
+    width = 3072  # the published model's: its kernels are compiled once
+    layer = nn.Linear(width, 768, dtype=torch.bfloat16)
+    values = torch.randn(1, 640, width, generator=generator).to(device, torch.bfloat16)
+    layer.weight.data = torch.randn(768, width, generator=generator).to(layer.weight)
     layer.to(device)
     with torch.no_grad():
         exact = layer(values).float()
