@@ -66,7 +66,7 @@ def test_where_torchvision_is_absent_the_guard_does_and_says_nothing():
 
 @pytest.mark.parametrize(
     ("version", "requires"),
-    [("0.28.0", "torch==2.13.0"), ("0.24.1", "torch==2.9.1"), ("0.29.2", "torch>=2.14.0")],
+    [("0.28.0", "torch==2.13.0"), ("0.24.1", "torch==2.9.1"), ("0.29.1", "torch>=2.14.0")],
 )
 def test_a_torchvision_whose_library_does_not_load_is_hidden(version, requires):
     broken = release("torchvision", version)
