@@ -188,6 +188,40 @@ def test_recordings_heard_by_one_sample_are_those_of_a_sample_each():
     assert relative_difference(cached, model(**both, tail=apart.tail).sample) < TOLERANCE
 
 
+@pytest.mark.parametrize(("text_lengths", "passes"), [((5, 5, 5), 1), ((5, 5, 3), 3)])
+@torch.inference_mode(False)
+def test_where_a_gradient_is_wanted_samples_of_one_size_go_through_the_blocks_together(
+    text_lengths, passes
+):
+    model, inputs = tiny_transformer(), tiny_inputs(*text_lengths)
+    passed = []
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+        block.register_forward_hook(lambda *_: passed.append(1))
+
+    def descend(**inputs):
+        model.zero_grad()
+        first = model(**inputs, return_tail=True)
+        cached = model(**inputs, tail=first.tail).sample
+        (first.sample.square().sum() + cached.square().sum()).backward()
+        gradient = torch.cat([value.grad.flatten() for value in model.parameters()])
+        return first.sample.detach(), cached.detach(), gradient
+
+    together = descend(**inputs)
+    assert len(passed) == 8 * passes  # the last block twice
+    alone = [
+        descend(**{name: value[i : i + 1] for name, value in inputs.items()})
+        for i in range(len(text_lengths))
+    ]
+
+    with torch.no_grad():
+        assert relative_difference(together[0], model(**inputs).sample) < TOLERANCE
+    for index in (0, 1):
+        expected = torch.cat([each[index] for each in alone])
+        assert relative_difference(together[index], expected) < TOLERANCE
+    gradient = torch.stack([each[2] for each in alone]).sum(0)
+    assert relative_difference(together[2], gradient) < TOLERANCE
+
+
 def test_text_beyond_the_valid_length_changes_nothing():
     model, inputs = tiny_transformer(), tiny_inputs(5)
     other = inputs | {"encoder_hidden_states": inputs["encoder_hidden_states"].clone()}

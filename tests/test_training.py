@@ -21,7 +21,7 @@ from training.muon import Muon
 from training.processes import made_ahead
 from training.scenes import Pool, Scene, num_frames
 from training.speech import SpeechCorpus, formant_speech
-from training.transformer import loss_of
+from training.transformer import Windows, loss_of
 from worker import loading, sampling
 from worker.shapes import WINDOW_LATENTS, FrameSize, VideoPlan
 from worker.weights import require_whole
@@ -146,11 +146,12 @@ def test_a_full_pool_forgets_its_oldest_scenes():
     assert drawn.pose.min() >= 14
 
 
-def test_the_loss_trains_every_part_that_a_job_uses():
+@pytest.mark.parametrize("is_guided", [False, True])
+def test_the_loss_trains_every_part_that_a_job_uses(is_guided):
     torch.manual_seed(3)
     model = architecture.transformer()
     scenes = Scene.stack([make_scene(count).window(0, 3) for count in (4, 5, 6, 7)])
-    loss, figures = loss_of(model, scenes, np.random.default_rng(0))
+    loss, figures = loss_of(model, scenes, np.random.default_rng(0), is_guided=is_guided)
     loss.backward()
     assert np.isfinite(loss.item())
     assert figures["apart"] > 0
@@ -239,7 +240,12 @@ def test_the_training_makes_a_directory_that_the_worker_loads(tmp_path, monkeypa
         1,
         cpu,
         0,
-        (transformer.Phase("short", 2, 4, 2, 1e-3, 0.3, 1),),
+        (
+            transformer.Phase("short", (Windows(2, 4),), 2, 1e-3, 0.3, 1),
+            transformer.Phase(
+                "guided", (Windows(2, 3), Windows(1, 4)), 2, 1e-3, 0.3, 1, is_guided=True
+            ),
+        ),
         (FrameSize(64, 64), FrameSize(64, 128)),
         2,
     )

@@ -25,9 +25,6 @@ logger = logging.getLogger("training")
 
 HERE = Path(__file__).parent
 CARD = HERE / "model_card.md"
-# What the audio adds to the picture, beside what was trained. The worker's guidance multiplies it
-# by 3.5 to 6.5; without this the dark of an open mouth spreads to the chin and the hair.
-AUDIO_STRENGTH = 0.3
 
 
 def main() -> None:
@@ -43,6 +40,12 @@ def main() -> None:
         default=min(max((os.cpu_count() or 1) - 2, 1), 8),
         help="that make what is to be seen and heard",
     )
+    parser.add_argument(
+        "--scenes",
+        type=int,
+        default=transformer.FIRST_SCENES,
+        help="that are made before the denoiser's first step; fewer begin sooner",
+    )
     arguments = parser.parse_args()
     torch.backends.cudnn.benchmark = True  # the shapes are few
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -51,11 +54,14 @@ def main() -> None:
         arguments.seed,
         torch.device(arguments.device),
         arguments.processes,
+        arguments.scenes,
     )
     write(arguments.work, arguments.out)
 
 
-def make(work: Path, seed: int, device: torch.device, num_processes: int) -> None:
+def make(
+    work: Path, seed: int, device: torch.device, num_processes: int, first_scenes: int
+) -> None:
     """Trains each part that `work` does not hold yet, and says how good it is."""
 
     def once(name: str, train: Callable[[], torch.nn.Module]) -> bool:
@@ -80,7 +86,7 @@ def make(work: Path, seed: int, device: torch.device, num_processes: int) -> Non
     once(
         "transformer",
         lambda: transformer.train_transformer(
-            work / "transformer_run", work, seed, device, num_processes
+            work / "transformer_run", work, seed, device, num_processes, first_scenes=first_scenes
         ),
     )
 
@@ -88,10 +94,6 @@ def make(work: Path, seed: int, device: torch.device, num_processes: int) -> Non
 def write(work: Path, model_dir: Path) -> None:
     """Puts the trained parts together into a model directory."""
     denoiser = HunyuanVideoAvatarTransformer3DModel.from_pretrained(work / "transformer")
-    with torch.no_grad():
-        for block in denoiser.transformer_blocks:
-            if block.audio_adapter is not None:
-                block.audio_adapter.to_out.weight *= AUDIO_STRENGTH
     text_encoder, text_encoder_2 = architecture.text_encoders()
     pipeline = HunyuanVideoAvatarPipeline(
         transformer=denoiser,

@@ -14,7 +14,7 @@ from training.muon import Muon
 
 CHECKPOINT = "checkpoint.pt"
 LOGGED_STEPS = 50
-CHECKPOINT_STEPS = 250
+CHECKPOINT_STEPS = 50
 AVERAGE_DECAY = 0.995
 
 

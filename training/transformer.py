@@ -4,7 +4,8 @@ Flow matching as the published model's: with noise e and latents x, at noise lev
 (1 - s) x + s e and answers e - x. What the worker's guidance needs is trained beside it: the
 velocity without audio and under either prompt, and that it is the same as the one with audio where
 no speech is seen, since guidance multiplies what differs. So is what its cached steps need: the
-last block alone, on tokens of a higher noise level.
+last block alone, on tokens of a higher noise level. At last it is the guided velocity itself that
+is held to the truth, with the weights that the worker's steps have.
 """
 
 import itertools
@@ -22,7 +23,7 @@ from training.loop import steps_done, train
 from training.processes import made_ahead
 from training.scenes import Pool, Scene, make_scene
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel, Tail
-from worker.sampling import EARLY_FACE_MASK
+from worker.sampling import EARLY_FACE_MASK, PROMPT_GUIDED_STEPS, guidance_weight
 from worker.shapes import WINDOW_LATENTS, FrameSize
 
 SIZES = (  # a wide and a tall one for three square ones
@@ -46,6 +47,19 @@ CACHED_WEIGHT = 0.5
 AGREEMENT_WEIGHT = 5.0
 NOISE_SHIFT = 4.0
 LOWEST_NOISE = 0.02  # before the shift; no step begins lower
+# What the audio adds when guidance, which multiplies it by 3.5 to 6.5, is begun to be trained.
+AUDIO_STRENGTH = 0.3
+GUIDED_STEPS = (20, 50)  # of the worker's runs
+FLOW_SHIFT = 5.0  # the worker's
+GUIDANCE_SCALE = 7.5
+
+
+@dataclass(frozen=True)
+class Windows:
+    """What a step sees."""
+
+    count: int
+    length: int  # latent frames of each
 
 
 @dataclass(frozen=True)
@@ -53,27 +67,45 @@ class Phase:
     """A part of the training."""
 
     name: str
-    count: int  # windows a step
-    length: int  # latent frames of a window
+    windows: tuple[Windows, ...]  # of the steps, in turn
     steps: int
     learning_rate: float
     decay_share: float
     steps_a_scene: int  # for how many steps no new scene comes in
+    is_guided: bool = False
 
 
 PHASES = (
-    Phase("short", 64, 9, 300, 1.5e-3, 0.2, 4),
-    Phase("whole", 16, WINDOW_LATENTS, 1000, 1.2e-3, 0.8, 4),
+    Phase("short", (Windows(64, 9),), 300, 1.5e-3, 0.2, 4),
+    Phase("whole", (Windows(16, WINDOW_LATENTS),), 1000, 1.2e-3, 0.8, 4),
+    # the eyes and the mouth are decided within a few frames
+    Phase(
+        "guided",
+        (
+            *(Windows(8, 5), Windows(8, 5), Windows(8, 5), Windows(4, 9)) * 4,
+            Windows(1, WINDOW_LATENTS),
+        ),
+        400,
+        5e-4,
+        0.8,
+        8,
+        is_guided=True,
+    ),
 )
 
 
 def loss_of(
-    transformer: HunyuanVideoAvatarTransformer3DModel, scenes: Scene, rng: np.random.Generator
+    transformer: HunyuanVideoAvatarTransformer3DModel,
+    scenes: Scene,
+    rng: np.random.Generator,
+    *,
+    is_guided: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The squared error of the velocity at noise levels drawn by chance.
 
     Args:
         scenes: a batch of windows.
+        is_guided: the velocity with audio is the one that the worker follows, from the two sides.
     """
     latents = scenes.latents
     device, count = latents.device, len(latents)
@@ -88,38 +120,50 @@ def loss_of(
     noisy = (1 - level) * latents + level * noise
     velocity = noise - latents
     reference = scenes.reference_mean + scenes.reference_std * torch.randn_like(latents)
-    quiet = torch.tensor(rng.random(count) < QUIET_MASK_SHARE, device=device).view(-1, 1, 1, 1, 1)
-    mask = torch.where(quiet, EARLY_FACE_MASK * scenes.face_mask, scenes.face_mask)
-    silent_count = max(1, round(SILENT_SHARE * count))
-    cached_count = max(1, round(CACHED_SHARE * count))
+    guidance = _draw_guidance(levels, rng) if is_guided else _no_guidance(count, rng)
+    is_early = torch.tensor(guidance.is_early, device=device)
+    guided_by = torch.tensor(guidance.weight, dtype=torch.float32, device=device)
+    mask = torch.where(
+        is_early.view(-1, 1, 1, 1, 1), EARLY_FACE_MASK * scenes.face_mask, scenes.face_mask
+    )
+    silent_count = count if is_guided else max(1, round(SILENT_SHARE * count))
     # the windows, and some of them again without audio
     rows = torch.cat([torch.arange(count), torch.arange(silent_count)]).to(device)
     is_heard = torch.arange(len(rows), device=device) < count
-    prompts = torch.where(is_heard, 1, int(rng.integers(2)))
+    negative = torch.tensor(guidance.has_negative_prompt, device=device)
+    prompts = torch.where(is_heard, 1, 1 - negative[rows].long())
 
     def predict(
-        rows: Tensor, is_heard: Tensor, timesteps: Tensor, tail: Tail | None = None
+        chosen: Tensor, timesteps: Tensor, tail: Tail | None = None
     ) -> tuple[Tensor, Tail | None]:
-        """The velocity of the windows of these rows, and the tail."""
-        embeds = scenes.prompt_embeds[rows, prompts[: len(rows)]].float()
+        """The velocity of the chosen rows, and the tail."""
+        seen, heard = rows[chosen], is_heard[chosen]
+        embeds = scenes.prompt_embeds[seen, prompts[chosen]].float()
         with torch.autocast(device.type, torch.bfloat16):
             predicted, tail = transformer(
-                hidden_states=noisy[rows],
-                timestep=timesteps[rows],
+                hidden_states=noisy[seen],
+                timestep=timesteps[seen],
                 encoder_hidden_states=embeds,
                 encoder_attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
-                pooled_projections=scenes.pooled_prompt_embeds[rows, prompts[: len(rows)]],
-                reference_latents=reference[rows],
-                audio_embeds=scenes.audio_embeds[rows] * is_heard.view(-1, 1, 1, 1, 1),
-                face_mask=mask[rows],
-                motion_expression=scenes.expression[rows, None].expand(-1, 4),
-                motion_pose=scenes.pose[rows, None].expand(-1, 4),
-                fps=torch.full((len(rows),), float(world.FPS), device=device),
+                pooled_projections=scenes.pooled_prompt_embeds[seen, prompts[chosen]],
+                reference_latents=reference[seen],
+                audio_embeds=scenes.audio_embeds[seen] * heard.view(-1, 1, 1, 1, 1),
+                face_mask=mask[seen],
+                motion_expression=scenes.expression[seen, None].expand(-1, 4),
+                motion_pose=scenes.pose[seen, None].expand(-1, 4),
+                fps=torch.full((len(seen),), float(world.FPS), device=device),
                 tail=tail,
                 return_tail=True,
                 return_dict=False,
             )
         return predicted.float(), tail
+
+    def followed(predicted: Tensor, windows: int) -> Tensor:
+        """The velocity of the windows that the worker would follow, from those of both sides."""
+        if not is_guided:
+            return predicted[:windows]
+        heard, silent = predicted[:windows], predicted[windows:]
+        return silent + guided_by[:windows].view(-1, 1, 1, 1, 1) * (heard - silent)
 
     weight = (scenes.weight / scenes.weight.mean((1, 2), keepdim=True))[:, None, None]
     beside = (scenes.beside / scenes.beside.mean((1, 2), keepdim=True))[:, None, None]
@@ -128,19 +172,26 @@ def loss_of(
         windows = len(predicted)
         return ((predicted - wanted[:windows]).square() * weight[:windows]).mean((1, 2, 3, 4))
 
-    predicted, tail = predict(rows, is_heard, 1000 * levels)
+    every = torch.arange(len(rows), device=device)
+    predicted, tail = predict(every, 1000 * levels)
     assert tail is not None
     heard, silent = predicted[:count], predicted[count:]
     earlier = rng.uniform(EARLIEST_CACHED, 1, count)
     later = levels * torch.tensor(earlier, dtype=torch.float32, device=device)
-    kept = Tail(image=tail.image[:cached_count], text=tail.text[:cached_count])
-    cached, _ = predict(rows[:cached_count], is_heard[:cached_count], 1000 * later, kept)
+    cached_count = max(1, round(CACHED_SHARE * count))
+    chosen = every[:cached_count]
+    if is_guided:
+        chosen = torch.cat([chosen, chosen + count])
+    kept = Tail(
+        image=tuple(tail.image[row] for row in chosen), text=tuple(tail.text[row] for row in chosen)
+    )
+    cached, _ = predict(chosen, 1000 * later, kept)
 
-    heard_errors = error(heard, weight, velocity)
+    heard_errors = error(followed(predicted, count), weight, velocity)
     losses = {
         "heard": heard_errors.mean(),
         "silent": error(silent, weight, velocity).mean(),
-        "cached": error(cached, weight, velocity).mean(),
+        "cached": error(followed(cached, cached_count), weight, velocity).mean(),
         "apart": error(silent, beside, heard).mean(),
     }
     loss = (
@@ -157,6 +208,37 @@ def loss_of(
     return loss, figures
 
 
+@dataclass(frozen=True)
+class _Guidance:
+    """What the worker does with each window at its noise level."""
+
+    weight: list[float]
+    is_early: list[bool]  # the face hears less
+    has_negative_prompt: list[bool]  # on the side without audio
+
+
+def _draw_guidance(levels: Tensor, rng: np.random.Generator) -> _Guidance:
+    """That of runs of several lengths."""
+    left = levels / (FLOW_SHIFT - (FLOW_SHIFT - 1) * levels)  # of the run: 1 at its start
+    lengths = rng.integers(*GUIDED_STEPS, len(levels), endpoint=True).tolist()
+    steps = [
+        min(int((1 - part) * length), length - 1)
+        for part, length in zip(left.tolist(), lengths, strict=True)
+    ]
+    early = [step < PROMPT_GUIDED_STEPS for step in steps]
+    weights = [
+        guidance_weight(step, length, GUIDANCE_SCALE)
+        for step, length in zip(steps, lengths, strict=True)
+    ]
+    return _Guidance(weights, early, early)
+
+
+def _no_guidance(count: int, rng: np.random.Generator) -> _Guidance:
+    """Early and late steps by chance, either prompt for all."""
+    early = (rng.random(count) < QUIET_MASK_SHARE).tolist()
+    return _Guidance([1.0] * count, early, [bool(rng.integers(2))] * count)
+
+
 def train_transformer(
     directory: Path,
     work: Path,
@@ -167,7 +249,7 @@ def train_transformer(
     sizes: Sequence[FrameSize] = SIZES,
     first_scenes: int = FIRST_SCENES,
 ) -> HunyuanVideoAvatarTransformer3DModel:
-    """The denoiser, trained on short windows and then on whole ones.
+    """The denoiser, trained phase by phase.
 
     An earlier run in the directory is gone on with. The other two models are read from `work`.
     """
@@ -196,13 +278,21 @@ def train_phase(
     directory: Path,
 ) -> None:
     """Trains the denoiser in place, or reads what an earlier run of the phase made of it."""
-    drawn = itertools.count(1)
-    ring_share = RING_SHARE if phase.length == WINDOW_LATENTS else 0.0
+    drawn = itertools.count()
+    if phase.is_guided and not steps_done(directory):
+        with torch.no_grad():
+            for block in transformer.transformer_blocks:
+                if block.audio_adapter is not None:
+                    block.audio_adapter.to_out.weight *= AUDIO_STRENGTH
 
     def descend() -> dict[str, Tensor]:
-        if next(drawn) % phase.steps_a_scene == 0:
+        step = next(drawn)
+        if (step + 1) % phase.steps_a_scene == 0:
             pool.grow()
-        loss, figures = loss_of(transformer, pool.draw(phase.count, phase.length, ring_share), rng)
+        windows = phase.windows[step % len(phase.windows)]
+        ring_share = RING_SHARE if windows.length == WINDOW_LATENTS else 0.0
+        seen = pool.draw(windows.count, windows.length, ring_share)
+        loss, figures = loss_of(transformer, seen, rng, is_guided=phase.is_guided)
         loss.backward()
         return {"loss": loss.detach(), **figures}
 

@@ -199,7 +199,7 @@ def _blinks(rng: np.random.Generator, num_frames: int) -> np.ndarray:
     while frame < num_frames:
         first = max(frame, 0)
         eyes[first : frame + len(BLINK)] = BLINK[first - frame :]
-        frame += int(rng.integers(30, 110))
+        frame += int(rng.integers(25, 75))
     return eyes[:num_frames]
 
 

@@ -3,8 +3,8 @@
 On a CUDA device and in bfloat16, or in float16 for the autoencoder, the kernels of `kernels.cu` do
 it, which NVRTC compiles when they are first needed: a second once a process, whatever the sizes,
 and without a compiler installed. Anywhere else, and where a gradient is wanted, torch's operators
-do the same. Shape letters: N tokens, D width, h heads; of the autoencoder's chunks C channels, f
-frames, H rows and W columns.
+do the same. Shape letters: B samples (the kernels take one), N tokens, D width, h heads; of the
+autoencoder's chunks C channels, f frames, H rows and W columns.
 """
 
 import ctypes
@@ -27,11 +27,11 @@ SUMMED_PIXELS = 1024  # by a block
 
 
 def modulated_norm(
-    x: Tensor,  # (1, N, D)
-    shift: Tensor,  # (1, D), as is scale
+    x: Tensor,  # (B, N, D)
+    shift: Tensor,  # (B, D), as is scale
     scale: Tensor,
     eps: float,
-) -> Tensor:  # (1, N, D)
+) -> Tensor:  # (B, N, D)
     """Layer norm, then `* (1 + scale) + shift`."""
     kernels = _kernels_for_rows(x)
     if kernels is None:
@@ -42,13 +42,13 @@ def modulated_norm(
 
 
 def gated_sum_and_norm(
-    x: Tensor,  # (1, N, D), as is y
+    x: Tensor,  # (B, N, D), as is y
     y: Tensor,
-    gate: Tensor,  # (1, D), as are shift and scale
+    gate: Tensor,  # (B, D), as are shift and scale
     shift: Tensor,
     scale: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor]:  # 2 x (1, N, D)
+) -> tuple[Tensor, Tensor]:  # 2 x (B, N, D)
     """`x + gate * y`, and its modulated norm."""
     kernels = _kernels_for_rows(x)
     if kernels is None:
@@ -61,11 +61,11 @@ def gated_sum_and_norm(
 
 
 def gated_sum(
-    x: Tensor,  # (1, N, D), as are y and z
+    x: Tensor,  # (B, N, D), as are y and z
     y: Tensor,
-    gate: Tensor,  # (1, D)
+    gate: Tensor,  # (B, D)
     z: Tensor | None = None,
-) -> Tensor:  # (1, N, D)
+) -> Tensor:  # (B, N, D)
     """`x + gate * (y + z)`."""
     kernels = _kernels_for_rows(x)
     if kernels is None:
@@ -76,12 +76,12 @@ def gated_sum(
 
 
 def norm_and_rotate(
-    query: Tensor,  # (1, N, h, D/h), as is key
+    query: Tensor,  # (B, N, h, D/h), as is key
     key: Tensor,
     query_norm: Any,  # RMS norms over D/h, as is key_norm
     key_norm: Any,
     rotary: tuple[Tensor, Tensor] | None,  # cosines and sines, 2 x (N, D/h) float32
-    query_out: Tensor,  # (1, N, h, D/h), as is key_out
+    query_out: Tensor,  # (B, N, h, D/h), as is key_out
     key_out: Tensor,
 ) -> None:
     """Normalises each head and turns it by its token's position, into the given tensors."""
@@ -168,10 +168,11 @@ def channel_sums(chunk: Tensor) -> tuple[Tensor, Tensor]:  # (1, C, f, H, W) -> 
     kernels = _kernels_for_chunk(chunk)
     if kernels is None:
         precise = torch.promote_types(chunk.dtype, torch.float32)
+        pixels = chunk.permute(0, 2, 3, 4, 1)  # as they lie: over other strides a CPU sums slowly
         # by rows: on a CPU a norm adds one number after the other, and a whole frame of them costs
         # two digits; a square of the chunk would lie in memory
-        rows = torch.linalg.vector_norm(chunk, dim=4, dtype=precise)
-        return chunk.sum((0, 3, 4), dtype=precise), rows.square_().sum((0, 3))
+        squares = torch.linalg.vector_norm(pixels, dim=3, dtype=precise).square_()
+        return pixels.flatten(2, 3).sum((0, 2), dtype=precise).t(), squares.sum((0, 2)).t()
     _, channels, frames, height, width = chunk.shape
     parts = math.ceil(height * width / SUMMED_PIXELS)
     sums = torch.empty((2, frames, parts, channels), dtype=torch.float32, device=chunk.device)

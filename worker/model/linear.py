@@ -53,8 +53,8 @@ class Float8Linear(nn.Linear):
 class Rows:
     """Activations, and the same in 8 bits for the layers that compute in them."""
 
-    values: Tensor  # (1, N, I)
-    quantized: tuple[Tensor, Tensor] | None = None  # (N, I) e4m3, (N, 1) scales
+    values: Tensor  # (B, N, I)
+    quantized: tuple[Tensor, Tensor] | None = None  # of one sample: (N, I) e4m3, (N, 1) scales
 
     @classmethod
     def of(cls, values: Tensor, *, float8: bool) -> "Rows":
@@ -74,7 +74,7 @@ ALL = slice(None)
 
 def project(
     layer: Any, rows: Rows, columns: slice = ALL, *, bias: bool = True
-) -> Tensor:  # (1, N, O)
+) -> Tensor:  # (B, N, O)
     """What the layer makes of the rows: in 8 bits if they are there and the layer is plain.
 
     Args:
@@ -106,7 +106,7 @@ def project(
 
 def feed_forward(
     up: Any, down: Any, rows: Rows, columns: slice = ALL, *, bias: bool = True
-) -> Tensor:  # (1, N, O)
+) -> Tensor:  # (B, N, O)
     """`down(gelu(up(rows)))`, some tokens at a time, so that the wide middle is never whole.
 
     Args:
@@ -124,7 +124,7 @@ def feed_forward(
         if result.shape[1] == rows.values.shape[1]:
             return result
         if whole is None:
-            whole = result.new_empty(1, rows.values.shape[1], result.shape[2])
+            whole = result.new_empty(len(result), rows.values.shape[1], result.shape[2])
         whole[:, done : done + result.shape[1]] = result
         done += result.shape[1]
     assert whole is not None

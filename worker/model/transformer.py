@@ -18,15 +18,17 @@ Tokens run over the rows and columns of a frame first and over its frames last (
 all frames of one patch, reference frame first, then the next patch), so that a contiguous share of
 them holds whole columns in time and context parallel leaves the audio adapter local to each rank.
 
-The blocks take one sample at a time: on a GPU a batch gains nothing, and takes memory. Samples that
-differ in nothing but what they hear are given once, with several recordings; they part where the
-first adapter hears.
+The blocks take one sample at a time: on a GPU a batch gains nothing, and takes memory. Only where a
+gradient is wanted do they take all at once, for the sake of small models. Samples that differ in
+nothing but what they hear are given once, with several recordings; they part where the first
+adapter hears.
 
 Shape letters: B batch, R recordings a sample, C latent channels, T latent frames, H and W latent
 height and width, S = (H/2)(W/2) tokens a frame, L valid text tokens, D width, A audio tokens a
 latent frame.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -111,20 +113,20 @@ class AvatarTransformerBlock(HunyuanVideoTransformerBlock):
 
     def forward(
         self,
-        hidden_states: Tensor,  # (1, S(1 + T), D)
-        encoder_hidden_states: Tensor,  # (1, L, D)
-        temb: Tensor,  # (1, D)
+        hidden_states: Tensor,  # (B, S(1 + T), D)
+        encoder_hidden_states: Tensor,  # (B, L, D)
+        temb: Tensor,  # (B, D)
         image_rotary_emb: tuple[Tensor, Tensor],  # 2 x (S(1 + T), head dim)
-        audio_tokens: Tensor,  # (R, 1 + T, A, D)
-        audio_gate: Tensor,  # (1, S, 1 + T, 1)
+        audio_tokens: Tensor,  # (B R, 1 + T, A, D)
+        audio_gate: Tensor,  # (B, S, 1 + T, 1)
         float8: bool = False,
-    ) -> tuple[Tensor, Tensor]:  # (1, S(1 + T), D), of a block with an adapter R; (1, L, D)
+    ) -> tuple[Tensor, Tensor]:  # (B, S(1 + T), D), of a block with an adapter B R; (B, L, D)
         image, text, attn = hidden_states, encoder_hidden_states, self.attn
         image_rows, image_gate, *image_later = _modulated(image, temb, self.norm1, float8)
         text_rows, text_gate, *text_later = _modulated(text, temb, self.norm1_context, float8)
 
-        num_image = image.shape[1]
-        shape = (1, num_image + text.shape[1], attn.heads, image.shape[2] // attn.heads)
+        batch, num_image, dim = image.shape
+        shape = (batch, num_image + text.shape[1], attn.heads, dim // attn.heads)
         query, key = image.new_empty(shape), image.new_empty(shape)
         _norm_and_rotate(
             project(attn.to_q, image_rows),
@@ -156,13 +158,13 @@ class AvatarTransformerBlock(HunyuanVideoTransformerBlock):
         return self._hear(image, audio_tokens, audio_gate), text
 
     def _hear(self, image: Tensor, audio_tokens: Tensor, audio_gate: Tensor) -> Tensor:
-        """The image tokens after each recording, (R, S(1 + T), D); as they are without adapter."""
+        """The image tokens after each recording, (B R, S(1 + T), D); as they are without adapter."""
         if self.audio_adapter is None:
             return image
-        columns = image.unflatten(1, (-1, audio_tokens.shape[1]))  # (1, S, 1 + T, D)
-        after = [
+        columns = image.unflatten(1, (-1, audio_tokens.shape[1]))  # (B, S, 1 + T, D)
+        after = [  # several recordings are of one sample
             torch.addcmul(columns, audio_gate, self.audio_adapter(columns, tokens))
-            for tokens in audio_tokens.split(1)
+            for tokens in audio_tokens.split(len(columns))
         ]
         return (after[0] if len(after) == 1 else torch.cat(after)).flatten(1, 2)
 
@@ -172,12 +174,12 @@ class AvatarSingleTransformerBlock(HunyuanVideoSingleTransformerBlock):
 
     def forward(
         self,
-        hidden_states: Tensor,  # (1, S(1 + T), D)
-        encoder_hidden_states: Tensor,  # (1, L, D)
-        temb: Tensor,  # (1, D)
+        hidden_states: Tensor,  # (B, S(1 + T), D)
+        encoder_hidden_states: Tensor,  # (B, L, D)
+        temb: Tensor,  # (B, D)
         image_rotary_emb: tuple[Tensor, Tensor],  # 2 x (S(1 + T), head dim)
         float8: bool = False,
-    ) -> tuple[Tensor, Tensor]:  # (1, S(1 + T), D), (1, L, D)
+    ) -> tuple[Tensor, Tensor]:  # (B, S(1 + T), D), (B, L, D)
         attn, num_image = self.attn, hidden_states.shape[1]
         tokens = torch.cat([hidden_states, encoder_hidden_states], dim=1)
         rows, gate = _modulated(tokens, temb, self.norm, float8)
@@ -217,35 +219,35 @@ for block_class in (AvatarTransformerBlock, AvatarSingleTransformerBlock):
 
 
 def _modulated(
-    x: Tensor,  # (1, N, D)
-    temb: Tensor,  # (1, D)
+    x: Tensor,  # (B, N, D)
+    temb: Tensor,  # (B, D)
     norm: Any,  # diffusers' adaptive norm, of which three or six parts are one projection
     float8: bool,
 ) -> tuple[Any, ...]:
-    """The rows after the adaptive norm, and what is left of the modulation, each (1, D)."""
+    """The rows after the adaptive norm, and what is left of the modulation, each (B, D)."""
     times = norm.linear.out_features // x.shape[-1]
     shift, scale, *later = norm.linear(norm.silu(temb)).chunk(times, dim=1)
     return Rows.of(modulated_norm(x, shift, scale, norm.norm.eps), float8=float8), *later
 
 
 def _norm_and_rotate(
-    query: Tensor,  # (1, N, D) or (1, N, h, D/h), as is key
+    query: Tensor,  # (B, N, D) or (B, N, h, D/h), as is key
     key: Tensor,
     norms: tuple[nn.Module, nn.Module],
     rotary: tuple[Tensor, Tensor] | None,
-    out: tuple[Tensor, Tensor],  # (1, N, h, D/h) each
+    out: tuple[Tensor, Tensor],  # (B, N, h, D/h) each
 ) -> None:
     norm_and_rotate(query.view_as(out[0]), key.view_as(out[1]), *norms, rotary, *out)
 
 
 def _fed_forward(
-    x: Tensor,  # (1, N, D), as is update
+    x: Tensor,  # (B, N, D), as is update
     update: Tensor,
-    gate: Tensor,  # (1, D)
-    later: list[Tensor],  # shift, scale and gate of the feed-forward, (1, D)
+    gate: Tensor,  # (B, D)
+    later: list[Tensor],  # shift, scale and gate of the feed-forward, (B, D)
     network: Any,  # diffusers' FeedForward
     float8: bool,
-) -> Tensor:  # (1, N, D)
+) -> Tensor:  # (B, N, D)
     """The tokens with the update, after the feed-forward network."""
     shift, scale, later_gate = later
     x, normed = gated_sum_and_norm(x, update, gate, shift, scale, NORM_EPS)
@@ -531,7 +533,7 @@ class HunyuanVideoAvatarTransformer3DModel(
         if self.is_cache_enabled and audio_tokens.shape[:2].numel() > 1:
             raise ValueError("with a cache, give one sample a call, each in its own cache_context")
         parts = (images, texts, temb.split(1), audio_tokens, audio_gate.split(1))
-        streams = [_Stream(*each) for each in zip(*parts, strict=True)]
+        streams = _as_few([_Stream(*each) for each in zip(*parts, strict=True)])
         for block in self.transformer_blocks:
             for stream in streams:
                 stream.image, stream.text = block(
@@ -557,10 +559,12 @@ class HunyuanVideoAvatarTransformer3DModel(
         samples = zip(
             tail.image, tail.text, temb.repeat_interleave(recordings, 0).split(1), strict=True
         )
-        return [
-            _Stream(image.transpose(0, 1).flatten(0, 1)[None], text[None], temb)
-            for image, text, temb in samples
-        ]
+        return _as_few(
+            [
+                _Stream(image.transpose(0, 1).flatten(0, 1)[None], text[None], temb)
+                for image, text, temb in samples
+            ]
+        )
 
     def _run_last_block(
         self, streams: list["_Stream"], rotary: tuple[Tensor, Tensor], float8: bool
@@ -586,26 +590,37 @@ class HunyuanVideoAvatarTransformer3DModel(
 
 @dataclass
 class _Stream:
-    """One sample on its way through the blocks, or several that still are one."""
+    """A sample on its way through the blocks, or several that go together or still are one."""
 
-    image: Tensor  # (1, S(1 + T), D), R of them after the first adapter
-    text: Tensor  # (1, L, D)
-    temb: Tensor  # (1, D)
-    audio_tokens: Tensor | None = None  # (R, 1 + T, A, D)
-    audio_gate: Tensor | None = None  # (1, S, 1 + T, 1)
+    image: Tensor  # (B, S(1 + T), D), of one sample R after the first adapter
+    text: Tensor  # (B, L, D)
+    temb: Tensor  # (B, D)
+    audio_tokens: Tensor | None = None  # (B R, 1 + T, A, D)
+    audio_gate: Tensor | None = None  # (B, S, 1 + T, 1)
 
     def by_recording(self) -> list["_Stream"]:
         """One for each recording, once they differ."""
-        if len(self.image) == 1 or self.audio_tokens is None:
+        if len(self.image) == len(self.text) or self.audio_tokens is None:
             return [self]
         pairs = zip(self.image.split(1), self.audio_tokens.split(1), strict=True)
         return [replace(self, image=image, audio_tokens=tokens) for image, tokens in pairs]
 
 
+def _as_few(streams: list[_Stream]) -> list[_Stream]:
+    """The samples as one stream where a gradient is wanted and their sizes agree."""
+    sizes = {(stream.image.shape, stream.text.shape) for stream in streams}
+    recordings = {len(stream.audio_tokens) for stream in streams if stream.audio_tokens is not None}
+    if not torch.is_grad_enabled() or len(sizes) > 1 or recordings - {1}:
+        return streams
+    parts = [
+        [getattr(stream, field.name) for stream in streams] for field in dataclasses.fields(_Stream)
+    ]
+    return [_Stream(*(None if part[0] is None else torch.cat(part) for part in parts))]
+
+
 def _tail_of(streams: Sequence[_Stream], num_frames: int) -> Tail:
+    images = (image for stream in streams for image in stream.image)
     return Tail(
-        image=tuple(
-            stream.image[0].unflatten(0, (-1, 1 + num_frames)).transpose(0, 1) for stream in streams
-        ),
-        text=tuple(stream.text[0] for stream in streams),
+        image=tuple(image.unflatten(0, (-1, 1 + num_frames)).transpose(0, 1) for image in images),
+        text=tuple(text for stream in streams for text in stream.text),
     )
