@@ -281,9 +281,9 @@ def train_phase(
     drawn = itertools.count()
     if phase.is_guided and not steps_done(directory):
         with torch.no_grad():
-            for block in transformer.transformer_blocks:
-                if block.audio_adapter is not None:
-                    block.audio_adapter.to_out.weight *= AUDIO_STRENGTH
+            for name, weight in transformer.named_parameters():
+                if name.endswith("audio_adapter.to_out.weight"):
+                    weight *= AUDIO_STRENGTH
 
     def descend() -> dict[str, Tensor]:
         step = next(drawn)

@@ -28,7 +28,6 @@ height and width, S = (H/2)(W/2) tokens a frame, L valid text tokens, D width, A
 latent frame.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -158,7 +157,7 @@ class AvatarTransformerBlock(HunyuanVideoTransformerBlock):
         return self._hear(image, audio_tokens, audio_gate), text
 
     def _hear(self, image: Tensor, audio_tokens: Tensor, audio_gate: Tensor) -> Tensor:
-        """The image tokens after each recording, (B R, S(1 + T), D); as they are without adapter."""
+        """The image tokens after each recording, (B R, S(1 + T), D); else the same."""
         if self.audio_adapter is None:
             return image
         columns = image.unflatten(1, (-1, audio_tokens.shape[1]))  # (B, S, 1 + T, D)
@@ -612,10 +611,11 @@ def _as_few(streams: list[_Stream]) -> list[_Stream]:
     recordings = {len(stream.audio_tokens) for stream in streams if stream.audio_tokens is not None}
     if not torch.is_grad_enabled() or len(sizes) > 1 or recordings - {1}:
         return streams
-    parts = [
-        [getattr(stream, field.name) for stream in streams] for field in dataclasses.fields(_Stream)
-    ]
-    return [_Stream(*(None if part[0] is None else torch.cat(part) for part in parts))]
+    joined: dict[str, Any] = {}
+    for name in vars(streams[0]):
+        parts = [getattr(stream, name) for stream in streams]
+        joined[name] = None if parts[0] is None else torch.cat(parts)
+    return [_Stream(**joined)]
 
 
 def _tail_of(streams: Sequence[_Stream], num_frames: int) -> Tail:
