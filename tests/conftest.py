@@ -251,7 +251,7 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def demo_environment(object_store, random_model, tmp_path_factory) -> Mapping[str, str]:
+def worker_environment(object_store, random_model, tmp_path_factory) -> Mapping[str, str]:
     """The operator's settings of a worker with the model of random weights and the bucket."""
     return {
         "MODEL_DIR": str(random_model),
@@ -263,10 +263,10 @@ def demo_environment(object_store, random_model, tmp_path_factory) -> Mapping[st
 
 
 @pytest.fixture(scope="session")
-def demo_worker(endpoint, demo_environment, tmp_path_factory) -> Iterator[WorkerProcess]:
+def shared_worker(endpoint, worker_environment, tmp_path_factory) -> Iterator[WorkerProcess]:
     """The shared worker: `handler.py` with random weights, ready for jobs of `endpoint`."""
-    directory = tmp_path_factory.mktemp("demo-worker")
-    with WorkerProcess(endpoint, directory, environment=demo_environment) as worker:
+    directory = tmp_path_factory.mktemp("worker")
+    with WorkerProcess(endpoint, directory, environment=worker_environment) as worker:
         worker.wait_until_polling(timeout_seconds=120)
         yield worker
 
@@ -279,10 +279,10 @@ def own_endpoint() -> Iterator[LocalEndpoint]:
 
 
 @pytest.fixture
-def own_demo_worker(own_endpoint, demo_environment, tmp_path: Path) -> Iterator[WorkerProcess]:
+def own_worker(own_endpoint, worker_environment, tmp_path: Path) -> Iterator[WorkerProcess]:
     """A worker that the test may end, ready for jobs of `own_endpoint`."""
     directory = tmp_path / "worker"
-    with WorkerProcess(own_endpoint, directory, environment=demo_environment) as worker:
+    with WorkerProcess(own_endpoint, directory, environment=worker_environment) as worker:
         worker.wait_until_polling(timeout_seconds=120)
         yield worker
 

@@ -26,7 +26,7 @@ DRAFT = {"resolution": 256, "num_inference_steps": 4, "seed": 128}
 JOB_SECONDS = 300
 STAGES = ["download", "preprocess", "denoise", "decode", "upload"]
 
-pytestmark = pytest.mark.usefixtures("demo_worker")
+pytestmark = pytest.mark.usefixtures("shared_worker")
 
 
 @pytest.fixture(params=KINDS)

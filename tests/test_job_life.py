@@ -45,7 +45,7 @@ def code(job: JobRecord) -> str:
 
 
 @pytest.fixture(scope="session")
-def finished(endpoint, demo_worker, make_job):
+def finished(endpoint, shared_worker, make_job):
     """A job that has been generated, and is looked at from several sides."""
     return run(endpoint, make_job(seed=7, num_inference_steps=12, user_data={"order": 1}))
 
@@ -78,7 +78,7 @@ def test_progress_comes_in_order_and_before_the_result(finished):
     require_ordered_progress(finished)
 
 
-def test_progress_comes_in_order_when_the_platform_is_slow(endpoint, demo_worker, make_job):
+def test_progress_comes_in_order_when_the_platform_is_slow(endpoint, shared_worker, make_job):
     endpoint.delay_answers(0.7)
     try:
         job = run(endpoint, make_job())
@@ -97,7 +97,7 @@ def test_the_worker_pings_throughout_a_job(endpoint, finished):
 
 
 def test_a_cancelled_job_stops_at_its_next_step_posts_nothing_and_the_next_job_runs(
-    endpoint, demo_worker, make_job, finished
+    endpoint, shared_worker, make_job, finished
 ):
     cancelled_id = endpoint.submit(make_job(num_inference_steps=MANY_STEPS))
     next_id = endpoint.submit(make_job(seed=7, num_inference_steps=12))
@@ -118,7 +118,7 @@ def test_a_cancelled_job_stops_at_its_next_step_posts_nothing_and_the_next_job_r
     assert late == []
     assert following.status == "COMPLETED"
     assert following.output["sha256"] == finished.output["sha256"]  # the seed alone decides
-    assert list(demo_worker.temporary_directory.iterdir()) == []
+    assert list(shared_worker.temporary_directory.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_a_cancelled_job_stops_at_its_next_step_posts_nothing_and_the_next_job_r
     ],
 )
 def test_a_bad_job_is_refused_at_once_with_its_code_and_its_field(
-    endpoint, demo_worker, make_job, changes, expected_code, told
+    endpoint, shared_worker, make_job, changes, expected_code, told
 ):
     job = run(endpoint, make_job(**changes))
 
@@ -145,14 +145,14 @@ def test_a_bad_job_is_refused_at_once_with_its_code_and_its_field(
     assert job.ended_at_seconds - job.taken_at_seconds < 2.0
 
 
-def test_a_job_whose_input_is_no_object_is_refused(endpoint, demo_worker):
+def test_a_job_whose_input_is_no_object_is_refused(endpoint, shared_worker):
     job = run(endpoint, {"input": ["not", "an", "object"]})
 
     assert (job.status, code(job)) == ("FAILED", "INVALID_INPUT")
 
 
 def test_an_input_that_the_server_does_not_have_may_be_tried_again(
-    endpoint, demo_worker, make_job, media_server
+    endpoint, shared_worker, make_job, media_server
 ):
     job = run(endpoint, make_job(image=media_server.url + "/missing.png"))
 
@@ -160,7 +160,7 @@ def test_an_input_that_the_server_does_not_have_may_be_tried_again(
     assert job.output["error_info"]["retryable"] is True
 
 
-def test_a_job_whose_result_was_lost_is_answered_from_the_bucket(endpoint, demo_worker, make_job):
+def test_a_job_whose_result_was_lost_is_answered_from_the_bucket(endpoint, shared_worker, make_job):
     endpoint.lose_results(status=413)
     endpoint.lose_results(status=None)
 
@@ -179,7 +179,7 @@ def test_a_job_whose_result_was_lost_is_answered_from_the_bucket(endpoint, demo_
         assert hashlib.sha256(answer.read()).hexdigest() == told["sha256"]
 
 
-def test_a_job_that_is_delivered_twice_gets_the_same_answer(endpoint, demo_worker, finished):
+def test_a_job_that_is_delivered_twice_gets_the_same_answer(endpoint, shared_worker, finished):
     endpoint.requeue(finished.id)
 
     second = endpoint.wait(finished.id, JOB_SECONDS)
@@ -191,7 +191,7 @@ def test_a_job_that_is_delivered_twice_gets_the_same_answer(endpoint, demo_worke
 
 
 def test_another_request_under_an_earlier_id_is_not_answered_with_the_earlier_video(
-    endpoint, demo_worker, make_job, finished
+    endpoint, shared_worker, make_job, finished
 ):
     other = run(endpoint, {"id": finished.id, **make_job(seed=8)})
 
@@ -199,43 +199,43 @@ def test_another_request_under_an_earlier_id_is_not_answered_with_the_earlier_vi
     assert other.output["sha256"] != finished.output["sha256"]
 
 
-def test_sigterm_lets_the_running_job_finish(own_endpoint, own_demo_worker, make_job):
+def test_sigterm_lets_the_running_job_finish(own_endpoint, own_worker, make_job):
     job_id = own_endpoint.submit(make_job(num_inference_steps=8))
     waiting_id = own_endpoint.submit(make_job())
     own_endpoint.wait_until(job_id, is_denoising, JOB_SECONDS)
 
-    own_demo_worker.terminate()
+    own_worker.terminate()
 
     job = own_endpoint.wait(job_id, JOB_SECONDS)
     assert job.status == "COMPLETED"
-    assert own_demo_worker.wait(timeout_seconds=10.0) == 0
+    assert own_worker.wait(timeout_seconds=10.0) == 0
     assert own_endpoint.state(waiting_id).status == "IN_QUEUE"
-    assert list(own_demo_worker.temporary_directory.iterdir()) == []
+    assert list(own_worker.temporary_directory.iterdir()) == []
 
 
-def test_sigterm_ends_an_idle_worker_promptly(own_endpoint, own_demo_worker, make_job):
-    own_demo_worker.terminate()
+def test_sigterm_ends_an_idle_worker_promptly(own_endpoint, own_worker, make_job):
+    own_worker.terminate()
 
-    assert own_demo_worker.wait(timeout_seconds=10.0) == 0  # the poll is held for 30 s
+    assert own_worker.wait(timeout_seconds=10.0) == 0  # the poll is held for 30 s
     job_id = own_endpoint.submit(make_job())
     time.sleep(0.2)
     assert own_endpoint.state(job_id).status == "IN_QUEUE"
 
 
-def test_a_job_that_is_handed_out_after_sigterm_is_run(own_endpoint, own_demo_worker, make_job):
-    own_demo_worker.terminate()
+def test_a_job_that_is_handed_out_after_sigterm_is_run(own_endpoint, own_worker, make_job):
+    own_worker.terminate()
     time.sleep(0.3)
 
     job = run(own_endpoint, make_job())
 
     assert job.status == "COMPLETED"
-    assert own_demo_worker.wait(timeout_seconds=10.0) == 0
+    assert own_worker.wait(timeout_seconds=10.0) == 0
 
 
 def test_ten_jobs_each_end_as_they_should_and_leave_nothing_behind(
-    own_endpoint, own_demo_worker, make_job, media_server, make_portrait
+    own_endpoint, own_worker, make_job, media_server, make_portrait
 ):
-    endpoint, worker = own_endpoint, own_demo_worker
+    endpoint, worker = own_endpoint, own_worker
     picture_url = media_server.add("/face.jpg", make_portrait(format="JPEG"))
     jobs = [
         (make_job(), "COMPLETED"),
@@ -273,9 +273,9 @@ def test_ten_jobs_each_end_as_they_should_and_leave_nothing_behind(
 
 
 def test_the_log_names_each_job_and_never_what_it_sent_or_got(
-    own_endpoint, demo_environment, make_job, tmp_path
+    own_endpoint, worker_environment, make_job, tmp_path
 ):
-    environment = {**demo_environment, "RUNPOD_LOG_LEVEL": "DEBUG"}
+    environment = {**worker_environment, "RUNPOD_LOG_LEVEL": "DEBUG"}
     with WorkerProcess(own_endpoint, tmp_path / "w", environment=environment) as worker:
         worker.wait_until_polling(timeout_seconds=120)
         secret_job = make_job(image="https://user:pass-word@127.0.0.1/a?X-Amz-Signature=sig-nature")
@@ -285,7 +285,7 @@ def test_the_log_names_each_job_and_never_what_it_sent_or_got(
     for job in jobs:
         assert f"job {job.id}: " in worker.log
     signature = jobs[0].output["video_url"].partition("X-Amz-Signature=")[2]
-    secrets = [signature, "pass-word", "sig-nature", demo_environment["BUCKET_SECRET_ACCESS_KEY"]]
+    secrets = [signature, "pass-word", "sig-nature", worker_environment["BUCKET_SECRET_ACCESS_KEY"]]
     assert not [secret for secret in secrets if secret in worker.log]
     assert make_job()["input"]["image"][:200] not in worker.log
 

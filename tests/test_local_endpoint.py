@@ -131,7 +131,7 @@ def demo_job(make_portrait, make_speech):
     return {"input": {"resolution": 256, "num_inference_steps": 12, "seed": 1, **encoded}}
 
 
-def test_runpods_library_completes_the_whole_story(endpoint, demo_worker, demo_job, receiver):
+def test_runpods_library_completes_the_whole_story(endpoint, shared_worker, demo_job, receiver):
     job = {**demo_job, "webhook": f"{receiver.url}/done?token=secret"}
 
     seen = run_library("sync", endpoint, job)
@@ -154,7 +154,7 @@ def test_runpods_library_completes_the_whole_story(endpoint, demo_worker, demo_j
     assert body["executionTime"] > 0
 
 
-def test_runpods_library_works_for_asyncio_too(endpoint, demo_worker, demo_job):
+def test_runpods_library_works_for_asyncio_too(endpoint, shared_worker, demo_job):
     seen = run_library("async", endpoint, demo_job)
 
     assert seen["status"] == "COMPLETED"

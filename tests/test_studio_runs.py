@@ -25,7 +25,7 @@ SHORT = {"resolution": 256, "num_inference_steps": 2, "seed": 1}
 LONG = {"resolution": 256, "num_inference_steps": 100}
 JOB_SECONDS = 300
 
-pytestmark = pytest.mark.usefixtures("demo_worker")
+pytestmark = pytest.mark.usefixtures("shared_worker")
 
 
 @pytest.fixture

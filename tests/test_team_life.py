@@ -28,12 +28,12 @@ def make_job(make_portrait, make_speech):
 
 
 @pytest.fixture
-def start_worker(own_endpoint, demo_environment, tmp_path) -> Iterator:
+def start_worker(own_endpoint, worker_environment, tmp_path) -> Iterator:
     """Starts a worker of two processes, ready for jobs of `own_endpoint`."""
     workers = []
 
     def start(script: Path = ROOT / "handler.py", **environment: str) -> WorkerProcess:
-        two = {**demo_environment, "NUM_GPUS": "2", "OMP_NUM_THREADS": "1", **environment}
+        two = {**worker_environment, "NUM_GPUS": "2", "OMP_NUM_THREADS": "1", **environment}
         worker = WorkerProcess(own_endpoint, tmp_path / "w", script=script, environment=two)
         workers.append(worker)
         worker.start()
