@@ -1,6 +1,8 @@
 """The model on its device, before the first job."""
 
 import logging
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -44,3 +46,21 @@ def test_on_a_gpu_the_model_is_warm_when_it_is_loaded(random_model, caplog):
     with caplog.at_level(logging.INFO, "worker.engine"):
         Engine.load(Settings(model_dir=str(random_model)))
     assert "warmed up in" in caplog.text
+
+
+def test_on_a_cpu_the_memory_of_one_tensor_serves_the_next(random_model):
+    """Where it goes back to the kernel, each of its pages is a fault again."""
+    program = (
+        "import resource, sys, torch\n"
+        "from worker.engine import Engine\n"
+        "from worker.settings import Settings\n"
+        "torch.set_num_threads(1)\n"
+        "Engine.load(Settings(model_dir=sys.argv[1]))\n"
+        "for _ in range(4):\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    torch.ones(2**24)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+    )
+    command = [sys.executable, "-c", program, str(random_model)]
+    faults = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert int(faults) < 100  # of 16,384 pages

@@ -5,6 +5,7 @@ becomes an error of ours here.
 """
 
 import contextlib
+import ctypes
 import logging
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -39,6 +40,7 @@ from worker.team import Team
 logger = logging.getLogger(__name__)
 
 OTHERS_SECONDS = 60  # beyond this GPU's own loading and as much again, for the other GPUs'
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 TRIAL_SIDE = 64  # px
 TRIAL_TOLERANCE = 0.05  # bfloat16 and another order of sums; where tokens are mixed up it is over 1
 
@@ -312,6 +314,7 @@ def _load(
     """The model where the plan for the GPU's memory wants it; on a CPU there is no plan."""
     dtypes = _dtypes(device)
     if device.type == "cpu":
+        _keep_freed_memory()
         return *loading.load(model_dir, device, dtypes), None
     plan = plan_memory(model_dir, device, memory_gib)
     logger.info("memory plan: %s", plan)
@@ -323,6 +326,18 @@ def _load(
         pipeline.hosted = _hosted(pipeline, device, plan)
     pipeline.transformer.set_attention_backend(fastest_backend(device))
     return pipeline, report, plan
+
+
+def _keep_freed_memory() -> None:
+    """Has glibc keep what tensors leave, where it is the C library.
+
+    Else each large tensor is new pages, which the kernel clears first: that was a third of the
+    decoding.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def plan_memory(model_dir: Path, device: torch.device, memory_gib: float | None) -> MemoryPlan:
