@@ -13,6 +13,7 @@ from typing import Any
 
 from worker.client import AvatarEndpoint, AvatarJob, JobFailedError, progress_bar
 from worker.local import LocalEndpoint, WorkerProcess
+from worker.schema import PRESETS
 
 HERE = Path(__file__).parent
 START_SECONDS = 120
@@ -52,6 +53,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--output", default="out/demo.mp4")
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--steps", type=int, default=20, help="number of denoising steps")
+    parser.add_argument("--preset", choices=PRESETS, default="draft", help="draft is the quickest")
     return parser.parse_args()
 
 
@@ -63,6 +65,7 @@ def _submit(endpoint: AvatarEndpoint, arguments: argparse.Namespace) -> AvatarJo
         prompt="A woman speaks to the camera.",
         resolution=arguments.resolution,
         num_inference_steps=arguments.steps,
+        preset=arguments.preset,
         seed=128,
     )
 

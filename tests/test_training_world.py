@@ -76,3 +76,18 @@ def test_another_chance_moves_the_eyes_and_the_head_but_not_the_mouth():
     assert (one.eyes != other.eyes).any()
     assert (one.x != other.x).any()
     assert one.eyes.min() == 0
+
+
+def test_half_of_the_pauses_are_blinked_at():
+    words = np.tile(np.repeat(np.array([1, 0], np.float32), 20), 5)  # 0.8 s each, and as much rest
+    mouth = MouthTrack(words, np.zeros_like(words))
+    starts = world.pauses(words)
+    assert starts == [20, 60, 100, 140, 180]
+
+    motions = [world.move(np.random.default_rng(seed), mouth) for seed in range(40)]
+
+    closed = np.stack([motion.eyes == 0 for motion in motions])
+    at_pauses = [closed[:, start : start + 8].any(axis=1).mean() for start in starts]
+    assert 0.4 < np.mean(at_pauses) < 0.65
+    others = [closed[:, start + 10 : start + 30].any(axis=1).mean() for start in starts[:-1]]
+    assert 0 < np.mean(others) < 0.3

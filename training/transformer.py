@@ -86,7 +86,7 @@ PHASES = (
             Windows(1, WINDOW_LATENTS),
         ),
         400,
-        5e-4,
+        8e-4,
         0.8,
         8,
         is_guided=True,

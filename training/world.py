@@ -44,7 +44,11 @@ MOUTH_INSIDE = (0.16, 0.05, 0.06)
 SWAY_SHARE = 0.004  # of the picture's short side
 SWAY_RADIANS = 0.007
 LIP_FRAMES = 5  # over which the lips' movements are smoothed
-BLINK = (0.6, 0.15, 0.0, 0.0, 0.35, 0.75)  # how far the eyes are open, frame by frame
+BLINK = (0.6, 0.15, 0.0, 0.0, 0.0, 0.1, 0.45, 0.8)  # how far the eyes are open, frame by frame
+# People blink where they pause, at times: a mouth nearly closed for three frames.
+PAUSE_OPENING = 0.15
+PAUSE_FRAMES = 3
+BLINK_SHARE = 0.5  # of the pauses
 
 
 class Colour(NamedTuple):
@@ -178,7 +182,7 @@ def move(
         x=sway[0] * SWAY_SHARE,
         y=sway[1] * SWAY_SHARE * 0.6,
         tilt=sway[2] * SWAY_RADIANS,
-        eyes=_blinks(rng, len(seconds)),
+        eyes=_blinks(rng, mouth.opening),
         brows=stress * np.float32(0.06 * expression / 30),
         opening=opening,
         width=width,
@@ -193,14 +197,28 @@ def _sway(rng: np.random.Generator, seconds: np.ndarray) -> np.ndarray:
     return waves.astype(np.float32)
 
 
-def _blinks(rng: np.random.Generator, num_frames: int) -> np.ndarray:
+def _blinks(rng: np.random.Generator, opening: np.ndarray) -> np.ndarray:
+    """How far the eyes are open: blinks at half of the pauses, and a few at any time."""
+    num_frames = len(opening)
+    rare = np.cumsum(rng.integers(60, 200, num_frames // 60 + 1)) - 60
+    begins = [
+        pause + int(rng.integers(3)) for pause in pauses(opening) if rng.random() < BLINK_SHARE
+    ]
     eyes = np.ones(num_frames + len(BLINK), np.float32)
-    frame = int(rng.integers(-len(BLINK), 75))
-    while frame < num_frames:
-        first = max(frame, 0)
-        eyes[first : frame + len(BLINK)] = BLINK[first - frame :]
-        frame += int(rng.integers(25, 75))
+    for begin in (*begins, *rare[rare < num_frames]):
+        moment = eyes[begin : begin + len(BLINK)]
+        np.minimum(moment, BLINK, out=moment, casting="same_kind")
     return eyes[:num_frames]
+
+
+def pauses(opening: np.ndarray) -> list[int]:
+    """The frames at which a mouth that was open begins to stay closed for a moment."""
+    closed = opening < PAUSE_OPENING
+    return [
+        frame
+        for frame in range(1, len(closed) - PAUSE_FRAMES + 1)
+        if closed[frame : frame + PAUSE_FRAMES].all() and not closed[frame - 1]
+    ]
 
 
 def _smooth(track: np.ndarray, length: int) -> np.ndarray:
