@@ -1,10 +1,14 @@
 """Whole jobs, one preset after the other and the published way: portrait and speech in, mp4 out.
 
     python -m benchmarks.whole_job --directory /tmp/model [--size 384x384]
+    python -m benchmarks.whole_job --directory /tmp/model --in-a-row 10 [--size ...] [--other ...]
 
 Takes the model directory that `python -m benchmarks.loading` writes. The same noise for all: each
 preset's latents are compared with those of `quality`. The published way encodes and decodes as
 `benchmarks/reference.py`, and writes the file when it has all frames.
+
+In a row: jobs of two sizes by turns, and the peak memory of each; the first of either size shows
+what a new size costs.
 """
 
 import argparse
@@ -72,6 +76,11 @@ class PublishedPipeline(HunyuanVideoAvatarPipeline):
         return list(velocity.float().split(1))
 
 
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def run(
     engine: Engine, size: FrameSize, preset: str, *, published: bool = False
 ) -> tuple[dict[str, float], Tensor]:
@@ -89,10 +98,10 @@ def run(
     seconds: dict[str, float] = {}
 
     def timed(name: str, call: Callable[[], Any]) -> Any:
-        torch.cuda.synchronize()
+        _synchronize()
         started = time.perf_counter()
         result = call()
-        torch.cuda.synchronize()
+        _synchronize()
         seconds[name] = round(time.perf_counter() - started, 3)
         return result
 
@@ -131,11 +140,39 @@ def run(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--directory", type=Path, required=True)
-    parser.add_argument("--size", default="384x384")
+    parser.add_argument("--size", type=_size, default="384x384")
+    parser.add_argument("--other", type=_size, default="256x256", help="of every second in a row")
+    parser.add_argument("--in-a-row", type=int, metavar="JOBS", help="instead, so many jobs")
     arguments = parser.parse_args()
-    size = FrameSize(*map(int, arguments.size.split("x")))
     face.detect_by_cascade = lambda image: []  # finding a face is not what is measured here
     engine = Engine.load(Settings(model_dir=str(arguments.directory)))
+    if arguments.in_a_row:
+        run_in_a_row(engine, (arguments.size, arguments.other), arguments.in_a_row)
+    else:
+        compare(engine, arguments.size)
+
+
+def _size(text: str) -> FrameSize:
+    return FrameSize(*map(int, text.split("x")))
+
+
+def run_in_a_row(engine: Engine, sizes: Sequence[FrameSize], jobs: int) -> None:
+    """Jobs of these sizes by turns."""
+    for job in range(jobs):
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        size = sizes[job % len(sizes)]
+        seconds, _ = run(engine, size, "quality")
+        report(
+            job=job + 1,
+            size=f"{size.height}x{size.width}",
+            **seconds,
+            peak_gib=engine.peak_memory_gib,
+        )
+
+
+def compare(engine: Engine, size: FrameSize) -> None:
+    """Each preset, and the published way."""
     exact, jobs = None, {}
     for preset in PRESETS:
         torch.cuda.reset_peak_memory_stats()
