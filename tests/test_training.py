@@ -146,6 +146,30 @@ def test_a_full_pool_forgets_its_oldest_scenes():
     assert drawn.pose.min() >= 14
 
 
+def test_a_square_near_the_face_is_the_same_part_of_all_pictures():
+    places = torch.arange(24.0 * 32).view(24, 32)
+    weight = torch.ones(24, 32)
+    weight[9:12, 20:26] = 6  # its middle: row 10, column 22.5
+    scene = replace(
+        make_scene(3, FrameSize(192, 256)),
+        latents=places.expand(16, 3, -1, -1),
+        face_mask=places[None, None],
+        weight=weight,
+    )
+    rng = np.random.default_rng(0)
+    squares = [scene.near_face(16, rng) for _ in range(50)]
+    for square in squares:
+        assert square.latents.shape == (16, 3, 16, 16)
+        assert square.reference_mean.shape == (16, 1, 16, 16)
+        assert (square.latents[0, 0] == square.face_mask[0, 0]).all()
+        assert square.weight.sum() == 256 + 5 * 18  # the whole face
+    rows, columns = zip(
+        *(divmod(int(each.latents[0, 0, 0, 0]), 32) for each in squares), strict=True
+    )
+    assert 0 <= min(rows) < 2 < max(rows) <= 4
+    assert 12 <= min(columns) < 14 < max(columns) <= 16
+
+
 @pytest.mark.parametrize("is_guided", [False, True])
 def test_the_loss_trains_every_part_that_a_job_uses(is_guided):
     torch.manual_seed(3)

@@ -37,6 +37,7 @@ PROMPTS = (
 )
 CHANCE_PROMPT_SHARE = 0.5  # of prompts of chance words: what they say moves nothing
 
+PICTURES = ("latents", "reference_mean", "reference_std", "face_mask", "weight", "beside")
 LEAD_LATENTS = 3  # before a window that does not begin where its scene does
 CUT_SHARE = 0.15  # of scenes whose speech ends and leaves zeros
 ELSEWHERE_SHARE = 0.08  # of scenes whose face mask lies beside the mouth: it stays closed
@@ -189,6 +190,19 @@ class Scene:
             torch.cat([end.audio_embeds, silence, begin.audio_embeds]),
         )
 
+    def near_face(self, side: int, rng: np.random.Generator) -> Self:
+        """A square of so many latents around mouth and eyes, as if the picture were no larger."""
+        counts = (self.weight - 1).clamp(min=0)
+        fields = dict(vars(self))
+        for dim, axis in ((0, -2), (1, -1)):
+            places = counts.sum(1 - dim)
+            middle = float((places * torch.arange(len(places)).to(places)).sum() / places.sum())
+            begin = round(middle - side / 2 + rng.uniform(-2, 2))
+            begin = min(max(begin, 0), len(places) - side)
+            for name in PICTURES:
+                fields[name] = fields[name].narrow(axis, begin, side)
+        return type(self)(**fields)
+
     def _with(self, latents: Tensor, audio_embeds: Tensor) -> Self:
         return type(self)(**{**vars(self), "latents": latents, "audio_embeds": audio_embeds})
 
@@ -305,10 +319,19 @@ class Pool:
             del scenes[: -self._limit]
             self._turn += 1
 
-    def draw(self, count: int, length: int, ring_share: float = 0.0) -> Scene:
-        """Windows of one size, stacked; a share of them lies over both ends of the ring."""
+    def draw(
+        self, count: int, length: int, ring_share: float = 0.0, side: int | None = None
+    ) -> Scene:
+        """Windows of one size, stacked; a share of them lies over both ends of the ring.
+
+        Args:
+            side: of a square of latents around the face; None: whole pictures.
+        """
         scenes = self._scenes[self._rng.integers(len(self._scenes))]
-        return Scene.stack([self._window(scenes, length, ring_share) for _ in range(count)])
+        windows = [self._window(scenes, length, ring_share) for _ in range(count)]
+        if side is not None:
+            windows = [window.near_face(side, self._rng) for window in windows]
+        return Scene.stack(windows)
 
     def _window(self, scenes: list[Scene], length: int, ring_share: float) -> Scene:
         rng = self._rng

@@ -49,6 +49,7 @@ NOISE_SHIFT = 4.0
 LOWEST_NOISE = 0.02  # before the shift; no step begins lower
 # What the audio adds when guidance, which multiplies it by 3.5 to 6.5, is begun to be trained.
 AUDIO_STRENGTH = 0.3
+FACE_SIDE = 16  # latents: of a square with both eyes and the mouth
 GUIDED_STEPS = (20, 50)  # of the worker's runs
 FLOW_SHIFT = 5.0  # the worker's
 GUIDANCE_SCALE = 7.5
@@ -60,6 +61,7 @@ class Windows:
 
     count: int
     length: int  # latent frames of each
+    side: int | None = None  # of a square of latents around the face; None: the whole picture
 
 
 @dataclass(frozen=True)
@@ -78,17 +80,14 @@ class Phase:
 PHASES = (
     Phase("short", (Windows(64, 9),), 300, 1.5e-3, 0.2, 4),
     Phase("whole", (Windows(16, WINDOW_LATENTS),), 1000, 1.2e-3, 0.8, 4),
-    # the eyes and the mouth are decided within a few frames
+    # what eyes and mouth do is decided within a few frames of them
     Phase(
         "guided",
-        (
-            *(Windows(8, 5), Windows(8, 5), Windows(8, 5), Windows(4, 9)) * 4,
-            Windows(1, WINDOW_LATENTS),
-        ),
-        400,
+        (*(*(Windows(16, 9, FACE_SIDE),) * 7, Windows(4, 9)) * 2, Windows(1, WINDOW_LATENTS)),
+        650,
         8e-4,
         0.8,
-        8,
+        16,
         is_guided=True,
     ),
 )
@@ -291,7 +290,7 @@ def train_phase(
             pool.grow()
         windows = phase.windows[step % len(phase.windows)]
         ring_share = RING_SHARE if windows.length == WINDOW_LATENTS else 0.0
-        seen = pool.draw(windows.count, windows.length, ring_share)
+        seen = pool.draw(windows.count, windows.length, ring_share, windows.side)
         loss, figures = loss_of(transformer, seen, rng, is_guided=phase.is_guided)
         loss.backward()
         return {"loss": loss.detach(), **figures}
