@@ -19,7 +19,7 @@ from training.convolution import see_motion, to_stored, to_trained
 from training.loop import Descent, train
 from training.muon import Muon
 from training.processes import made_ahead
-from training.scenes import Pool, Scene, num_frames
+from training.scenes import EYES, WHOLE_FACE, Pool, Scene, num_frames
 from training.speech import SpeechCorpus, formant_speech
 from training.transformer import Windows, loss_of
 from worker import loading, sampling
@@ -149,7 +149,7 @@ def test_a_full_pool_forgets_its_oldest_scenes():
 def test_a_square_near_the_face_is_the_same_part_of_all_pictures():
     places = torch.arange(24.0 * 32).view(24, 32)
     weight = torch.ones(24, 32)
-    weight[9:12, 20:26] = 6  # its middle: row 10, column 22.5
+    weight[9:12, 20:26] = 6  # its middle: row 10.5, column 23
     scene = replace(
         make_scene(3, FrameSize(192, 256)),
         latents=places.expand(16, 3, -1, -1),
@@ -157,7 +157,7 @@ def test_a_square_near_the_face_is_the_same_part_of_all_pictures():
         weight=weight,
     )
     rng = np.random.default_rng(0)
-    squares = [scene.near_face(16, rng) for _ in range(50)]
+    squares = [scene.near_face(WHOLE_FACE, rng) for _ in range(50)]
     for square in squares:
         assert square.latents.shape == (16, 3, 16, 16)
         assert square.reference_mean.shape == (16, 1, 16, 16)
@@ -167,7 +167,10 @@ def test_a_square_near_the_face_is_the_same_part_of_all_pictures():
         *(divmod(int(each.latents[0, 0, 0, 0]), 32) for each in squares), strict=True
     )
     assert 0 <= min(rows) < 2 < max(rows) <= 4
-    assert 12 <= min(columns) < 14 < max(columns) <= 16
+    assert 12 <= min(columns) < 15 < max(columns) <= 16
+    eyes = scene.near_face(EYES, rng)
+    assert eyes.latents.shape == (16, 3, 4, 14)
+    assert 8 <= int(eyes.latents[0, 0, 0, 0]) // 32 <= 10  # from the first row that counts
 
 
 @pytest.mark.parametrize("is_guided", [False, True])

@@ -158,6 +158,20 @@ def _mask_elsewhere(rng: np.random.Generator, face: world.Face, size: FrameSize)
 
 
 @dataclass(frozen=True)
+class Part:
+    """A part of the face to look at from near, in latents."""
+
+    height: int
+    width: int
+    is_top: bool  # begins where the eyes do; else its middle is that of eyes and mouth
+    jitter: float  # to each side
+
+
+WHOLE_FACE = Part(16, 16, is_top=False, jitter=2)
+EYES = Part(4, 14, is_top=True, jitter=1)
+
+
+@dataclass(frozen=True)
 class Scene:
     """A scene, or a window of one, as the denoiser is given it; or several, stacked."""
 
@@ -190,17 +204,18 @@ class Scene:
             torch.cat([end.audio_embeds, silence, begin.audio_embeds]),
         )
 
-    def near_face(self, side: int, rng: np.random.Generator) -> Self:
-        """A square of so many latents around mouth and eyes, as if the picture were no larger."""
-        counts = (self.weight - 1).clamp(min=0)
+    def near_face(self, part: Part, rng: np.random.Generator) -> Self:
+        """The latents around that part of the face, as if the picture were no larger."""
+        counts = (self.weight - 1).clamp(min=0)  # of eyes and mouth
+        down, across = (counts.sum(dim).cpu().numpy() for dim in (1, 0))
+        top = int(np.flatnonzero(down)[0])
+        middle = (top + part.height / 2 if part.is_top else _middle(down), _middle(across))
         fields = dict(vars(self))
-        for dim, axis in ((0, -2), (1, -1)):
-            places = counts.sum(1 - dim)
-            middle = float((places * torch.arange(len(places)).to(places)).sum() / places.sum())
-            begin = round(middle - side / 2 + rng.uniform(-2, 2))
-            begin = min(max(begin, 0), len(places) - side)
+        for axis, centre, length in ((-2, middle[0], part.height), (-1, middle[1], part.width)):
+            begin = round(centre - length / 2 + rng.uniform(-part.jitter, part.jitter))
+            begin = min(max(begin, 0), self.weight.shape[axis] - length)
             for name in PICTURES:
-                fields[name] = fields[name].narrow(axis, begin, side)
+                fields[name] = fields[name].narrow(axis, begin, length)
         return type(self)(**fields)
 
     def _with(self, latents: Tensor, audio_embeds: Tensor) -> Self:
@@ -270,6 +285,10 @@ class Studio:
         )
 
 
+def _middle(counts: np.ndarray) -> float:
+    return float(np.average(np.arange(len(counts)) + 0.5, weights=counts))
+
+
 @functools.cache
 def _crew(work: Path, device: torch.device) -> tuple[Writer, Studio]:
     return Writer(work), Studio.load(work, device)
@@ -320,17 +339,17 @@ class Pool:
             self._turn += 1
 
     def draw(
-        self, count: int, length: int, ring_share: float = 0.0, side: int | None = None
+        self, count: int, length: int, ring_share: float = 0.0, part: Part | None = None
     ) -> Scene:
         """Windows of one size, stacked; a share of them lies over both ends of the ring.
 
         Args:
-            side: of a square of latents around the face; None: whole pictures.
+            part: of the face; None: whole pictures.
         """
         scenes = self._scenes[self._rng.integers(len(self._scenes))]
         windows = [self._window(scenes, length, ring_share) for _ in range(count)]
-        if side is not None:
-            windows = [window.near_face(side, self._rng) for window in windows]
+        if part is not None:
+            windows = [window.near_face(part, self._rng) for window in windows]
         return Scene.stack(windows)
 
     def _window(self, scenes: list[Scene], length: int, ring_share: float) -> Scene:

@@ -21,7 +21,7 @@ from torch import Tensor
 from training import architecture, world
 from training.loop import steps_done, train
 from training.processes import made_ahead
-from training.scenes import Pool, Scene, make_scene
+from training.scenes import EYES, WHOLE_FACE, Part, Pool, Scene, make_scene
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel, Tail
 from worker.sampling import EARLY_FACE_MASK, PROMPT_GUIDED_STEPS, guidance_weight
 from worker.shapes import WINDOW_LATENTS, FrameSize
@@ -49,7 +49,6 @@ NOISE_SHIFT = 4.0
 LOWEST_NOISE = 0.02  # before the shift; no step begins lower
 # What the audio adds when guidance, which multiplies it by 3.5 to 6.5, is begun to be trained.
 AUDIO_STRENGTH = 0.3
-FACE_SIDE = 16  # latents: of a square with both eyes and the mouth
 GUIDED_STEPS = (20, 50)  # of the worker's runs
 FLOW_SHIFT = 5.0  # the worker's
 GUIDANCE_SCALE = 7.5
@@ -61,7 +60,7 @@ class Windows:
 
     count: int
     length: int  # latent frames of each
-    side: int | None = None  # of a square of latents around the face; None: the whole picture
+    part: Part | None = None  # of the face; None: the whole picture
 
 
 @dataclass(frozen=True)
@@ -83,9 +82,12 @@ PHASES = (
     # what eyes and mouth do is decided within a few frames of them
     Phase(
         "guided",
-        (*(*(Windows(16, 9, FACE_SIDE),) * 7, Windows(4, 9)) * 2, Windows(1, WINDOW_LATENTS)),
-        650,
-        8e-4,
+        (
+            *(*(Windows(64, 9, EYES),) * 5, *(Windows(16, 9, WHOLE_FACE),) * 2, Windows(4, 9)) * 2,
+            Windows(1, WINDOW_LATENTS),
+        ),
+        700,
+        1.2e-3,
         0.8,
         16,
         is_guided=True,
@@ -165,7 +167,8 @@ def loss_of(
         return silent + guided_by[:windows].view(-1, 1, 1, 1, 1) * (heard - silent)
 
     weight = (scenes.weight / scenes.weight.mean((1, 2), keepdim=True))[:, None, None]
-    beside = (scenes.beside / scenes.beside.mean((1, 2), keepdim=True))[:, None, None]
+    share_beside = scenes.beside.mean((1, 2), keepdim=True).clamp(min=1e-6)  # around the eyes: none
+    beside = (scenes.beside / share_beside)[:, None, None]
 
     def error(predicted: Tensor, weight: Tensor, wanted: Tensor) -> Tensor:
         windows = len(predicted)
@@ -290,7 +293,7 @@ def train_phase(
             pool.grow()
         windows = phase.windows[step % len(phase.windows)]
         ring_share = RING_SHARE if windows.length == WINDOW_LATENTS else 0.0
-        seen = pool.draw(windows.count, windows.length, ring_share, windows.side)
+        seen = pool.draw(windows.count, windows.length, ring_share, windows.part)
         loss, figures = loss_of(transformer, seen, rng, is_guided=phase.is_guided)
         loss.backward()
         return {"loss": loss.detach(), **figures}
