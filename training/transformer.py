@@ -86,7 +86,7 @@ PHASES = (
             *(*(Windows(64, 9, EYES),) * 5, *(Windows(16, 9, WHOLE_FACE),) * 2, Windows(4, 9)) * 2,
             Windows(1, WINDOW_LATENTS),
         ),
-        700,
+        500,
         1.2e-3,
         0.8,
         16,
