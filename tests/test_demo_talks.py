@@ -157,6 +157,12 @@ def require_speech(video: Video) -> None:
     assert abs(video.sync.lag_seconds) <= MOST_LAG
 
 
+def require_no_speech(video: Video) -> None:
+    """Passes if the mouth does not follow the recording, nor opens as far as if it did."""
+    assert video.sync.correlation <= 0.3
+    assert np.percentile(video.mouth, 95) <= 0.08
+
+
 def require_likeness(video: Video) -> None:
     """Passes if the face outside of mouth and eyes is the portrait's in every frame."""
     assert video.likeness.min() >= 24
@@ -336,8 +342,8 @@ def test_a_fault_on_the_way_of_the_audio_is_seen(speak, engine, fault):
 
 
 @pytest.mark.talks
-def test_a_mouth_outside_of_the_face_box_stays_closed(speak):
-    require_closed_mouth(speak(face_box=CORNER))
+def test_a_mouth_outside_of_the_face_box_does_not_speak(speak):
+    require_no_speech(speak(face_box=CORNER))
 
 
 @pytest.mark.talks
@@ -345,4 +351,4 @@ def test_a_face_mask_that_is_left_out_is_seen(speak, engine):
     with no_face_mask(engine):
         video = speak(fault="no_face_mask", face_box=CORNER)
     with pytest.raises(AssertionError):
-        require_closed_mouth(video)
+        require_no_speech(video)
