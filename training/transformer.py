@@ -24,6 +24,7 @@ from training.processes import made_ahead
 from training.scenes import EYES, WHOLE_FACE, Part, Pool, Scene, make_scene
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel, Tail
 from worker.sampling import EARLY_FACE_MASK, PROMPT_GUIDED_STEPS, guidance_weight
+from worker.schema import GenerationParams
 from worker.shapes import WINDOW_LATENTS, FrameSize
 
 SIZES = (  # a wide and a tall one for three square ones
@@ -50,8 +51,7 @@ LOWEST_NOISE = 0.02  # before the shift; no step begins lower
 # What the audio adds when guidance, which multiplies it by 3.5 to 6.5, is begun to be trained.
 AUDIO_STRENGTH = 0.3
 GUIDED_STEPS = (20, 50)  # of the worker's runs
-FLOW_SHIFT = 5.0  # the worker's
-GUIDANCE_SCALE = 7.5
+PARAMS = GenerationParams()  # of a request that asks for nothing else
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,8 @@ class _Guidance:
 
 def _draw_guidance(levels: Tensor, rng: np.random.Generator) -> _Guidance:
     """That of runs of several lengths."""
-    left = levels / (FLOW_SHIFT - (FLOW_SHIFT - 1) * levels)  # of the run: 1 at its start
+    shift = PARAMS.flow_shift
+    left = levels / (shift - (shift - 1) * levels)  # of the run: 1 at its start
     lengths = rng.integers(*GUIDED_STEPS, len(levels), endpoint=True).tolist()
     steps = [
         min(int((1 - part) * length), length - 1)
@@ -229,7 +230,7 @@ def _draw_guidance(levels: Tensor, rng: np.random.Generator) -> _Guidance:
     ]
     early = [step < PROMPT_GUIDED_STEPS for step in steps]
     weights = [
-        guidance_weight(step, length, GUIDANCE_SCALE)
+        guidance_weight(step, length, PARAMS.guidance_scale)
         for step, length in zip(steps, lengths, strict=True)
     ]
     return _Guidance(weights, early, early)
