@@ -5,7 +5,6 @@ jobs themselves run beside it, in `studio.runs`.
 """
 
 import logging
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -178,6 +177,7 @@ class Page:
             self._cancel = gr.Button("Cancel", visible=False, size="md")
             self._download = gr.DownloadButton("Download", visible=False, size="md")
             self._again = gr.Button("Use its inputs again", visible=False, size="md")
+        self._not_cancelled = gr.HTML(visible=False)
         self._history = gr.Gallery(
             label="Your videos",
             columns=4,
@@ -238,7 +238,9 @@ class Page:
     # What happens
 
     def _connect_events(self, blocks: gr.Blocks) -> None:
-        quiet = {"show_progress": "hidden", "api_visibility": "private"}
+        # Not through gradio's queue: an event that is sent while its stream of answers is being
+        # closed, as when a field is left for the button, would never be answered.
+        quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         entered = {*self._inputs.values(), self._session}
         result = [
             self._shown,
@@ -251,6 +253,7 @@ class Page:
             self._cancel,
             self._download,
             self._again,
+            self._not_cancelled,
             self._history,
             self._listed,
         ]
@@ -259,11 +262,10 @@ class Page:
         form = [self._inputs[name] for name in ("image", "audio", *controls())]
 
         blocks.load(self._open, None, [*result, *errors, *form], **quiet)
-        self._make.click(
+        self._make.click(self._sending, None, [self._make, *errors], **quiet).then(
             self._start,
             entered,
             [self._make, *result, *errors, *connection],
-            trigger_mode="once",
             preprocess=False,  # gradio's own would decode the image; the schema checks the rest
             **quiet,
         ).then(None, self._shown, None, js=SHOW_IN_ADDRESS, **quiet).then(
@@ -299,9 +301,11 @@ class Page:
         updates = self._result(state) | self._listing() | self._complaint(state)
         return updates | (self._refill(state.record.id) if state else {})
 
-    async def _start(self, entered: dict[Component, Any]) -> AsyncIterator[Updates]:
+    def _sending(self) -> Updates:
+        return {self._make: gr.Button("Sending", interactive=False), **self._no_errors()}
+
+    async def _start(self, entered: dict[Component, Any]) -> Updates:
         """Sends the job; the errors at the fields, or the job at work."""
-        yield {self._make: gr.Button("Sending", interactive=False), **self._no_errors()}
         ready: Updates = {self._make: gr.Button("Make the video", interactive=True)}
         try:
             connection, used = self._connection(
@@ -314,13 +318,12 @@ class Page:
             portrait, speech = (self._file(entered, name) for name in ("image", "audio"))
             record = await self._runs.start(connection, portrait, speech, fields)
         except (ProblemError, WorkerError, EndpointError, ValueError) as error:
-            yield ready | self._problem(error)
+            return ready | self._problem(error)
         except Exception as error:  # the button has to come back
             logger.error("a job could not be sent: %s", type(error).__name__)
             failed = RuntimeError(f"The studio itself failed ({type(error).__name__}).")
-            yield ready | self._problem(failed)
-        else:
-            yield ready | used | self._result(self._runs.state(record.id)) | self._listing()
+            return ready | self._problem(failed)
+        return ready | used | self._result(self._runs.state(record.id)) | self._listing()
 
     def _tick(self, shown: str) -> Updates:
         state = self._runs.state(shown)
@@ -332,11 +335,13 @@ class Page:
         return self._result(state) | self._listing() | self._complaint(state)
 
     async def _stop(self, shown: str) -> Updates:
+        told: Updates = {}
         try:
             await self._runs.cancel(shown)
         except EndpointError as error:
-            gr.Warning(f"The job could not be cancelled: {error}.")
-        return self._result(self._runs.state(shown)) | self._listing()
+            text = views.field_error("job", f"could not be cancelled: {error}")
+            told = {self._not_cancelled: gr.HTML(text, visible=True)}
+        return self._result(self._runs.state(shown)) | self._listing() | told
 
     def _choose(self, listed: list[str], event: gr.SelectData) -> Updates:
         return self._result(self._runs.state(listed[event.index]))
@@ -362,7 +367,8 @@ class Page:
         self._runs.resume(connection)
         return self._no_errors() | used | {self._connected: f'<p role="status">{health}</p>'}
 
-    def _write_snippets(self, entered: dict[Component, Any]) -> Updates:
+    async def _write_snippets(self, entered: dict[Component, Any]) -> Updates:
+        # in no thread, so that two answers are not overtaken by each other
         endpoint = entered[self._inputs["endpoint"]].strip()
         own = self._default if endpoint == self._endpoint else None
         files = (entered[self._inputs[name]] for name in ("image", "audio"))
@@ -431,6 +437,7 @@ class Page:
             self._cancel: gr.Button(visible=is_running),
             self._download: gr.DownloadButton(value=path, visible=is_done),
             self._again: gr.Button(visible=record is not None and not is_running),
+            self._not_cancelled: gr.HTML("", visible=False),
         }
 
     def _listing(self) -> Updates:

@@ -52,9 +52,9 @@ class Run:
         self.note = ""
 
     def state(self) -> State:
-        """The job now; the remaining time goes on between two answers."""
+        """The job now; the remaining time goes on between two answers, while there are some."""
         now = time.monotonic()
-        left = self.progress.eta_seconds if self.progress else None
+        left = self.progress.eta_seconds if self.progress and not self.note else None
         if left is not None:
             left = max(0.0, left - (now - self.progress_at))
         elapsed = now - self.started_at

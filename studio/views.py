@@ -19,6 +19,7 @@ LABELS = {
     "audio": "The speech",
     "endpoint": "The endpoint",
     "key": "The API key",
+    "job": "The job",
 }
 WAITING = {
     "SENDING": "Sending the inputs",
