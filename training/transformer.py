@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -108,93 +109,31 @@ def loss_of(
         scenes: a batch of windows.
         is_guided: the velocity with audio is the one that the worker follows, from the two sides.
     """
-    latents = scenes.latents
-    device, count = latents.device, len(latents)
-    evenly = (
-        LOWEST_NOISE + (1 - LOWEST_NOISE) * (rng.permutation(count) + rng.random(count)) / count
-    )
-    levels = torch.tensor(
-        NOISE_SHIFT * evenly / (1 + (NOISE_SHIFT - 1) * evenly), dtype=torch.float32, device=device
-    )
-    noise = torch.randn_like(latents)
-    level = levels.view(-1, 1, 1, 1, 1)
-    noisy = (1 - level) * latents + level * noise
-    velocity = noise - latents
-    reference = scenes.reference_mean + scenes.reference_std * torch.randn_like(latents)
-    guidance = _draw_guidance(levels, rng) if is_guided else _no_guidance(count, rng)
-    is_early = torch.tensor(guidance.is_early, device=device)
-    guided_by = torch.tensor(guidance.weight, dtype=torch.float32, device=device)
-    mask = torch.where(
-        is_early.view(-1, 1, 1, 1, 1), EARLY_FACE_MASK * scenes.face_mask, scenes.face_mask
-    )
-    silent_count = count if is_guided else max(1, round(SILENT_SHARE * count))
-    # the windows, and some of them again without audio
-    rows = torch.cat([torch.arange(count), torch.arange(silent_count)]).to(device)
-    is_heard = torch.arange(len(rows), device=device) < count
-    negative = torch.tensor(guidance.has_negative_prompt, device=device)
-    prompts = torch.where(is_heard, 1, 1 - negative[rows].long())
+    count = len(scenes.latents)
+    levels = _draw_levels(count, rng).to(scenes.latents.device)
+    noise = torch.randn_like(scenes.latents)
+    velocity = noise - scenes.latents
+    sides = _Sides.draw(scenes, noise, levels, rng, is_guided=is_guided)
 
-    def predict(
-        chosen: Tensor, timesteps: Tensor, tail: Tail | None = None
-    ) -> tuple[Tensor, Tail | None]:
-        """The velocity of the chosen rows, and the tail."""
-        seen, heard = rows[chosen], is_heard[chosen]
-        embeds = scenes.prompt_embeds[seen, prompts[chosen]].float()
-        with torch.autocast(device.type, torch.bfloat16):
-            predicted, tail = transformer(
-                hidden_states=noisy[seen],
-                timestep=timesteps[seen],
-                encoder_hidden_states=embeds,
-                encoder_attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
-                pooled_projections=scenes.pooled_prompt_embeds[seen, prompts[chosen]],
-                reference_latents=reference[seen],
-                audio_embeds=scenes.audio_embeds[seen] * heard.view(-1, 1, 1, 1, 1),
-                face_mask=mask[seen],
-                motion_expression=scenes.expression[seen, None].expand(-1, 4),
-                motion_pose=scenes.pose[seen, None].expand(-1, 4),
-                fps=torch.full((len(seen),), float(world.FPS), device=device),
-                tail=tail,
-                return_tail=True,
-                return_dict=False,
-            )
-        return predicted.float(), tail
-
-    def followed(predicted: Tensor, windows: int) -> Tensor:
-        """The velocity of the windows that the worker would follow, from those of both sides."""
-        if not is_guided:
-            return predicted[:windows]
-        heard, silent = predicted[:windows], predicted[windows:]
-        return silent + guided_by[:windows].view(-1, 1, 1, 1, 1) * (heard - silent)
+    predicted, tail = sides.predict(transformer, sides.every, 1000 * levels)
+    heard, silent = predicted[:count], predicted[count:]
+    earlier = rng.uniform(EARLIEST_CACHED, 1, count)
+    later = levels * torch.tensor(earlier, dtype=torch.float32, device=levels.device)
+    cached_count = max(1, round(CACHED_SHARE * count))
+    chosen = sides.every[:cached_count]
+    if is_guided:
+        chosen = torch.cat([chosen, chosen + count])
+    cached, _ = sides.predict(transformer, chosen, 1000 * later, _rows_of(tail, chosen))
 
     weight = (scenes.weight / scenes.weight.mean((1, 2), keepdim=True))[:, None, None]
     share_beside = scenes.beside.mean((1, 2), keepdim=True).clamp(min=1e-6)  # around the eyes: none
     beside = (scenes.beside / share_beside)[:, None, None]
-
-    def error(predicted: Tensor, weight: Tensor, wanted: Tensor) -> Tensor:
-        windows = len(predicted)
-        return ((predicted - wanted[:windows]).square() * weight[:windows]).mean((1, 2, 3, 4))
-
-    every = torch.arange(len(rows), device=device)
-    predicted, tail = predict(every, 1000 * levels)
-    assert tail is not None
-    heard, silent = predicted[:count], predicted[count:]
-    earlier = rng.uniform(EARLIEST_CACHED, 1, count)
-    later = levels * torch.tensor(earlier, dtype=torch.float32, device=device)
-    cached_count = max(1, round(CACHED_SHARE * count))
-    chosen = every[:cached_count]
-    if is_guided:
-        chosen = torch.cat([chosen, chosen + count])
-    kept = Tail(
-        image=tuple(tail.image[row] for row in chosen), text=tuple(tail.text[row] for row in chosen)
-    )
-    cached, _ = predict(chosen, 1000 * later, kept)
-
-    heard_errors = error(followed(predicted, count), weight, velocity)
+    heard_errors = _errors(sides.followed(predicted, count), velocity, weight)
     losses = {
         "heard": heard_errors.mean(),
-        "silent": error(silent, weight, velocity).mean(),
-        "cached": error(followed(cached, cached_count), weight, velocity).mean(),
-        "apart": error(silent, beside, heard).mean(),
+        "silent": _errors(silent, velocity, weight).mean(),
+        "cached": _errors(sides.followed(cached, cached_count), velocity, weight).mean(),
+        "apart": _errors(silent, heard, beside).mean(),
     }
     loss = (
         losses["heard"]
@@ -204,10 +143,125 @@ def loss_of(
     )
     with torch.no_grad():
         figures = {name: value.detach() for name, value in losses.items()}
-        figures["beside"] = error(heard, beside, velocity).mean()
+        figures["beside"] = _errors(heard, velocity, beside).mean()
         for name, band in (("low", levels < 0.5), ("high", levels >= 0.5)):
             figures[name] = (heard_errors * band).sum() / band.sum().clamp(min=1)
     return loss, figures
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """The rows that a step puts through the model: all windows, then some of them without audio."""
+
+    scenes: Scene
+    noisy: Tensor  # (B, C, T, h, w)
+    reference: Tensor  # (B, C, 1, h, w)
+    mask: Tensor  # (B, 1, 1, h, w)
+    guided_by: Tensor | None  # (B, 1, 1, 1, 1); None: the side with audio is followed alone
+    windows: Tensor  # (R,), of each row
+    is_heard: Tensor  # (R,)
+    prompts: Tensor  # (R,), 0: the negative one
+
+    @classmethod
+    def draw(
+        cls,
+        scenes: Scene,
+        noise: Tensor,
+        levels: Tensor,
+        rng: np.random.Generator,
+        *,
+        is_guided: bool,
+    ) -> Self:
+        """Those of the noise at its levels, under guidance drawn by chance."""
+        latents = scenes.latents
+        device, count = latents.device, len(latents)
+        level = _over_latents(levels)
+        noisy = (1 - level) * latents + level * noise
+        reference = scenes.reference_mean + scenes.reference_std * torch.randn_like(latents)
+        guidance = _draw_guidance(levels, rng) if is_guided else _no_guidance(count, rng)
+        is_early = _over_latents(torch.tensor(guidance.is_early, device=device))
+        weights = torch.tensor(guidance.weight, dtype=torch.float32, device=device)
+        silent_count = count if is_guided else max(1, round(SILENT_SHARE * count))
+        windows = torch.cat([torch.arange(count), torch.arange(silent_count)]).to(device)
+        is_heard = torch.arange(len(windows), device=device) < count
+        negative = torch.tensor(guidance.has_negative_prompt, device=device)
+        return cls(
+            scenes=scenes,
+            noisy=noisy,
+            reference=reference,
+            mask=torch.where(is_early, EARLY_FACE_MASK * scenes.face_mask, scenes.face_mask),
+            guided_by=_over_latents(weights) if is_guided else None,
+            windows=windows,
+            is_heard=is_heard,
+            prompts=torch.where(is_heard, 1, 1 - negative[windows].long()),
+        )
+
+    @property
+    def every(self) -> Tensor:
+        """The number of each row."""
+        return torch.arange(len(self.windows), device=self.windows.device)
+
+    def predict(
+        self,
+        transformer: HunyuanVideoAvatarTransformer3DModel,
+        rows: Tensor,
+        timesteps: Tensor,
+        tail: Tail | None = None,
+    ) -> tuple[Tensor, Tail]:
+        """The velocity of these rows, and the tail."""
+        scenes, seen = self.scenes, self.windows[rows]
+        embeds = scenes.prompt_embeds[seen, self.prompts[rows]].float()
+        with torch.autocast(embeds.device.type, torch.bfloat16):
+            predicted, tail = transformer(
+                hidden_states=self.noisy[seen],
+                timestep=timesteps[seen],
+                encoder_hidden_states=embeds,
+                encoder_attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
+                pooled_projections=scenes.pooled_prompt_embeds[seen, self.prompts[rows]],
+                reference_latents=self.reference[seen],
+                audio_embeds=scenes.audio_embeds[seen] * _over_latents(self.is_heard[rows]),
+                face_mask=self.mask[seen],
+                motion_expression=scenes.expression[seen, None].expand(-1, 4),
+                motion_pose=scenes.pose[seen, None].expand(-1, 4),
+                fps=torch.full((len(seen),), float(world.FPS), device=embeds.device),
+                tail=tail,
+                return_tail=True,
+                return_dict=False,
+            )
+        assert tail is not None
+        return predicted.float(), tail
+
+    def followed(self, predicted: Tensor, count: int) -> Tensor:
+        """The velocity that the worker would follow in the first windows, from both sides of it."""
+        if self.guided_by is None:
+            return predicted[:count]
+        heard, silent = predicted[:count], predicted[count:]
+        return silent + self.guided_by[:count] * (heard - silent)
+
+
+def _draw_levels(count: int, rng: np.random.Generator) -> Tensor:
+    """Noise levels (B,), evenly spread before the shift."""
+    share = (rng.permutation(count) + rng.random(count)) / count
+    evenly = LOWEST_NOISE + (1 - LOWEST_NOISE) * share
+    shifted = NOISE_SHIFT * evenly / (1 + (NOISE_SHIFT - 1) * evenly)
+    return torch.tensor(shifted, dtype=torch.float32)
+
+
+def _over_latents(values: Tensor) -> Tensor:
+    """One value a sample, for (B, C, T, h, w)."""
+    return values.view(-1, 1, 1, 1, 1)
+
+
+def _rows_of(tail: Tail, rows: Tensor) -> Tail:
+    return Tail(
+        image=tuple(tail.image[row] for row in rows), text=tuple(tail.text[row] for row in rows)
+    )
+
+
+def _errors(predicted: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
+    """The weighted squared error (N,) of the first N windows."""
+    count = len(predicted)
+    return ((predicted - wanted[:count]).square() * weight[:count]).mean((1, 2, 3, 4))
 
 
 @dataclass(frozen=True)
