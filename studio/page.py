@@ -240,7 +240,7 @@ class Page:
     def _connect_events(self, blocks: gr.Blocks) -> None:
         # Not through gradio's queue: an event that is sent while its stream of answers is being
         # closed, as when a field is left for the button, would never be answered.
-        quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        options = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         entered = {*self._inputs.values(), self._session}
         result = [
             self._shown,
@@ -261,28 +261,28 @@ class Page:
         connection = [self._session, self._inputs["key"], self._connected]
         form = [self._inputs[name] for name in ("image", "audio", *controls())]
 
-        blocks.load(self._open, None, [*result, *errors, *form], **quiet)
-        self._make.click(self._sending, None, [self._make, *errors], **quiet).then(
+        blocks.load(self._open, None, [*result, *errors, *form], **options)
+        self._make.click(self._sending, None, [self._make, *errors], **options).then(
             self._start,
             entered,
             [self._make, *result, *errors, *connection],
             preprocess=False,  # gradio's own would decode the image; the schema checks the rest
-            **quiet,
-        ).then(None, self._shown, None, js=SHOW_IN_ADDRESS, **quiet).then(
-            None, None, None, js=GO_TO_OUTCOME, **quiet
+            **options,
+        ).then(None, self._shown, None, js=SHOW_IN_ADDRESS, **options).then(
+            None, None, None, js=GO_TO_OUTCOME, **options
         )
-        self._timer.tick(self._tick, self._shown, [*result, *errors], **quiet)
-        self._cancel.click(self._stop, self._shown, result, **quiet)
-        self._history.select(self._choose, self._listed, result, **quiet).then(
-            None, self._shown, None, js=SHOW_IN_ADDRESS, **quiet
-        ).then(None, None, None, js=GO_TO_OUTCOME, **quiet)
-        self._again.click(self._refill, self._shown, form, **quiet)
+        self._timer.tick(self._tick, self._shown, [*result, *errors], **options)
+        self._cancel.click(self._stop, self._shown, result, **options)
+        self._history.select(self._choose, self._listed, result, **options).then(
+            None, self._shown, None, js=SHOW_IN_ADDRESS, **options
+        ).then(None, None, None, js=GO_TO_OUTCOME, **options)
+        self._again.click(self._refill, self._shown, form, **options)
         gr.on(
             [self._connect.click, self._inputs["key"].submit],
             self._connect_to,
             [self._inputs["endpoint"], self._inputs["key"], self._session],
             [*errors, *connection],
-            **quiet,
+            **options,
         )
         gr.on(
             [blocks.load, *(self._inputs[name].change for name in self._inputs if name != "key")],
@@ -291,7 +291,7 @@ class Page:
             [self._curl, self._python],
             trigger_mode="always_last",
             preprocess=False,
-            **quiet,
+            **options,
         )
 
     def _open(self, request: gr.Request) -> Updates:
@@ -339,7 +339,7 @@ class Page:
         try:
             await self._runs.cancel(shown)
         except EndpointError as error:
-            text = views.field_error("job", f"could not be cancelled: {error}")
+            text = views.failure("The job could not be cancelled.", str(error))
             told = {self._not_cancelled: gr.HTML(text, visible=True)}
         return self._result(self._runs.state(shown)) | self._listing() | told
 
@@ -368,7 +368,7 @@ class Page:
         return self._no_errors() | used | {self._connected: f'<p role="status">{health}</p>'}
 
     async def _write_snippets(self, entered: dict[Component, Any]) -> Updates:
-        # in no thread, so that two answers are not overtaken by each other
+        # a coroutine and so in no thread: the answers come in the order of the questions
         endpoint = entered[self._inputs["endpoint"]].strip()
         own = self._default if endpoint == self._endpoint else None
         files = (entered[self._inputs[name]] for name in ("image", "audio"))

@@ -19,7 +19,6 @@ LABELS = {
     "audio": "The speech",
     "endpoint": "The endpoint",
     "key": "The API key",
-    "job": "The job",
 }
 WAITING = {
     "SENDING": "Sending the inputs",

@@ -157,7 +157,7 @@ class _Sides:
     noisy: Tensor  # (B, C, T, h, w)
     reference: Tensor  # (B, C, 1, h, w)
     mask: Tensor  # (B, 1, 1, h, w)
-    guided_by: Tensor | None  # (B, 1, 1, 1, 1); None: the side with audio is followed alone
+    guided_by: Tensor | None  # (B, 1, 1, 1, 1)
     windows: Tensor  # (R,), of each row
     is_heard: Tensor  # (R,)
     prompts: Tensor  # (R,), 0: the negative one
@@ -180,7 +180,10 @@ class _Sides:
         reference = scenes.reference_mean + scenes.reference_std * torch.randn_like(latents)
         guidance = _draw_guidance(levels, rng) if is_guided else _no_guidance(count, rng)
         is_early = _over_latents(torch.tensor(guidance.is_early, device=device))
-        weights = torch.tensor(guidance.weight, dtype=torch.float32, device=device)
+        guided_by = None
+        if guidance.weight is not None:
+            weight = torch.tensor(guidance.weight, dtype=torch.float32, device=device)
+            guided_by = _over_latents(weight)
         silent_count = count if is_guided else max(1, round(SILENT_SHARE * count))
         windows = torch.cat([torch.arange(count), torch.arange(silent_count)]).to(device)
         is_heard = torch.arange(len(windows), device=device) < count
@@ -190,7 +193,7 @@ class _Sides:
             noisy=noisy,
             reference=reference,
             mask=torch.where(is_early, EARLY_FACE_MASK * scenes.face_mask, scenes.face_mask),
-            guided_by=_over_latents(weights) if is_guided else None,
+            guided_by=guided_by,
             windows=windows,
             is_heard=is_heard,
             prompts=torch.where(is_heard, 1, 1 - negative[windows].long()),
@@ -268,7 +271,7 @@ def _errors(predicted: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
 class _Guidance:
     """What the worker does with each window at its noise level."""
 
-    weight: list[float]
+    weight: list[float] | None  # None: the side with audio is followed alone
     is_early: list[bool]  # the face hears less
     has_negative_prompt: list[bool]  # on the side without audio
 
@@ -293,7 +296,7 @@ def _draw_guidance(levels: Tensor, rng: np.random.Generator) -> _Guidance:
 def _no_guidance(count: int, rng: np.random.Generator) -> _Guidance:
     """Early and late steps by chance, either prompt for all."""
     early = (rng.random(count) < QUIET_MASK_SHARE).tolist()
-    return _Guidance([1.0] * count, early, [bool(rng.integers(2))] * count)
+    return _Guidance(None, early, [bool(rng.integers(2))] * count)
 
 
 def train_transformer(
