@@ -43,6 +43,7 @@ CMD ["python", "handler.py"]
 
 FROM base AS worker
 COPY LICENSE NOTICE README.md pyproject.toml handler.py ./
+COPY avatar_client avatar_client
 COPY worker worker
 COPY builder builder
 # Proves that the classes load and run in this very environment; "require" does not hide, it fails.
@@ -52,7 +53,8 @@ RUN IMPORT_GUARD=require python -m worker doctor --imports
 # What the builder needs and no more, so that few changes of our code make the weights again.
 FROM packages AS bake
 COPY builder builder
-COPY worker/__init__.py worker/import_guard.py worker/manifest.py worker/
+COPY worker/__init__.py worker/import_guard.py worker/
+COPY worker/loading/__init__.py worker/loading/manifest.py worker/loading/
 COPY worker/model worker/model
 
 

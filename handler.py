@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from worker import import_guard, logs
-from worker.jobs import Worker
+from worker.service.worker import Worker
 from worker.settings import Settings
 
 
@@ -33,7 +33,7 @@ def main() -> None:
     import_guard.ensure()
     with ThreadPoolExecutor(max_workers=1) as beside:
         # the SDK, whose import waits a second for a process that asks for the processor's name
-        serving = beside.submit(import_module, "worker.serve")
+        serving = beside.submit(import_module, "worker.service.serve")
         worker.load()
     gc.freeze()  # what is there now stays
     gc.enable()

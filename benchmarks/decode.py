@@ -28,11 +28,11 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo
 from torch import Tensor
 
-from worker.ahead import ahead
-from worker.engine import to_uint8
-from worker.inputs import AudioSegment
+from worker.generation.engine import to_uint8
+from worker.generation.prefetch import ahead
+from worker.media.inputs import AudioSegment
+from worker.media.video import write_video
 from worker.model import autoencoder, kernels
-from worker.video import write_video
 
 FPS = 25
 TILE_LATENTS = 17  # the longest tile in time

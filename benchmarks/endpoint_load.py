@@ -23,7 +23,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-from worker.local import LocalEndpoint, WorkerProcess
+from local_endpoint import LocalEndpoint, WorkerProcess
 
 HANDLER = """
 import runpod

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLHunyuanVideo
 
+from avatar_client.contract.presets import PRESETS, full_step_indices
 from benchmarks import reference
 from benchmarks.random_model import (
     build_transformer,
@@ -30,12 +31,11 @@ from benchmarks.random_model import (
     report,
     synchronize,
 )
+from worker.generation.sampling import PROMPT_GUIDED_STEPS
 from worker.model import autoencoder
 from worker.model.attention import attend, fastest_backend
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
-from worker.sampling import PROMPT_GUIDED_STEPS
-from worker.schema import PRESETS
-from worker.shapes import WINDOW_FRAMES, WINDOW_LATENTS, FrameSize, full_step_indices, window_tokens
+from worker.shapes import WINDOW_FRAMES, WINDOW_LATENTS, FrameSize, window_tokens
 
 STEPS = 50
 LONG_SECONDS = 4.0  # a call of more is measured once

@@ -14,7 +14,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.real_packages import healthy_torchvision, release, run_python
+from tests.import_guard.real_packages import healthy_torchvision, release, run_python
 
 CHILD = """
 import sys, time
@@ -32,7 +32,7 @@ from diffusers import AutoencoderKLHunyuanVideo, DiffusionPipeline
 from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoTransformer3DModel
 wall, cpu = time.perf_counter() - started, time.process_time() - started_cpu
 import json, os
-from tests.model_classes import use
+from tests.import_guard.model_classes import use
 use()  # what is resident once models have run, not before the first operator
 pages = int(open("/proc/self/statm").read().split()[1])
 print(json.dumps({

@@ -54,10 +54,10 @@ from transformers import (
 )
 
 from builder.convert import MODEL_INDEX
-from worker import loading
-from worker.loading import Reading
+from worker.generation.pipeline import HunyuanVideoAvatarPipeline
+from worker.loading import loader
+from worker.loading.loader import Reading
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
-from worker.pipeline import HunyuanVideoAvatarPipeline
 
 GB = 1e9
 GIB = 2**30
@@ -245,9 +245,7 @@ def fill(path: Path, num_bytes: int, pattern: np.ndarray) -> None:
 
 def weight_files(directory: Path) -> list[Path]:
     """The files in the order in which the loader reads them."""
-    return [
-        path for name in loading.NETWORKS for path in sorted(directory.glob(f"{name}/*.safe*s"))
-    ]
+    return [path for name in loader.NETWORKS for path in sorted(directory.glob(f"{name}/*.safe*s"))]
 
 
 # The page cache
@@ -280,7 +278,7 @@ def cached_share(directory: Path) -> float:
     cached = []
     for path in weight_files(directory):
         size = path.stat().st_size
-        with loading._File(path) as file:
+        with loader._File(path) as file:
             step = 16 * MIB
             cached += [file.is_cached(start, start + step) for start in range(0, size, step)]
     return float(np.mean(cached))
@@ -304,7 +302,7 @@ def by_worker_through_the_cache(directory: Path) -> Iterator[dict[str, Any]]:
 def by_worker_in_other_settings(directory: Path) -> Iterator[dict[str, Any]]:
     """The same with other threads and blocks, one after the other."""
     for num_threads, mib in ((16, 16), (24, 32), (32, 32), (16, 64), (24, 16), (8, 32)):
-        reading = Reading(num_threads, mib * MIB - loading.PAGE_BYTES)
+        reading = Reading(num_threads, mib * MIB - loader.PAGE_BYTES)
         measured = load_as_worker(directory, reading)[1]
         yield measured | {"threads": num_threads, "block_mib": mib}
         gc.collect()
@@ -313,7 +311,7 @@ def by_worker_in_other_settings(directory: Path) -> Iterator[dict[str, Any]]:
 
 def by_worker_to_the_host(directory: Path) -> Iterator[dict[str, Any]]:
     """The same with the two large networks on the host, from where a GPU can fetch their blocks."""
-    placement: dict[str, loading.Place] = {
+    placement: dict[str, loader.Place] = {
         "text_encoder": "host",
         "transformer": "host",
         "default": "device",
@@ -325,12 +323,12 @@ def by_worker_to_the_host(directory: Path) -> Iterator[dict[str, Any]]:
 
 
 def load_as_worker(
-    directory: Path, reading: Reading, placement: Mapping[str, loading.Place] | None = None
+    directory: Path, reading: Reading, placement: Mapping[str, loader.Place] | None = None
 ) -> tuple[Any, dict[str, Any]]:
     """The pipeline, and how it came."""
     gc.disable()  # as the worker does at its start
     begun = time.perf_counter()
-    pipeline, report = loading.load(directory, DEVICE, DTYPES, placement, reading)
+    pipeline, report = loader.load(directory, DEVICE, DTYPES, placement, reading)
     seconds = time.perf_counter() - begun
     gc.enable()
     return pipeline, {
@@ -348,11 +346,11 @@ def compare(directory: Path, pipeline: Any) -> int:
     compared = 0
     for path in weight_files(directory):
         network = pipeline.components[path.parent.name]
-        names = {loading.canonical_name(name): name for name in network.state_dict()}
+        names = {loader.canonical_name(name): name for name in network.state_dict()}
         with safe_open(path, framework="pt") as file:
             keys = list(file.keys())
             for key in keys[:: math.ceil(len(keys) / 4)]:
-                found = network.state_dict()[names[loading.canonical_name(key)]]
+                found = network.state_dict()[names[loader.canonical_name(key)]]
                 stored = file.get_tensor(key)
                 dtype = DTYPES.get(path.parent.name, DTYPES["default"])
                 expected = (

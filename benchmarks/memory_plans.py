@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 
 from benchmarks.random_model import report
-from worker import loading
-from worker.engine import _dtypes, _hosted
+from worker.generation.engine import _dtypes, _hosted
+from worker.generation.pipeline import Conditioning, HunyuanVideoAvatarPipeline, Step, _branches
+from worker.loading import loader
+from worker.loading.offload import DECODER_SCRATCH_BYTES, GIB, USABLE_SHARE, make_plan
 from worker.model.attention import fastest_backend
-from worker.pipeline import Conditioning, HunyuanVideoAvatarPipeline, Step, _branches
-from worker.placement import DECODER_SCRATCH_BYTES, GIB, USABLE_SHARE, make_plan
 from worker.shapes import SAMPLE_RATE_HZ, FrameSize
 
 PLANS = ["141:704x768", "24:704x768", "16:704x768", "12:512x512", "8:512x512", "6:384x384"]
@@ -88,11 +88,11 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device("cuda")
     dtypes = _dtypes(device)
-    sizes = loading.network_sizes(arguments.directory, dtypes)
+    sizes = loader.network_sizes(arguments.directory, dtypes)
     total = torch.cuda.get_device_properties(device).total_memory
-    placement: dict[str, loading.Place] = {"default": "host", "audio_encoder": "device"}
+    placement: dict[str, loader.Place] = {"default": "host", "audio_encoder": "device"}
     started = time.perf_counter()
-    pipeline, _ = loading.load(arguments.directory, device, dtypes, placement)
+    pipeline, _ = loader.load(arguments.directory, device, dtypes, placement)
     report(gpu=torch.cuda.get_device_name(), load_to_host=time.perf_counter() - started)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.transformer.set_attention_backend(fastest_backend(device))

@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from worker.local import LocalEndpoint, WorkerProcess
+from local_endpoint import LocalEndpoint, WorkerProcess
 
 TIMEOUT_SECONDS = 120.0
 
@@ -36,11 +36,11 @@ MODULES = {
     "av": [],
     "boto3": [],
     "worker.settings": [],
-    "worker.jobs": ["Worker.load"],
-    "worker.serve": [],
-    "worker.engine": ["Engine.load"],
-    "worker.loading": ["load"],
-    "worker.pipeline": [],
+    "worker.service.worker": ["Worker.load"],
+    "worker.service.serve": [],
+    "worker.generation.engine": ["Engine.load"],
+    "worker.loading.loader": ["load"],
+    "worker.generation.pipeline": [],
     "worker.demo": [],
     "worker.model.transformer": [],
     "torch": [],

@@ -22,16 +22,18 @@ from pathlib import Path
 
 import torch
 
+from avatar_client.contract.request import GenerationParams
 from benchmarks.random_model import (
     build_transformer,
     relative_difference,
     report,
     synchronize,
 )
-from worker import demo, follower, loading, team
-from worker.engine import Engine
-from worker.pipeline import Conditioning, HunyuanVideoAvatarPipeline
-from worker.schema import GenerationParams
+from worker import demo
+from worker.generation.engine import Engine
+from worker.generation.pipeline import Conditioning, HunyuanVideoAvatarPipeline
+from worker.loading import loader
+from worker.multi_gpu import controller, rank_process
 from worker.settings import Settings
 from worker.shapes import SPATIAL_COMPRESSION, WINDOW_FRAMES
 
@@ -41,7 +43,7 @@ JOIN_PATIENCE_SECONDS = 120.0
 
 def main(descriptor: int) -> None:
     """The process of a further GPU."""
-    follower.main(descriptor, load)
+    rank_process.main(descriptor, load)
 
 
 def load(settings: Settings, device: torch.device) -> Engine:
@@ -53,7 +55,7 @@ def load(settings: Settings, device: torch.device) -> Engine:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     transformer = build_transformer(device, dtype, **model["transformer"])
     transformer.set_attention_backend(model["backend"])
-    others, report_of_load = loading.load(demo.MODEL_DIR, device, {"default": torch.float32})
+    others, report_of_load = loader.load(demo.MODEL_DIR, device, {"default": torch.float32})
     pipeline = HunyuanVideoAvatarPipeline(**others.components | {"transformer": transformer})
     pipeline.set_progress_bar_config(disable=True)
     return Engine(pipeline, device, time.monotonic() - started, report_of_load)
@@ -125,7 +127,7 @@ def measure() -> None:
         torch.device("cuda", index) if on_gpu else torch.device("cpu")
         for index in range(arguments.num_gpus)
     ]
-    team.FOLLOWER = "benchmarks.two_gpus"
+    controller.FOLLOWER = "benchmarks.two_gpus"
     with tempfile.TemporaryDirectory() as directory:
         model = {
             "backend": arguments.backend,
@@ -137,7 +139,7 @@ def measure() -> None:
         }
         (Path(directory) / "model.json").write_text(json.dumps(model))
         settings = Settings(model_dir=directory)
-        members = team.Team(settings, devices)
+        members = controller.Team(settings, devices)
         engine = load(settings, devices[0])
         report(torch=torch.__version__, gpu=engine.gpu_name, num_gpus=arguments.num_gpus)
         sizes = [tuple(map(int, size.split("x"))) for size in arguments.sizes]

@@ -23,17 +23,24 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from avatar_client.contract.presets import PRESETS
+from avatar_client.contract.request import GenerationParams
 from benchmarks import reference
 from benchmarks.random_model import relative_difference, report
-from worker import face
-from worker.engine import Engine, to_uint8
-from worker.image import to_pixels
-from worker.inputs import AudioSegment
-from worker.pipeline import POSITIVE, Branch, Conditioning, HunyuanVideoAvatarPipeline, Step
-from worker.schema import PRESETS, GenerationParams
+from worker.generation import face
+from worker.generation.engine import Engine, to_uint8
+from worker.generation.image import to_pixels
+from worker.generation.pipeline import (
+    POSITIVE,
+    Branch,
+    Conditioning,
+    HunyuanVideoAvatarPipeline,
+    Step,
+)
+from worker.media.inputs import AudioSegment
+from worker.media.video import write_video
 from worker.settings import Settings
 from worker.shapes import SAMPLE_RATE_HZ, FrameSize
-from worker.video import write_video
 
 FRAMES = 129
 SEED = 7

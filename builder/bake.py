@@ -40,7 +40,7 @@ from builder.download import (
     require_space,
     resolve,
 )
-from worker import manifest
+from worker.loading import manifest
 
 logger = logging.getLogger("builder.bake")  # __name__ is __main__ on the command line
 

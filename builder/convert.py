@@ -173,7 +173,7 @@ MODEL_INDEX = {
     "face_detector": [None, None],  # may be left out
 }
 FLOAT8_LLAVA = ["worker.model.encoders", "Float8LlavaModel"]
-FACE_DETECTOR = ["worker.face", "TorchScriptFaceDetector"]
+FACE_DETECTOR = ["worker.generation.face", "TorchScriptFaceDetector"]
 
 
 def convert(source: Path, target: Path, dtype: Dtype = "keep") -> None:

@@ -33,7 +33,7 @@ from huggingface_hub import HfApi, constants, get_session, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
-from worker import manifest
+from worker.loading import manifest
 
 logger = logging.getLogger("builder.download")  # __name__ is __main__ on the command line
 

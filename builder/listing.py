@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from worker import schema
+from avatar_client.contract import request
 from worker.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -80,7 +80,7 @@ def request_table() -> str:
             _shown(described["default"]) if "default" in described else "required",
             f"{described['description']} {_allowed(described)}".strip(),
         )
-        for name, described in schema.described_fields(schema.JobInput)
+        for name, described in request.described_fields(request.JobInput)
     ]
     return _table("Field of `input`", sorted(rows, key=lambda row: row[1] != "required"))
 
@@ -98,7 +98,7 @@ def _shown(default: Any) -> str:
 
 def _allowed(described: dict[str, Any]) -> str:
     choices = described.get("enum", ())
-    return f"One of {', '.join(map(str, choices))}." if choices else schema.limits(described)
+    return f"One of {', '.join(map(str, choices))}." if choices else request.limits(described)
 
 
 def readme(text: str) -> str:

@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from worker.weights import require_whole
+from worker.loading.model_directory import require_whole
 
 
 def main() -> None:

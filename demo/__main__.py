@@ -11,9 +11,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from worker.client import AvatarEndpoint, AvatarJob, JobFailedError, progress_bar
-from worker.local import LocalEndpoint, WorkerProcess
-from worker.schema import PRESETS
+from avatar_client import AvatarEndpoint, AvatarJob, JobFailedError, progress_bar
+from avatar_client.contract.presets import PRESETS
+from local_endpoint import LocalEndpoint, WorkerProcess
 
 HERE = Path(__file__).parent
 START_SECONDS = 120

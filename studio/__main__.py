@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import worker  # noqa: F401  # first: its import guard
+from avatar_client.environment import ClientSettings
 from studio.connection import Connection
 from studio.history import History
 from studio.local import WORKER_PYTHON, LocalEndpoint, LocalEndpointError
 from studio.runs import Runs
-from worker.settings import ClientSettings, Settings
+from worker.settings import Settings
 
 
 def main() -> int:

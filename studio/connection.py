@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from worker.client import AsyncAvatarEndpoint
-from worker.settings import BucketSettings
+from avatar_client import AsyncAvatarEndpoint
+from avatar_client.contract.bucket import BucketSettings
 
 POLL_SECONDS = 0.4  # between two questions about a job, at first; somebody watches
 

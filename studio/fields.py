@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from worker import schema
-from worker.errors import InvalidInputError
+from avatar_client.contract import request
+from avatar_client.contract.errors import InvalidInputError
 from worker.shapes import FRAME_RATES
 
 Kind = Literal["choice", "slider", "number", "text", "box"]
@@ -55,7 +55,7 @@ class Control:
 
 def controls() -> dict[str, Control]:
     """Every field that decides the frames, by name, in the schema's order."""
-    described = schema.described_fields(schema.GenerationParams)
+    described = request.described_fields(request.GenerationParams)
     return {name: _control(name, form) for name, form in described}
 
 
@@ -98,7 +98,7 @@ def _control(name: str, described: Mapping[str, Any]) -> Control:
         closed = None not in limits.values()
         kind = "slider" if closed and described["default"] is not None else "number"
     # a slider shows its ends by itself
-    limits_in_words = "" if kind == "slider" else schema.limits(described)
+    limits_in_words = "" if kind == "slider" else request.limits(described)
     return Control(
         name=name,
         kind=kind,

@@ -1,4 +1,4 @@
-"""An endpoint of its own for the studio: `python -m worker.local`, which ends with it."""
+"""An endpoint of its own for the studio: `python -m local_endpoint`, which ends with it."""
 
 import ctypes
 import json
@@ -14,8 +14,8 @@ from typing import Self
 import httpx
 from pydantic import SecretStr
 
+from avatar_client.contract.bucket import BucketSettings
 from studio.connection import Connection
-from worker.settings import BucketSettings
 
 REPOSITORY = Path(__file__).parents[1]
 WORKER_PYTHON = REPOSITORY / ".venv" / "bin" / "python"
@@ -110,7 +110,7 @@ class LocalEndpoint:
     def _command(self) -> list[str]:
         options = {"--port": self._port, "--state": self._directory, "--workers": 1}
         words = [str(word) for option in options.items() for word in option]
-        return [str(self._python), "-m", "worker.local", *words]
+        return [str(self._python), "-m", "local_endpoint", *words]
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_SECONDS

@@ -14,13 +14,14 @@ from gradio.components import Component
 from gradio.themes import Default
 from pydantic import SecretStr
 
+from avatar_client import AuthenticationError, EndpointError
+from avatar_client.contract.bucket import BucketSettings
+from avatar_client.contract.errors import InvalidInputError, WorkerError
 from studio import snippets, views
 from studio.connection import Connection
 from studio.fields import Control, controls, page_values, request_fields
 from studio.runs import Runs, State
-from worker.client import AuthenticationError, EndpointError
-from worker.errors import InvalidInputError, WorkerError
-from worker.settings import BucketSettings, Settings
+from worker.settings import Settings
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from studio.connection import Connection
-from studio.history import History, Record
-from worker.client import (
+from avatar_client import (
     AsyncAvatarJob,
     DownloadError,
     EndpointError,
@@ -18,8 +16,10 @@ from worker.client import (
     JobStatus,
     Progress,
 )
-from worker.client.request import MAX_BODY_BYTES
-from worker.errors import InvalidInputError
+from avatar_client.contract.errors import InvalidInputError
+from avatar_client.request_body import MAX_BODY_BYTES
+from studio.connection import Connection
+from studio.history import History, Record
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from worker.client.calls import base_url
-from worker.client.endpoint import EXECUTION_TIMEOUT_SECONDS
+from avatar_client.endpoint import EXECUTION_TIMEOUT_SECONDS
+from avatar_client.protocol import base_url
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +65,7 @@ def python(request: Request) -> str:
         "import os",
         "from pathlib import Path",
         "",
-        "from worker.client import AvatarEndpoint, progress_bar",
+        "from avatar_client import AvatarEndpoint, progress_bar",
         "",
         f"url = {_literal(base_url(request.endpoint))}",
         'with AvatarEndpoint(url, os.environ["RUNPOD_API_KEY"]) as endpoint:',

@@ -5,10 +5,10 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
+from avatar_client.contract.errors import WorkerError
 from studio.fields import controls
 from studio.history import Record
 from studio.runs import State
-from worker.errors import WorkerError
 
 EMPTY = (
     '<div class="card empty"><p>Your video appears here.</p>'

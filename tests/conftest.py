@@ -17,7 +17,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 from PIL import Image, ImageDraw
 
-from worker.local import LocalEndpoint, WorkerProcess
+from local_endpoint import LocalEndpoint, WorkerProcess
 from worker.settings import Settings
 
 
@@ -243,7 +243,7 @@ def endpoint() -> Iterator[LocalEndpoint]:
 @pytest.fixture(scope="session")
 def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model directory of random weights, whose videos are noise and quickly made."""
-    from tests import random_model
+    from tests.support import random_model
 
     model_dir = tmp_path_factory.mktemp("random-model")
     random_model.write(model_dir)
@@ -293,7 +293,7 @@ def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
     from builder.convert import convert
-    from tests.goldens.weights import build_toy_checkpoint
+    from tests.support.golden_weights import build_toy_checkpoint
 
     torch.set_num_threads(1)  # toy tensors are too small to share out
     ckpts = build_toy_checkpoint(tmp_path_factory.mktemp("published"))

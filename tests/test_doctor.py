@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.real_packages import run_python
+from tests.import_guard.real_packages import run_python
 from worker import doctor
 from worker.doctor import Check, examine, page_entry
 
@@ -40,13 +40,13 @@ def test_the_page_shows_a_failure_as_its_cause_its_place_and_what_people_see():
 
 def test_a_part_that_this_installation_leaves_out_is_skipped():
     def leave_out() -> str:
-        raise doctor.NotApplicableError("worker.local is not part of this installation")
+        raise doctor.NotApplicableError("local_endpoint is not part of this installation")
 
     finding = examine(Check("local endpoint", leave_out))
 
     assert (finding.state, finding.text) == (
         "skipped",
-        "worker.local is not part of this installation",
+        "local_endpoint is not part of this installation",
     )
 
 

@@ -7,9 +7,9 @@ import time
 import boto3
 import pytest
 
+from avatar_client.contract.bucket import BucketSettings
 from worker import logs
-from worker.settings import BucketSettings
-from worker.storage import Storage
+from worker.media.storage import Storage
 
 SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY"
 
@@ -84,7 +84,7 @@ def test_an_event_is_one_line_with_the_jobs_id(configured, capsys):
     configured("INFO")
     logs.job_id.set("job-7")
 
-    logging.getLogger("worker.jobs").info("first\nsecond %s", "https://h/p?q=tok")
+    logging.getLogger("worker.service.worker").info("first\nsecond %s", "https://h/p?q=tok")
 
     line = capsys.readouterr().err
     assert line.count("\n") == 1

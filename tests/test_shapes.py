@@ -5,14 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.goldens.weights import GOLDENS
+from avatar_client.contract.presets import full_step_indices
+from tests.support.golden_weights import GOLDENS
 from worker.shapes import (
     REFERENCE_FULL_STEPS,
     FrameSize,
     VideoPlan,
     count_frames,
     fit_size,
-    full_step_indices,
     resolve_full_steps,
     window_tokens,
 )

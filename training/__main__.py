@@ -17,9 +17,9 @@ from transformers import WhisperFeatureExtractor, WhisperModel
 
 from training import architecture, audio_encoder, autoencoder, transformer
 from training.speech import SpeechCorpus
-from worker import manifest
+from worker.generation.pipeline import HunyuanVideoAvatarPipeline
+from worker.loading import manifest
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
-from worker.pipeline import HunyuanVideoAvatarPipeline
 
 logger = logging.getLogger("training")
 

@@ -14,8 +14,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from worker.generation.text import PROMPT_TEMPLATE
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
-from worker.text import PROMPT_TEMPLATE
 
 LATENT_CHANNELS = 16
 AUDIO_STATES = (10, 5, 64)  # a window of the audio encoder's states

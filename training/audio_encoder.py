@@ -27,7 +27,7 @@ from training.speech import (
     SpeechCorpus,
     state_track,
 )
-from worker.audio import encode_speech, log_mel
+from worker.generation.audio import encode_speech, log_mel
 
 BATCH = 8
 STEPS = 1600

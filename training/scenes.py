@@ -22,10 +22,16 @@ from training import architecture, world
 from training.autoencoder import face_weight
 from training.convolution import to_trained
 from training.speech import WORDS, MouthTrack, SpeechCorpus, mouth_track, sentence
-from worker.audio import audio_windows, encode_speech, log_mel
-from worker.image import face_mask, to_llava_pixels
+from worker.generation.audio import audio_windows, encode_speech, log_mel
+from worker.generation.image import face_mask, to_llava_pixels
+from worker.generation.text import (
+    NEGATIVE_PROMPT,
+    PROMPT_PREFIX,
+    encode_clip,
+    encode_llava,
+    tokenize,
+)
 from worker.shapes import TEMPORAL_COMPRESSION, FrameSize
-from worker.text import NEGATIVE_PROMPT, PROMPT_PREFIX, encode_clip, encode_llava, tokenize
 
 PROMPTS = (
     "A person speaks to the camera.",

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from avatar_client.contract.request import GenerationParams
 from training import architecture, world
 from training.loop import steps_done, train
 from training.processes import made_ahead
 from training.scenes import EYES, WHOLE_FACE, Part, Pool, Scene, make_scene
+from worker.generation.sampling import EARLY_FACE_MASK, PROMPT_GUIDED_STEPS, guidance_weight
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel, Tail
-from worker.sampling import EARLY_FACE_MASK, PROMPT_GUIDED_STEPS, guidance_weight
-from worker.schema import GenerationParams
 from worker.shapes import WINDOW_LATENTS, FrameSize
 
 SIZES = (  # a wide and a tall one for three square ones

@@ -2,6 +2,4 @@
 
 from worker import import_guard
 
-__version__ = "0.1.0"
-
 import_guard.arm()  # here, so that every process that imports anything of ours passes it

@@ -27,8 +27,9 @@ from typing import Literal
 
 import psutil
 
-import worker
-from worker import disk, import_guard, weights
+from avatar_client.version import __version__
+from worker import import_guard
+from worker.loading import disk, model_directory
 from worker.settings import Settings
 
 GIB = 2**30
@@ -133,8 +134,8 @@ def check_diffusers() -> str:
 
 
 def check_model() -> str:
+    from worker.generation.pipeline import HunyuanVideoAvatarPipeline
     from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
-    from worker.pipeline import HunyuanVideoAvatarPipeline
 
     return _names((HunyuanVideoAvatarTransformer3DModel, HunyuanVideoAvatarPipeline))
 
@@ -144,9 +145,9 @@ def check_handler() -> str:
 
 
 def check_local_endpoint() -> str:
-    if importlib.util.find_spec("worker.local") is None:
-        raise NotApplicableError("worker.local is not part of this installation")
-    return import_module("worker.local").__name__
+    if importlib.util.find_spec("local_endpoint") is None:
+        raise NotApplicableError("local_endpoint is not part of this installation")
+    return import_module("local_endpoint").__name__
 
 
 def check_settings() -> str:
@@ -158,7 +159,7 @@ def check_gpu() -> str:
     _require_production_model()
     import torch
 
-    from worker import engine
+    from worker.generation import engine
 
     engine.check_gpu()
     properties = torch.cuda.get_device_properties(0)
@@ -174,22 +175,22 @@ def check_memory_plan() -> str:
     settings = _require_production_model()
     import torch
 
-    from worker import engine
+    from worker.generation import engine
 
     if not torch.cuda.is_available():
         raise NotApplicableError("no GPU is visible")
-    model_dir = weights.find(settings).path
+    model_dir = model_directory.find(settings).path
     return str(engine.plan_memory(model_dir, torch.device("cuda"), settings.memory_plan))
 
 
 def check_weights() -> str:
-    found = weights.find(_require_production_model())
+    found = model_directory.find(_require_production_model())
     return f"{found}; {sum(map(_size, found.path.rglob('*'))) / 1e9:.1f} GB, every file whole"
 
 
 def check_disk_speed() -> str:
     """Reads from the largest file of the model past the page cache, as the loader does."""
-    path = max(weights.find(_require_production_model()).path.rglob("*"), key=_size)
+    path = max(model_directory.find(_require_production_model()).path.rglob("*"), key=_size)
     try:
         bytes_per_second = disk.speed(path, NUM_READERS, READ_BYTES, READ_SECONDS)
     except OSError:
@@ -198,7 +199,7 @@ def check_disk_speed() -> str:
 
 
 def check_encoders() -> str:
-    from worker import video
+    from worker.media import video
 
     video.check_encoders()
     return "H.264 and AAC"
@@ -208,7 +209,7 @@ def check_storage() -> str:
     bucket = Settings.from_env().bucket
     if bucket is None:
         raise NotApplicableError("BUCKET_ENDPOINT_URL, its key and its secret are not all set")
-    from worker.storage import Storage
+    from worker.media.storage import Storage
 
     storage = Storage(bucket)
     storage.check()
@@ -349,7 +350,7 @@ def _place(error: BaseException) -> str | None:
 
 
 def _versions() -> dict[str, str]:
-    versions = {"avatar-worker": worker.__version__, "Python": platform.python_version()}
+    versions = {"avatar-worker": __version__, "Python": platform.python_version()}
     for name in ("torch", *import_guard.LIBRARIES):
         try:
             versions[name] = importlib.metadata.version(name)

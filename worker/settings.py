@@ -5,52 +5,12 @@ and `.runpod/hub.json` list the names of `Settings`; a test compares the three.
 """
 
 import os
-from collections.abc import Mapping
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr
 
-SEVEN_DAYS_SECONDS = 604_800  # the longest life that S3 gives a presigned URL
-
-
-class BucketSettings(BaseModel):
-    """Where videos go: one bucket of an S3-compatible store, and the keys to it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    endpoint_url: str
-    access_key_id: str
-    secret_access_key: SecretStr
-    name: str | None = None  # None: the endpoint's host names it
-    region: str | None = None  # None: derived from the endpoint
-    addressing_style: Literal["auto", "path", "virtual"] = "auto"
-    prefix: str = ""
-    public_base_url: str | None = None
-    from_client: bool = False  # True: the address came with the job and must be checked
-
-
-class FromEnvironment(BaseModel):
-    """Settings whose fields are environment variables."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    @classmethod
-    def from_env(cls, environ: Mapping[str, str] | None = None) -> Self:
-        """The settings of this process. An empty variable counts as not set.
-
-        Raises:
-            ValueError: a value is not allowed; the message names the variable, never its value.
-        """
-        environ = os.environ if environ is None else environ
-        names = {name: name.upper() for name in cls.model_fields}
-        given = {
-            name: environ[variable] for name, variable in names.items() if environ.get(variable)
-        }
-        try:
-            return cls.model_validate(given)
-        except ValidationError as error:
-            problems = "; ".join(f"{str(e['loc'][0]).upper()}: {e['msg']}" for e in error.errors())
-            raise ValueError(f"settings: {problems}") from None
+from avatar_client.contract.bucket import SEVEN_DAYS_SECONDS, BucketSettings
+from avatar_client.environment import FromEnvironment
 
 
 class Settings(FromEnvironment):
@@ -179,33 +139,6 @@ class PlatformSettings(FromEnvironment):
     """Variables of the RunPod SDK that the worker's own checks heed too."""
 
     runpod_skip_gpu_check: bool = False  # a worker without a GPU may start
-
-
-class LocalSettings(FromEnvironment):
-    """What `python -m worker.local` finds in the environment."""
-
-    fastapi_port: int = Field(default=8000, ge=0, le=65535)  # of the local endpoint; 0: any
-    runpod_api_key: SecretStr | None = None
-
-
-class ClientSettings(FromEnvironment):
-    """What `python -m worker.client` finds in the environment."""
-
-    runpod_api_key: SecretStr | None = None
-    runpod_endpoint_id: str | None = None  # or the endpoint's base URL
-
-
-def worker_environment() -> dict[str, str]:
-    """What a worker that this process starts takes over of its environment.
-
-    Neither RunPod's variables, unless they are settings, nor where its files lie.
-    """
-    settings = {name.upper() for name in Settings.model_fields}
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if name in settings or not name.startswith(("RUNPOD_", "HOME", "TMPDIR", "FASTAPI_PORT"))
-    }
 
 
 def keep_to_this_machine() -> None:

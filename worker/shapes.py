@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from avatar_client.contract.presets import full_step_indices
+
 SAMPLE_RATE_HZ = 16_000
 AUDIO_STATES_HZ = 50  # states of the speech encoder, two a frame of video at 25 frames a second
 FRAME_RATES = (25.0, 12.5)
@@ -28,15 +30,6 @@ PADDING_FRAMES = 5  # silence after speech that is longer than one window
 LONG_SIDE = {704: 1216, 512: 768, 384: 576, 256: 384}  # px; other resolutions: 1.5 times as long
 
 
-class Schedule(NamedTuple):
-    """Which steps run the whole transformer; the others reuse its tokens and run the last block."""
-
-    first_percent: int  # of the steps, rounded up
-    every: int  # so many between
-    last_percent: int  # rounded up
-
-
-REFERENCE_SCHEDULE = Schedule(30, 5, 18)  # the reference's own for 50 steps
 REFERENCE_FULL_STEPS = (*range(15), 15, 20, 25, 30, 35, 40, *range(41, 50))
 FullSteps = Literal["reference"] | Sequence[int] | None
 Box = tuple[float, float, float, float]  # x, y, width, height in pixels
@@ -149,16 +142,6 @@ class VideoPlan:
 def window_tokens(size: FrameSize) -> int:
     """Video tokens of one forward pass: a window and the reference frame."""
     return (WINDOW_LATENTS + 1) * size.tokens
-
-
-def full_step_indices(
-    num_inference_steps: int, schedule: Schedule = REFERENCE_SCHEDULE
-) -> tuple[int, ...]:
-    """The steps that run the whole transformer, in order; the first one always does."""
-    head = max(-(-schedule.first_percent * num_inference_steps // 100), 1)
-    tail = num_inference_steps - -(-schedule.last_percent * num_inference_steps // 100)
-    between = range(head, tail, schedule.every)
-    return (*range(head), *between, *range(max(head, tail), num_inference_steps))
 
 
 def resolve_full_steps(full_steps: FullSteps, num_inference_steps: int) -> frozenset[int]:

@@ -1,0 +1,247 @@
+"""Make a talking-avatar video on an endpoint, from a shell.
+
+The API key is read from RUNPOD_API_KEY, the endpoint from RUNPOD_ENDPOINT_ID unless it is named by
+--endpoint, and a bucket for inputs of more than 10 MB from BUCKET_*.
+"""
+
+import argparse
+import contextlib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from avatar_client.contract import request
+from avatar_client.contract.errors import InputUrlBlockedError, InvalidInputError, WorkerError
+from avatar_client.endpoint import EXECUTION_TIMEOUT_SECONDS, AvatarEndpoint, AvatarJob
+from avatar_client.environment import ClientSettings
+from avatar_client.errors import EndpointError
+from avatar_client.progress_bar import progress_bar
+from avatar_client.responses import JobStatus, checked_id, plain
+from worker.settings import Settings
+
+DONE, FAILED, BAD_ARGUMENTS, INTERRUPTED = 0, 1, 2, 130
+
+Option = tuple[str, dict[str, Any]]  # a value's dotted name in `input`, its JSON schema
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code: 0 done, 1 failed, 2 bad arguments, 130 cancelled by Ctrl-C."""
+    options = list(_options())
+    parsed = _parser(options).parse_args(arguments)
+    try:
+        endpoint = _endpoint(parsed.endpoint)
+    except ValueError as error:
+        return _say(error, BAD_ARGUMENTS)
+    try:
+        with endpoint:
+            return int(parsed.command(endpoint, parsed, options))
+    except (InvalidInputError, InputUrlBlockedError) as error:
+        return _say(f"{error.field}: {error.message}", BAD_ARGUMENTS)
+    except (EndpointError, WorkerError) as error:
+        return _say(error, FAILED)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _generate(endpoint: AvatarEndpoint, parsed: argparse.Namespace, options: list[Option]) -> int:
+    fields: dict[str, Any] = {}
+    for name, _ in options:
+        if (value := getattr(parsed, _option_name(name))) is not None:
+            *parents, last = name.split(".")
+            inner = fields
+            for parent in parents:
+                inner = inner.setdefault(parent, {})
+            inner[last] = value
+    job: AvatarJob | None = None
+    try:
+        job = endpoint.submit(
+            parsed.image,
+            parsed.audio,
+            webhook=parsed.webhook,
+            execution_timeout_seconds=parsed.execution_timeout_seconds,
+            **fields,
+        )
+        _say(f"job {job.id}")
+        return _wait_and_download(job, parsed.output)
+    except KeyboardInterrupt:
+        return _say(_interrupted(job), INTERRUPTED)
+
+
+def _interrupted(job: AvatarJob | None) -> str:
+    """What became of the job that nobody waits for any more."""
+    if job is None:
+        return "interrupted; if the job was sent already, it runs"
+    try:
+        return f"job {job.id} is {job.cancel().status}"
+    except EndpointError as error:
+        return f"job {job.id} could not be cancelled: {error}"
+
+
+def _download(endpoint: AvatarEndpoint, parsed: argparse.Namespace, *_: Any) -> int:
+    return _wait_and_download(endpoint.job(parsed.id), parsed.output)
+
+
+def _wait_and_download(job: AvatarJob, target: Path) -> int:
+    with progress_bar() as show:
+        output = job.wait(on_status=show).output or {}
+    if output.get("dry_run"):
+        print(json.dumps(output, indent=2))  # noqa: T201
+        return DONE
+    for warning in output.get("warnings") or []:
+        _say(f"warning: {plain(warning)}")
+    print(job.download(target))  # noqa: T201
+    return DONE
+
+
+def _status(endpoint: AvatarEndpoint, parsed: argparse.Namespace, *_: Any) -> int:
+    print(_line(endpoint.job(parsed.id).status()))  # noqa: T201
+    return DONE
+
+
+def _cancel(endpoint: AvatarEndpoint, parsed: argparse.Namespace, *_: Any) -> int:
+    print(_line(endpoint.job(parsed.id).cancel()))  # noqa: T201
+    return DONE
+
+
+def _line(job: JobStatus) -> str:
+    progress = job.progress
+    parts = [job.status]
+    if progress:
+        parts.append(f"{100 * progress.progress:.0f} %: {progress.message}")
+    if job.error:
+        parts.append(str(job.error))
+    return "  ".join(parts)
+
+
+def _say(what: object, exit_code: int = DONE) -> int:
+    """The exit code, after a line for the person in front of the terminal."""
+    print(what, file=sys.stderr)  # noqa: T201
+    return exit_code
+
+
+def _endpoint(named: str | None) -> AvatarEndpoint:
+    settings = ClientSettings.from_env()
+    address = named or settings.runpod_endpoint_id
+    if address is None:
+        raise ValueError("name the endpoint by --endpoint or RUNPOD_ENDPOINT_ID")
+    if settings.runpod_api_key is None:
+        raise ValueError("put the API key into RUNPOD_API_KEY")
+    return AvatarEndpoint(address, settings.runpod_api_key, Settings.from_env().bucket)
+
+
+def _parser(options: list[Option]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m avatar_client", description=__doc__, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[..., int], text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        added.set_defaults(command=run)
+        added.add_argument("--endpoint", metavar="URL|ID", help="default: RUNPOD_ENDPOINT_ID")
+        return added
+
+    generate = command("generate", _generate, "make a video; Ctrl-C cancels the job")
+    generate.add_argument("--image", required=True, type=_media, metavar="FILE|URL")
+    generate.add_argument("--audio", required=True, type=_media, metavar="FILE|URL")
+    generate.add_argument("--webhook", metavar="URL", help="called when the job is over")
+    generate.add_argument(
+        "--execution-timeout-seconds",
+        type=float,
+        default=EXECUTION_TIMEOUT_SECONDS,
+        metavar="SECONDS",
+        help="the platform ends the job after so long; default: %(default)g",
+    )
+    for name, described in options:
+        generate.add_argument(_option_name(name), dest=_option_name(name), **_argument(described))
+    download = command("download", _download, "wait for a job, then fetch its video")
+    status = command("status", _status, "say how far a job is")
+    cancel = command("cancel", _cancel, "end a job")
+    for added in (download, status, cancel):
+        added.add_argument("id", type=_job_id, metavar="ID", help="of the job")
+    for added in (generate, download):
+        added.add_argument(
+            "--output",
+            type=_target,
+            default="avatar.mp4",
+            metavar="FILE",
+            help="default: %(default)s",
+        )
+    return parser
+
+
+def _options() -> Iterator[Option]:
+    """The values of `input` but for the two files, and for secrets, which a process list shows."""
+    for name, described in request.described_fields(request.JobInput):
+        if name not in ("image", "audio") and "$ref" not in described:
+            yield name, described
+
+
+def _option_name(name: str) -> str:
+    return "--" + name.replace(".", "-").replace("_", "-")
+
+
+def _argument(described: dict[str, Any]) -> dict[str, Any]:
+    """How argparse reads a value of this schema. Its limits are the schema's own matter."""
+    kind = described.get("type")
+    if kind == "boolean":
+        return {
+            "action": argparse.BooleanOptionalAction,
+            "default": None,
+            "help": _help({"description": described["description"]}),
+        }
+    argument: dict[str, Any] = {"metavar": (kind or "json").upper(), "help": _help(described)}
+    if "enum" in described:
+        argument |= {"choices": described["enum"], "metavar": None}
+    if kind == "array":
+        argument |= {"nargs": described["minItems"], "metavar": "NUMBER"}
+    if kind != "string":
+        argument["type"] = _number if kind else _json
+    return argument
+
+
+def _help(described: dict[str, Any]) -> str:
+    default = described.get("default")
+    texts = [
+        described.get("description", ""),
+        request.limits(described),
+        "" if default is None else f"Default: {default}",
+    ]
+    return " ".join(filter(None, texts)).replace("`", "").replace("%", "%%")
+
+
+def _media(text: str) -> Path | str:
+    """An address as it is, anything else as a file."""
+    return text if re.match(r"[a-z]+://|data:", text, re.IGNORECASE) else Path(text)
+
+
+def _target(text: str) -> Path:
+    path = Path(text)
+    if not path.parent.is_dir():  # before anything is paid for
+        raise argparse.ArgumentTypeError(f"there is no directory {path.parent}")
+    return path
+
+
+def _job_id(text: str) -> str:
+    try:
+        return checked_id(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _number(text: str) -> Any:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no number")
+
+
+def _json(text: str) -> Any:
+    """JSON, or else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

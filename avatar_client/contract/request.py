@@ -1,0 +1,321 @@
+"""What a client may ask for: the fields of a request, their limits and their defaults.
+
+All values are checked and frozen: no invalid request exists past `validated`.
+"""
+
+import base64
+import binascii
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+
+from avatar_client.contract.bucket import SEVEN_DAYS_SECONDS, BucketSettings
+from avatar_client.contract.errors import InputUrlBlockedError, InvalidInputError
+from avatar_client.contract.presets import PRESETS, full_step_indices
+
+MAX_SEED = 2**53 - 1  # the largest whole number that every JSON reader keeps exact
+MAX_PROMPT_CHARACTERS = 2000
+MAX_USER_DATA_CHARACTERS = 1000
+
+KEY_PATTERN = r"^[A-Za-z0-9!_.()=-]+(/[A-Za-z0-9!_.()=-]+)*$"
+
+
+@dataclass(frozen=True, slots=True)
+class MediaSource:
+    """Where an input comes from: exactly one of an address and the bytes themselves."""
+
+    url: str | None = None
+    content: bytes | None = field(default=None, repr=False)
+
+    @classmethod
+    def parse(cls, value: Any, info: ValidationInfo) -> Self:
+        """A source from an https URL, a `data:` URI or plain base64.
+
+        Raises:
+            InputUrlBlockedError: an address of another scheme.
+            ValueError: none of the three.
+        """
+        if not isinstance(value, str):
+            raise ValueError("must be a string: an https URL, a data: URI or base64")
+        text = value.strip()
+        scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", text)
+        if scheme is None:
+            return cls(content=_decode_base64(text))
+        if scheme[1].lower() == "data":
+            head, comma, payload = text.partition(",")
+            if not comma or not head.lower().endswith(";base64"):
+                raise ValueError("a data: URI must be data:<type>;base64,<data>")
+            return cls(content=_decode_base64(payload))
+        if scheme[1].lower() not in ("https", "http"):
+            raise InputUrlBlockedError("only https URLs are fetched", field=info.field_name)
+        if len(text) > 4096 or not text.isprintable() or " " in text:
+            raise ValueError("is not a well-formed URL")
+        return cls(url=text)
+
+    @property
+    def digest(self) -> str:
+        """Fingerprint of the source, for telling one request from another."""
+        return hashlib.sha256(self.content or (self.url or "").encode()).hexdigest()
+
+
+def _decode_base64(text: str) -> bytes:
+    try:
+        content = base64.b64decode(re.sub(r"\s+", "", text), validate=True)
+    except (binascii.Error, ValueError):  # ValueError: not ASCII
+        raise ValueError("is neither an https URL, a data: URI nor base64") from None
+    if not content:
+        raise ValueError("is empty")
+    return content
+
+
+Model = TypeVar("Model", bound=BaseModel)
+Media = Annotated[
+    MediaSource, BeforeValidator(MediaSource.parse), WithJsonSchema({"type": "string"})
+]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True
+    )
+
+
+class Motion(_Frozen):
+    """How much the head and the face move; the reference's own values are the defaults."""
+
+    pose: Annotated[Finite, Field(ge=0, le=100)] = Field(
+        25.0, description="How much the head moves."
+    )
+    expression: Annotated[Finite, Field(ge=0, le=100)] = Field(
+        30.0, description="How much the face moves."
+    )
+
+
+class OutputOptions(_Frozen):
+    """How the video is handed over."""
+
+    delivery: Literal["auto", "s3", "inline"] = Field(
+        "auto", description="`inline` is base64 in the reply; `auto`: the bucket if there is one."
+    )
+    key: Annotated[str, Field(max_length=512, pattern=KEY_PATTERN)] | None = Field(
+        None, description="Name of the object, below the prefixes. Empty: `<job id>.mp4`."
+    )
+    prefix: Annotated[str, Field(max_length=256, pattern=KEY_PATTERN)] | None = Field(
+        None, description="Folder below `BUCKET_PREFIX`."
+    )
+    url_expires_seconds: Annotated[int, Field(ge=1, le=SEVEN_DAYS_SECONDS)] | None = Field(
+        None, description="Life of the URL. Empty: `BUCKET_URL_EXPIRES_SECONDS`."
+    )
+    thumbnail: bool = Field(False, description="Also the first frame as a jpeg.")
+
+    @field_validator("key", "prefix")
+    @classmethod
+    def _stay_below_the_prefix(cls, value: str | None) -> str | None:
+        if value is not None and {".", ".."} & set(value.split("/")):
+            raise ValueError("must not hold '.' or '..' as a folder")
+        return value
+
+
+class S3Config(_Frozen):
+    """RunPod's own form of a bucket that comes with a job."""
+
+    endpoint_url: Annotated[str, Field(alias="endpointUrl", max_length=2048)]
+    access_key_id: Annotated[str, Field(alias="accessId", min_length=1, max_length=256)]
+    secret_access_key: Annotated[SecretStr, Field(alias="accessSecret", min_length=1)]
+    name: Annotated[str | None, Field(alias="bucketName", max_length=255)] = None
+    region: Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9-]+$")] | None = None
+
+    def bucket(self) -> BucketSettings:
+        """The bucket, marked as an address that the worker did not choose."""
+        return BucketSettings(**{**dict(self), "from_client": True})
+
+
+class GenerationParams(_Frozen):
+    """What decides the frames, beside the two inputs."""
+
+    prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)] = Field(
+        "A person is speaking.", description="What the scene shows."
+    )
+    negative_prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)] | None = Field(
+        None, description="What it must not show. Empty: the model's own list."
+    )
+    resolution: Literal[256, 384, 512, 704] = Field(
+        704, description="About the short side, in pixels. Larger takes longer."
+    )
+    preset: Literal["quality", "balanced", "draft"] = Field(
+        "quality",
+        description="Steps of 50 that are computed in full: "
+        + ", ".join(
+            f"{name} {len(full_step_indices(50, preset.schedule))}"
+            for name, preset in PRESETS.items()
+        )
+        + "; the last two in 8 bits. The fewer, the quicker, and the less exact.",
+    )
+    num_inference_steps: Annotated[int, Field(ge=1, le=100)] = Field(
+        50, description="Denoising steps. The preset says how many of them run in full."
+    )
+    guidance_scale: Annotated[Finite, Field(ge=0, le=20)] = Field(
+        7.5,
+        description="How closely prompt and speech are followed. Up to 1: off, twice as fast.",
+    )
+    flow_shift: Annotated[Finite, Field(ge=0.1, le=20)] = Field(
+        5.0, description="How much of the steps is spent at high noise."
+    )
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = Field(
+        None, description="The same seed gives the same video. Empty: drawn, and in the result."
+    )
+    fps: Finite = Field(25.0, description="25 or 12.5 frames a second.")
+    motion: Motion = Motion()
+    face_box: Annotated[tuple[Finite, Finite, Finite, Finite], Field(strict=False)] | None = Field(
+        None,
+        description="The face that speaks: x, y, width, height in pixels of the upright image. "
+        "Empty: the largest.",
+    )
+    audio_start_seconds: Annotated[Finite, Field(ge=0)] = Field(
+        0.0, description="Where in the recording the speech begins."
+    )
+    max_seconds: Annotated[Finite, Field(gt=0)] | None = Field(
+        None, description="How many seconds of it are used. Empty: all."
+    )
+
+    @field_validator("fps")
+    @classmethod
+    def _fps_that_the_model_knows(cls, value: float) -> float:
+        if value not in (25.0, 12.5):
+            raise ValueError("must be 25 or 12.5")
+        return value
+
+    @field_validator("face_box")
+    @classmethod
+    def _box_with_an_area(
+        cls, value: tuple[float, float, float, float] | None
+    ) -> tuple[float, float, float, float] | None:
+        if value is not None and (min(value) < 0 or value[2] <= 0 or value[3] <= 0):
+            raise ValueError("must be [x, y, width, height] in pixels of the image")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_means_the_default(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if value is not None}
+
+
+class JobInput(GenerationParams):
+    """The `input` object of a job."""
+
+    image: Media = Field(description="The portrait. Any raster image that Pillow reads.")
+    audio: Media = Field(
+        description="The speech: wav, mp3, m4a, ogg, opus, flac, webm, or the sound of an mp4."
+    )
+    output: OutputOptions = OutputOptions()
+    user_data: Any = Field(
+        None, description=f"Echoed. At most {MAX_USER_DATA_CHARACTERS} characters of JSON."
+    )
+    dry_run: bool = Field(
+        False,
+        description="Checks everything, fetches and probes the media, answers the plan and an "
+        "estimate.",
+    )
+    s3_config: S3Config | None = Field(
+        default=None,
+        alias="s3Config",
+        description="A bucket of the client's own: `endpointUrl`, `accessId`, `accessSecret`, "
+        "`bucketName`, `region`; also at the job's top level.",
+    )
+
+    @field_validator("user_data")
+    @classmethod
+    def _small_json(cls, value: Any) -> Any:
+        try:
+            text = json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError):
+            raise ValueError("must be plain JSON, without NaN") from None
+        if len(text) > MAX_USER_DATA_CHARACTERS:
+            raise ValueError(f"must be at most {MAX_USER_DATA_CHARACTERS} characters of JSON")
+        return value
+
+
+def described_fields(model: type[BaseModel]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each value that a request may hold: its dotted name, and its JSON schema.
+
+    An object's values come by their own names, but for one that holds a secret.
+    """
+    schema = model.model_json_schema()
+    yield from _described(schema["properties"], schema.get("$defs", {}), "")
+
+
+def _described(
+    properties: Mapping[str, Any], definitions: Mapping[str, Any], prefix: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, value in properties.items():
+        # optional values are written as a choice between the value and null
+        choices = [one for one in value.get("anyOf", [value]) if one.get("type") != "null"]
+        form = {**choices[0], **value}
+        inner = definitions.get(form.get("$ref", "").rpartition("/")[2], {}).get("properties", {})
+        if inner and not any(one.get("writeOnly") for one in inner.values()):
+            yield from _described(inner, definitions, f"{prefix}{name}.")
+        else:
+            yield prefix + name, form
+
+
+def limits(described: Mapping[str, Any]) -> str:
+    """What a field's JSON schema allows, in words; nothing where it says all by itself."""
+    low, high = described.get("minimum"), described.get("maximum")
+    if low is not None and high is not None:
+        return f"{low:g} to {high:.16g}."
+    if low is not None:
+        return f"{low:g} or more."
+    if (above := described.get("exclusiveMinimum")) is not None:
+        return f"More than {above:g}."
+    longest = described.get("maxLength")
+    return "" if longest is None else f"At most {longest} characters."
+
+
+def validated(model: type[Model], raw: Any, prefix: str = "") -> Model:
+    """The checked values.
+
+    Raises:
+        InvalidInputError: a value cannot be served; names the field, below `prefix`.
+        InputUrlBlockedError: an input names an address that is never fetched.
+    """
+    try:
+        return model.model_validate(raw)
+    except ValidationError as failure:
+        error = failure.errors(include_url=False, include_input=False)[0]
+        if error["type"] == "extra_forbidden":
+            message = _unknown_key(model, error["loc"])
+        else:
+            message = error["msg"].removeprefix("Value error, ").replace("Input should", "must")
+        path = prefix + ".".join(str(part) for part in error["loc"])
+        # a key is the client's own text: kept short and printable
+        raise InvalidInputError(
+            message[:1].lower() + message[1:], field=ascii(path)[1:-1][:80] or None
+        ) from None
+
+
+def _unknown_key(model: type[BaseModel], location: tuple[int | str, ...]) -> str:
+    for name in location[:-1]:
+        annotation = model.model_fields[str(name)].annotation
+        assert isinstance(annotation, type)
+        model = annotation
+    known = [info.alias or name for name, info in model.model_fields.items()]
+    near = difflib.get_close_matches(str(location[-1]), known, n=1)
+    return f"unknown key; did you mean {near[0]!r}?" if near else f"unknown key; known: {known}"

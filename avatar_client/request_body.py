@@ -1,0 +1,177 @@
+"""The body of a request: checked by the worker's own schema before anything is sent.
+
+Files travel inside the body as base64. What the platform does not take in one body goes to a bucket
+first, and its address takes its place.
+"""
+
+import base64
+import json
+import secrets
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import HttpUrl, TypeAdapter, ValidationError
+
+from avatar_client.contract import request
+from avatar_client.contract.bucket import BucketSettings
+from avatar_client.contract.errors import InvalidInputError
+from avatar_client.errors import EndpointError
+
+MAX_BODY_BYTES = 9_990_000  # 10 MB on /run (RunPod's limit), less room for addresses of uploads
+MIN_EXECUTION_SECONDS, MAX_EXECUTION_SECONDS = 5.0, 604_800.0  # RunPod's limits
+UPLOAD_EXPIRES_SECONDS = 86_400  # how long a job may wait in the queue
+
+Media = Path | bytes | str
+
+
+def build_request(
+    image: Media,
+    audio: Media,
+    *,
+    webhook: str | None,
+    execution_timeout_seconds: float,
+    input_fields: dict[str, Any],
+    uploads: BucketSettings | None,
+) -> dict[str, Any]:
+    """The JSON body of `/run`. Reads files, and writes to the bucket if it has to.
+
+    Raises:
+        InvalidInputError: a value that no worker would take; names the field.
+        UploadError: the bucket refused a file or did not answer.
+    """
+    inputs = {"image": _Input.of("image", image), "audio": _Input.of("audio", audio)}
+    # the schema does not look into a file: one byte stands for it, which is replaced below
+    media = {name: source.url or "AA==" for name, source in inputs.items()}
+    fields = {**input_fields, **media}
+    request.validated(request.JobInput, fields)
+    body: dict[str, Any] = {
+        "input": fields,
+        "policy": {"executionTimeout": _milliseconds(execution_timeout_seconds)},
+    }
+    if webhook is not None:
+        body["webhook"] = _checked_webhook(webhook)
+    room_bytes = MAX_BODY_BYTES - len(encode(body))
+    if room_bytes < 0:
+        longest = max(media, key=lambda name: len(media[name]))
+        raise InvalidInputError(
+            f"does not fit into a request of {MAX_BODY_BYTES} bytes", field=longest
+        )
+    files = [source for source in inputs.values() if source.url is None]
+    for source in _too_many(files, room_bytes):
+        if uploads is None:
+            raise InvalidInputError(
+                f"{source.size_bytes} bytes do not fit into a request of {MAX_BODY_BYTES} bytes: "
+                "pass an https URL, or give the endpoint a bucket with uploads=BucketSettings(...)",
+                field=source.field,
+            )
+        source.url = _upload(source, uploads)
+    for name, source in inputs.items():
+        fields[name] = source.url or base64.b64encode(source.read()).decode()
+    return body
+
+
+def encode(body: dict[str, Any]) -> bytes:
+    """The body as it is sent.
+
+    Raises:
+        InvalidInputError: it holds what JSON does not know.
+    """
+    try:
+        return json.dumps(body, allow_nan=False).encode()
+    except (TypeError, ValueError):
+        raise InvalidInputError("must be plain JSON", field="input") from None
+
+
+@dataclass(slots=True)
+class _Input:
+    """One of the two inputs: an address, or content with its size."""
+
+    field: str
+    url: str | None = None
+    content: Path | bytes = b""
+    size_bytes: int = 0
+
+    @classmethod
+    def of(cls, field: str, media: Media) -> "_Input":
+        if isinstance(media, str):
+            if ":" not in media:
+                raise InvalidInputError(
+                    'a string must be an https URL or a data: URI; a file is Path("...")',
+                    field=field,
+                )
+            return cls(field, url=media)
+        if isinstance(media, bytes):
+            size_bytes = len(media)
+        elif isinstance(media, Path):
+            try:
+                size_bytes = media.stat().st_size
+            except OSError as error:
+                raise _unreadable(field, media, error) from None
+        else:
+            raise InvalidInputError("must be a Path, bytes or a URL", field=field)
+        if size_bytes == 0:
+            raise InvalidInputError("is empty", field=field)
+        return cls(field, content=media, size_bytes=size_bytes)
+
+    @property
+    def num_characters(self) -> int:
+        """As base64."""
+        return 4 * -(-self.size_bytes // 3)
+
+    def read(self) -> bytes:
+        if isinstance(self.content, bytes):
+            return self.content
+        try:
+            return self.content.read_bytes()
+        except OSError as error:
+            raise _unreadable(self.field, self.content, error) from None
+
+
+def _unreadable(field: str, path: Path, error: OSError) -> InvalidInputError:
+    return InvalidInputError(f"{path} cannot be read: {error.strerror}", field=field)
+
+
+def _too_many(files: list[_Input], room_bytes: int) -> list[_Input]:
+    """Those that have to go so that the others fit into the room; the largest first."""
+    kept = sorted(files, key=lambda source: source.size_bytes)
+    gone = []
+    while kept and sum(source.num_characters for source in kept) > room_bytes:
+        gone.append(kept.pop())
+    return gone
+
+
+def _upload(source: _Input, bucket: BucketSettings) -> str:
+    """The address from which the worker can fetch the input."""
+    try:
+        from worker.media.storage import Storage  # boto3, which most requests do not need
+    except ModuleNotFoundError as error:
+        raise EndpointError(f"uploads need the package {error.name}") from None
+    storage = Storage(bucket)
+    with tempfile.NamedTemporaryFile() as file:
+        path = source.content
+        if isinstance(path, bytes):
+            file.write(path)
+            file.flush()
+            path = Path(file.name)
+        key = storage.key(request.OutputOptions(prefix="inputs", key=secrets.token_hex(16)), "")
+        storage.put(path, key, content_type="application/octet-stream")
+    return storage.url(key, UPLOAD_EXPIRES_SECONDS)
+
+
+def _milliseconds(execution_timeout_seconds: float) -> int:
+    if not MIN_EXECUTION_SECONDS <= execution_timeout_seconds <= MAX_EXECUTION_SECONDS:
+        raise InvalidInputError(
+            f"must be {MIN_EXECUTION_SECONDS:g} to {MAX_EXECUTION_SECONDS:g} seconds",
+            field="policy.executionTimeout",
+        )
+    return round(execution_timeout_seconds * 1000)
+
+
+def _checked_webhook(url: str) -> str:
+    try:
+        TypeAdapter(HttpUrl).validate_python(url)
+    except ValidationError:
+        raise InvalidInputError("must be an https URL", field="webhook") from None
+    return url

@@ -1,0 +1,166 @@
+"""What an endpoint says about a job, as checked values.
+
+Text that comes from outside is made fit for a log and a terminal here: one line, no escape codes,
+no queries of URLs.
+"""
+
+import contextlib
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+
+from avatar_client.contract.errors import WorkerError
+from avatar_client.contract.redaction import redact
+from avatar_client.contract.request import JobInput
+
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT")
+MAX_TEXT_CHARACTERS = 1000
+
+
+def plain(text: Any) -> str:
+    """Text of others in one line that can be shown and logged."""
+    words = redact(str(text)).split()
+    line = " ".join(words)[:MAX_TEXT_CHARACTERS]
+    return "".join(character for character in line if character.isprintable())
+
+
+Text = Annotated[str, AfterValidator(plain)]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a running job is; the fields are those that the worker posts."""
+
+    stage: Text
+    progress: Annotated[float, Field(ge=0, le=1)]  # never decreasing
+    message: Text
+    stage_index: int | None = None
+    stage_count: int | None = None
+    step: int | None = None
+    total_steps: int | None = None
+    elapsed_seconds: float | None = None
+    eta_seconds: float | None = None
+
+    @staticmethod
+    def parse(output: Any) -> "Progress | None":
+        """The progress in the output of a running job; None if it holds none."""
+        try:
+            return _PROGRESS.validate_python(output)
+        except ValidationError:
+            return None
+
+
+_PROGRESS = TypeAdapter(Progress)
+
+
+@dataclass(frozen=True, slots=True)
+class JobError:
+    """Why a job failed."""
+
+    code: str  # of the README's table; "UNKNOWN" if it was not the worker that said why
+    message: str
+    field: str | None = None
+    retryable: bool = False
+
+    def __str__(self) -> str:
+        return ": ".join(filter(None, (self.code, self.field, self.message)))
+
+    @classmethod
+    def parse(cls, error: Any, output: Any = None) -> Self:
+        """The reason in a failed job: the worker's `error_info` if it came, else its text."""
+        info = output.get("error_info") if isinstance(output, dict) else None
+        if isinstance(info, dict) and info.keys() >= {"code", "message"}:
+            where = info.get("field")
+            return cls(
+                plain(info["code"]),
+                plain(info["message"]),
+                plain(where) if where else None,
+                info.get("retryable") is True,
+            )
+        text = _reason(error)
+        code, _, rest = text.partition(": ")
+        if code not in _RETRYABLE:
+            return cls("UNKNOWN", text or "the endpoint gives no reason")
+        name, colon, message = rest.partition(": ")
+        if colon and name.partition(".")[0] in _FIELDS:
+            return cls(code, message, name, _RETRYABLE[code])
+        return cls(code, rest, None, _RETRYABLE[code])
+
+
+@dataclass(frozen=True, slots=True)
+class JobStatus:
+    """A job as the endpoint described it. `output` is the result, once there is one."""
+
+    id: str
+    status: str  # IN_QUEUE, IN_PROGRESS, COMPLETED, FAILED, CANCELLED or TIMED_OUT
+    progress: Progress | None = None
+    output: dict[str, Any] | None = field(default=None, repr=False)  # holds a signed address
+    error: JobError | None = None
+    delay_seconds: float | None = None  # in the queue
+    execution_seconds: float | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """True once nothing will change any more."""
+        return self.status in OVER
+
+    @classmethod
+    def parse(cls, body: dict[str, Any]) -> Self:
+        """The status in an answer of the endpoint, or in what it posts to a webhook.
+
+        Raises:
+            ValueError: there is none.
+        """
+        job_id, status, output = body.get("id"), body.get("status"), body.get("output")
+        if not isinstance(job_id, str) or not isinstance(status, str):
+            raise ValueError("neither the id nor the status of a job")
+        completed = status == "COMPLETED" and isinstance(output, dict)
+        return cls(
+            id=checked_id(job_id),
+            status=plain(status),
+            progress=None if status in OVER else Progress.parse(output),
+            output=output if completed else None,
+            error=JobError.parse(body.get("error"), output) if status == "FAILED" else None,
+            delay_seconds=_seconds(body.get("delayTime")),
+            execution_seconds=_seconds(body.get("executionTime")),
+        )
+
+
+def checked_id(job_id: str) -> str:
+    """The id if it can stand in a path.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,128}", job_id):
+        raise ValueError(f"{plain(job_id)[:60]!r} is not the id of a job")
+    return job_id
+
+
+def _reason(error: Any) -> str:
+    """The text of a failure. What the SDK makes of an exception holds its traceback as well."""
+    if isinstance(error, str) and error.startswith("{"):
+        with contextlib.suppress(ValueError):
+            error = json.loads(error)
+    if isinstance(error, dict):
+        error = error.get("error_message") or error.get("message") or ""
+    return plain(error or "")
+
+
+def _seconds(milliseconds: Any) -> float | None:
+    return milliseconds / 1000 if isinstance(milliseconds, int | float) else None
+
+
+def _codes(kind: type[WorkerError]) -> dict[str, bool]:
+    """Every code of the tree, and whether a job that failed so may be sent again."""
+    codes = {kind.code: kind.retryable} if hasattr(kind, "code") else {}
+    for narrower in kind.__subclasses__():
+        codes |= _codes(narrower)
+    return codes
+
+
+_RETRYABLE = _codes(WorkerError)
+_FIELDS = {info.alias or name for name, info in JobInput.model_fields.items()} | {"input"}

@@ -1,0 +1,350 @@
+"""The endpoint as a client meets it: RunPod's routes, limits and answers.
+
+Source: RunPod's documentation of serverless endpoint operations.
+"""
+
+import asyncio
+import hmac
+import json
+from collections.abc import Callable, Coroutine
+from typing import Annotated, Any, Literal, NoReturn
+
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import BaseModel, ConfigDict, Field, HttpUrl, TypeAdapter, field_validator
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import ClientDisconnect
+
+from local_endpoint.changes import Changes
+from local_endpoint.job_queue import Job, JobQueue, Status
+
+MAX_REQUEST_BYTES = {"run": 10 * 10**6, "runsync": 20 * 10**6}
+MAX_DRAINED_BYTES = 64 * 2**20  # of a request that is too large: read on, so the answer is heard
+MAX_STREAM_BYTES = 10**6
+MAX_WAITING_JOBS = 1000
+SYNC_WAIT_MILLISECONDS = 90_000
+
+
+class Policy(BaseModel):
+    """Limits of one job, in milliseconds."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    executionTimeout: int = Field(600_000, ge=5_000, le=604_800_000)  # noqa: N815  # RunPod's name
+    ttl: int = Field(86_400_000, ge=10_000, le=604_800_000)
+
+
+class JobRequest(BaseModel):
+    """A job. Keys beside these reach the worker as they are."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    input: dict[str, Any]
+    webhook: str | None = Field(None, max_length=4096, json_schema_extra={"format": "uri"})
+    policy: Policy | None = None
+
+    @field_validator("webhook")
+    @classmethod
+    def _address(cls, value: str | None) -> str | None:
+        if value is not None:
+            if not value.isascii() or not value.isprintable():
+                raise ValueError("must be an http or https URL")
+            TypeAdapter(HttpUrl).validate_python(value)
+        return value
+
+
+class Accepted(BaseModel):
+    """A job's id and where it stands."""
+
+    id: str
+    status: Literal[Status]
+
+
+class JobState(Accepted):
+    """What is known of a job; times in milliseconds."""
+
+    delayTime: int | None = None  # noqa: N815
+    executionTime: int | None = None  # noqa: N815
+    workerId: str | None = None  # noqa: N815
+    output: Any = Field(None, description="The newest progress, then the result.")
+    error: str | None = None
+
+
+class StreamItem(BaseModel):
+    """One thing that a generating handler has yielded."""
+
+    output: Any
+
+
+class StreamState(BaseModel):
+    """What has come since the last call."""
+
+    status: Literal[Status]
+    stream: list[StreamItem]
+
+
+class JobCounts(BaseModel):
+    """Jobs by where they stand; ended ones since the queue was made."""
+
+    completed: int
+    failed: int
+    inProgress: int  # noqa: N815
+    inQueue: int  # noqa: N815
+    retried: int
+
+
+class WorkerCounts(BaseModel):
+    """Workers by what they do."""
+
+    idle: int
+    initializing: int
+    ready: int
+    running: int
+    throttled: int
+    unhealthy: int
+
+
+class Health(BaseModel):
+    """The endpoint at a glance."""
+
+    jobs: JobCounts
+    workers: WorkerCounts
+
+
+class Purged(BaseModel):
+    """How many waiting jobs were removed."""
+
+    removed: int
+    status: Literal["completed"] = "completed"
+
+
+class Failure(BaseModel):
+    """Why a request was not served."""
+
+    error: str
+
+
+class JsonResponse(JSONResponse):
+    """JSON in ASCII, so that a lone surrogate in a worker's answer cannot break it."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, separators=(",", ":")).encode()
+
+
+class _JobRequest(Request):
+    """A request whose body is bounded, and strict JSON."""
+
+    async def body(self) -> bytes:
+        if not hasattr(self, "_body"):
+            operation = self.url.path.rsplit("/", 1)[-1]
+            self._body = await read_bounded(self, MAX_REQUEST_BYTES[operation])
+        return self._body
+
+    async def json(self) -> Any:
+        return parse_strict(await self.body())
+
+
+class _JobRoute(APIRoute):
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_bounded(request: Request) -> Response:
+            return await handle(_JobRequest(request.scope, request.receive))
+
+        return handle_bounded
+
+
+async def read_bounded(request: Request, max_bytes: int) -> bytes:
+    """The body.
+
+    Raises:
+        HTTPException: 413, it is larger.
+    """
+    body = bytearray()
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size <= max_bytes:
+            body += chunk
+        elif size > MAX_DRAINED_BYTES:
+            break
+    if size > max_bytes:
+        message = f"the body is over the limit of {max_bytes} bytes"
+        raise HTTPException(413, message, {"Connection": "close"})  # it may go on without end
+    return bytes(body)
+
+
+def parse_strict(text: bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        json.JSONDecodeError: it is none; NaN, a whole number of thousands of digits and thousands
+            of brackets in one another are refused too.
+    """
+
+    def refuse(name: str) -> NoReturn:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except json.JSONDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise json.JSONDecodeError(str(error), "", 0) from None
+
+
+def client_routes(
+    queue: JobQueue,
+    changes: Changes,
+    *,
+    endpoint_id: str,
+    api_key: str,
+    count_workers: Callable[[], dict[str, int]],
+    is_closing: Callable[[], bool],
+) -> APIRouter:
+    """The routes below `/v2/{endpoint_id}` that clients call, each behind the key."""
+    bearer = HTTPBearer(auto_error=False, description="The endpoint's API key.")
+
+    def authorize(
+        request: Request,
+        credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
+    ) -> None:
+        given = credentials.credentials if credentials else request.headers.get("authorization", "")
+        if not hmac.compare_digest(given.encode(), api_key.encode()):
+            raise HTTPException(401, "the API key is missing or wrong")
+
+    failures: dict[int | str, dict[str, Any]] = {
+        401: {"model": Failure, "description": "The API key is missing or wrong."}
+    }
+    router = APIRouter(
+        prefix=f"/v2/{endpoint_id}",
+        dependencies=[Depends(authorize)],
+        default_response_class=JsonResponse,
+        responses=failures,
+    )
+    job_routes = APIRouter(route_class=_JobRoute)
+    bad_request: dict[int | str, dict[str, Any]] = {
+        400: {"model": Failure, "description": "The body is not a job."},
+        413: {"model": Failure, "description": "The body is too large."},
+        429: {"model": Failure, "description": "Too many jobs wait."},
+    }
+    bad_id: dict[int | str, dict[str, Any]] = {
+        404: {"model": Failure, "description": "No such job, or no longer."}
+    }
+
+    def find(job_id: str) -> Job:
+        job = queue.get(job_id)
+        if job is None:
+            raise HTTPException(404, "no such job, or its result is no longer kept")
+        return job
+
+    def add(job: JobRequest, *, is_sync: bool) -> str:
+        if queue.counts()["inQueue"] >= MAX_WAITING_JOBS:
+            raise HTTPException(429, f"{MAX_WAITING_JOBS} jobs wait", {"Retry-After": "10"})
+        job_id = queue.add(job.model_dump(exclude_unset=True), is_sync=is_sync)
+        changes.notify()
+        return job_id
+
+    @job_routes.post("/run", responses=bad_request, response_model=Accepted)
+    async def run(job: JobRequest) -> Response:
+        """Puts a job into the queue."""
+        return JsonResponse({"id": add(job, is_sync=False), "status": "IN_QUEUE"})
+
+    @job_routes.post("/runsync", responses=bad_request, response_model=JobState)
+    async def runsync(
+        request: Request,
+        job: JobRequest,
+        wait: Annotated[int, Query(ge=1000, le=300_000)] = SYNC_WAIT_MILLISECONDS,
+    ) -> Response:
+        """Puts a job into the queue and waits up to `wait` milliseconds for its result."""
+        job_id = add(job, is_sync=True)
+        gone = asyncio.create_task(hang_up(request))
+        gone.add_done_callback(lambda _: changes.notify())
+
+        def is_over() -> bool:
+            found = queue.get(job_id)
+            return found is None or found.is_over or gone.done() or is_closing()
+
+        await changes.until(is_over, wait / 1000)
+        gone.cancel()
+        return JsonResponse(find(job_id).state())
+
+    @router.get("/status/{job_id}", responses=bad_id, response_model=JobState)
+    async def status(job_id: str) -> Response:
+        """Where a job stands, with its newest progress or its result."""
+        return JsonResponse(find(job_id).state())
+
+    @router.get("/stream/{job_id}", responses=bad_id, response_model=StreamState)
+    async def stream(job_id: str) -> Response:
+        """What the job's handler has yielded since the last call."""
+        job = find(job_id)
+        items = [{"output": item} for item in queue.read_stream(job_id, MAX_STREAM_BYTES)]
+        return JsonResponse({"status": job.status, "stream": items})
+
+    @router.post("/cancel/{job_id}", responses=bad_id, response_model=Accepted)
+    async def cancel(job_id: str) -> Response:
+        """Ends a job that waits or runs; one that is over stays as it is."""
+        find(job_id)
+        queue.cancel(job_id)
+        changes.notify()
+        return JsonResponse({"id": job_id, "status": find(job_id).status})
+
+    not_failed: dict[int | str, dict[str, Any]] = {
+        400: {"model": Failure, "description": "The job has not failed."}
+    }
+
+    @router.post("/retry/{job_id}", responses=bad_id | not_failed, response_model=Accepted)
+    async def retry(job_id: str) -> Response:
+        """Runs a failed or timed out job again, under its id."""
+        find(job_id)
+        if not queue.retry(job_id):
+            raise HTTPException(400, "only a failed or timed out job can be retried")
+        changes.notify()
+        return JsonResponse({"id": job_id, "status": "IN_QUEUE"})
+
+    @router.get("/health", response_model=Health)
+    async def health() -> Response:
+        """How many jobs and workers there are, by where they stand."""
+        return JsonResponse({"jobs": queue.counts(), "workers": count_workers()})
+
+    @router.post("/purge-queue", response_model=Purged)
+    async def purge_queue() -> Response:
+        """Removes every waiting job; running ones go on."""
+        removed = queue.purge()
+        changes.notify()
+        return JsonResponse({"removed": removed, "status": "completed"})
+
+    router.include_router(job_routes)
+    return router
+
+
+def answer_failures_alike(app: FastAPI) -> None:
+    """Every failure of the application answers `{"error": text}`, and a bad body 400."""
+
+    async def failed(request: Request, error: Any) -> Response:
+        content = {"error": str(error.detail)}
+        return JsonResponse(content, status_code=error.status_code, headers=error.headers)
+
+    async def invalid(request: Request, error: Any) -> Response:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"] if part != "body")
+        text = first["msg"].removeprefix("Value error, ")
+        # a key is the client's own text: kept short and printable
+        field = f"{ascii(place)[1:-1][:80]}: " if place else ""
+        return JsonResponse({"error": f"{field}{text}"}, status_code=400)
+
+    async def gone(request: Request, error: Any) -> Response:
+        return Response(status_code=499)  # nobody reads it
+
+    app.add_exception_handler(StarletteHTTPException, failed)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(ClientDisconnect, gone)
+
+
+async def hang_up(request: Request) -> None:
+    """Returns when the client closes the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

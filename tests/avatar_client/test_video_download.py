@@ -1,0 +1,199 @@
+"""The client's way of a video from a store, or from the answer, to a file."""
+
+import base64
+import hashlib
+import logging
+import resource
+
+import httpx
+import pytest
+
+from avatar_client import DownloadError
+from tests.avatar_client.client_kinds import KEY, KINDS, clients
+from tests.support.scripted_server import CLOSED, Answer, ScriptedServer
+
+VIDEO = bytes(range(256)) * 400
+SIGNATURE = "X-Amz-Signature=0123secret&X-Amz-Credential=4567secret"
+STATUS, GET = "GET /v2/local/status/job-1", "GET /store/video.mp4"
+
+
+@pytest.fixture
+def server():
+    with ScriptedServer() as server:
+        yield server
+
+
+@pytest.fixture(params=KINDS)
+def client(request, server):
+    with clients(request.param) as make:
+        yield make(f"{server.origin}/v2/local")
+
+
+def finish(server, **output):
+    """Lets the job be completed, with the video in the store unless the output says otherwise."""
+    facts = {
+        "video_url": f"{server.origin}/store/video.mp4?{SIGNATURE}",
+        "video_base64": None,
+        "size_bytes": len(VIDEO),
+        "sha256": hashlib.sha256(VIDEO).hexdigest(),
+    }
+    body = {"id": "job-1", "status": "COMPLETED", "output": {**facts, **output}}
+    server.on(STATUS, body)
+
+
+def test_the_video_is_fetched_whole_without_the_key(client, server, tmp_path):
+    finish(server)
+    server.on(GET, Answer(body=VIDEO))
+
+    path = client.job("job-1").download(tmp_path / "video.mp4")
+
+    assert path == tmp_path / "video.mp4"
+    assert path.read_bytes() == VIDEO
+    assert list(tmp_path.iterdir()) == [path]
+    (asked,) = server.asked(GET)
+    assert KEY not in str(asked.headers)
+    assert asked.path.endswith(SIGNATURE)
+
+
+def test_the_file_is_as_readable_as_any_other_new_file(client, server, tmp_path):
+    finish(server)
+    server.on(GET, Answer(body=VIDEO))
+    (tmp_path / "other").touch()
+    path = client.job("job-1").download(tmp_path / "video.mp4")
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_in_a_directory_the_video_takes_the_name_of_the_job(client, server, tmp_path):
+    finish(server)
+    server.on(GET, Answer(body=VIDEO))
+    assert client.job("job-1").download(str(tmp_path)) == tmp_path / "job-1.mp4"
+
+
+def test_a_video_inside_the_answer_is_checked_too(client, server, tmp_path):
+    finish(server, video_url=None, video_base64=base64.b64encode(VIDEO).decode())
+    assert client.job("job-1").download(tmp_path / "video.mp4").read_bytes() == VIDEO
+
+    finish(server, video_url=None, video_base64=base64.b64encode(VIDEO[::-1]).decode())
+    with pytest.raises(DownloadError, match="sha256"):
+        client.job("job-1").download(tmp_path / "other.mp4")
+
+
+def test_a_redirect_is_followed(client, server, tmp_path):
+    finish(server)
+    server.on(GET, Answer(302, headers={"Location": "/elsewhere.mp4?token=5678secret"}))
+    server.on("GET /elsewhere.mp4", Answer(body=VIDEO))
+    assert client.job("job-1").download(tmp_path / "video.mp4").read_bytes() == VIDEO
+
+
+def test_a_cut_connection_is_taken_up_where_it_broke(client, server, tmp_path):
+    finish(server)
+    server.on(
+        GET,
+        Answer(body=VIDEO, cut_after=30_000),
+        CLOSED,
+        Answer(503),
+        Answer(body=VIDEO, serves_ranges=True),
+    )
+    assert client.job("job-1").download(tmp_path / "video.mp4").read_bytes() == VIDEO
+    assert [asked.headers.get("Range") for asked in server.asked(GET)] == [
+        None,
+        *["bytes=30000-"] * 3,
+    ]
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        [Answer(body=VIDEO)],
+        [Answer(206, VIDEO, {"Content-Range": "bytes 5-9/10"}), Answer(body=VIDEO)],
+        [Answer(416), Answer(body=VIDEO)],
+    ],
+    ids=["no ranges", "another range", "no such range"],
+)
+def test_a_store_that_cannot_go_on_is_asked_from_the_start(client, server, tmp_path, second):
+    finish(server)
+    server.on(GET, Answer(body=VIDEO, cut_after=30_000), *second)
+    assert client.job("job-1").download(tmp_path / "video.mp4").read_bytes() == VIDEO
+
+
+@pytest.mark.parametrize(
+    ("answer", "output", "text"),
+    [
+        (Answer(body=VIDEO[::-1]), {}, "sha256 differs"),
+        (Answer(body=VIDEO + b"x"), {}, "more than the 102400 bytes"),
+        (Answer(body=VIDEO[:-1]), {}, "102399 of 102400 bytes"),
+        (Answer(403, b"<Error>expired</Error>"), {}, "HTTP 403: its address may have expired"),
+        (Answer(404), {}, "HTTP 404"),
+        (Answer(500), {}, r"0 of 102400 bytes .* \(HTTP 500\)"),
+        (CLOSED, {}, r"0 of 102400 bytes .* \(RemoteProtocolError\)"),
+        (Answer(302, headers={"Location": f"/store/video.mp4?{SIGNATURE}"}), {}, "TooManyRedir"),
+        (Answer(302, headers={"Location": f"ftp://x/?{SIGNATURE}"}), {}, "UnsupportedProtocol"),
+        (Answer(), {"video_url": f"https://x:port/?{SIGNATURE}"}, "no URL"),
+        (Answer(), {"video_url": f"file:///etc/passwd?{SIGNATURE}"}, "no URL"),
+        (Answer(), {"video_url": None}, "no URL"),
+        (Answer(), {"video_base64": "?"}, "no base64"),
+        (Answer(), {"sha256": None}, "holds no video"),
+        (Answer(), {"size_bytes": "1"}, "holds no video"),
+    ],
+)
+def test_what_is_not_the_video_leaves_nothing_behind(
+    client, server, tmp_path, caplog, answer, output, text
+):
+    finish(server, **output)
+    server.on(GET, answer)
+    target = tmp_path / "video.mp4"
+    target.write_bytes(b"of yesterday")
+
+    with caplog.at_level(logging.DEBUG), pytest.raises(DownloadError, match=text) as caught:
+        client.job("job-1").download(target)
+
+    assert target.read_bytes() == b"of yesterday"
+    assert list(tmp_path.iterdir()) == [target]
+    assert "secret" not in str(caught.value)
+
+
+def test_no_signature_and_no_key_is_logged_at_any_level(client, server, tmp_path, caplog):
+    finish(server)
+    server.on(GET, Answer(307, headers={"Location": f"{server.origin}/two.mp4?{SIGNATURE}"}))
+    server.on("GET /two.mp4", Answer(body=VIDEO, cut_after=9, serves_ranges=False), Answer(500))
+    with caplog.at_level(1), pytest.raises(DownloadError):
+        client.job("job-1").download(tmp_path / "video.mp4")
+    assert "/two.mp4" in caplog.text  # it was logged, in parts
+    assert "secret" not in caplog.text
+    assert KEY not in caplog.text
+
+
+def test_other_uses_of_the_http_library_log_as_they_did(server, caplog):
+    url = server.on("GET /mine", Answer())
+    with caplog.at_level(logging.INFO):
+        httpx.get(f"{url}?page=2")
+    assert "/mine?page=2" in caplog.text
+
+
+def test_a_result_that_is_known_outlives_the_memory_of_the_platform(client, server, tmp_path):
+    finish(server)
+    server.on(GET, Answer(body=VIDEO))
+    job = client.job("job-1")
+    job.wait()
+    server.on(STATUS, Answer(404))
+    assert job.download(tmp_path / "video.mp4").read_bytes() == VIDEO
+
+
+def test_a_directory_that_is_not_there_is_named(client, server, tmp_path):
+    finish(server)
+    server.on(GET, Answer(body=VIDEO))
+    with pytest.raises(DownloadError, match=r"nowhere/video.mp4 cannot be written: No such file"):
+        client.job("job-1").download(tmp_path / "nowhere" / "video.mp4")
+
+
+def test_a_file_that_cannot_grow_is_said_so_and_removed(client, server, tmp_path):
+    finish(server)
+    server.on(GET, Answer(body=VIDEO))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(VIDEO) // 2, limits[1]))
+    try:
+        with pytest.raises(DownloadError, match=r"video.mp4 cannot be written: File too large"):
+            client.job("job-1").download(tmp_path / "video.mp4")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,66 @@
+"""The model on its device, before the first job."""
+
+import logging
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from avatar_client.contract.request import GenerationParams
+from worker.generation.engine import Engine
+from worker.settings import Settings
+
+
+@pytest.fixture
+def engine(random_model) -> Engine:
+    return Engine.load(Settings(model_dir=str(random_model)))
+
+
+def video(engine: Engine) -> np.ndarray:
+    params = GenerationParams(resolution=256, num_inference_steps=2)
+    conditioning = engine.encode(Image.new("RGB", (64, 64)), np.zeros(1280, np.float32), params)
+    latents = engine.denoise(conditioning, params, 7, lambda step, num_steps: None)
+    return np.concatenate(list(engine.frames(conditioning, latents)))
+
+
+def test_a_warm_up_goes_the_whole_way_and_changes_no_job(engine, caplog):
+    before = video(engine)
+    with caplog.at_level(logging.INFO, "worker.generation.engine"):
+        engine.warm_up()
+    assert "warmed up in" in caplog.text
+    assert np.array_equal(video(engine), before)
+
+
+@pytest.mark.parametrize("part", ["audio_encoder", "transformer", "vae"])
+def test_a_warm_up_that_fails_says_why(engine, part):
+    for parameter in getattr(engine.pipeline, part).parameters():
+        parameter.data = parameter.data.flatten()[:1]
+    with pytest.raises(RuntimeError, match=r"^the warm-up failed: (?!None).+"):
+        engine.warm_up()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_model_is_warm_when_it_is_loaded(random_model, caplog):
+    with caplog.at_level(logging.INFO, "worker.generation.engine"):
+        Engine.load(Settings(model_dir=str(random_model)))
+    assert "warmed up in" in caplog.text
+
+
+def test_on_a_cpu_the_memory_of_one_tensor_serves_the_next(random_model):
+    """Where it goes back to the kernel, each of its pages is a fault again."""
+    program = (
+        "import resource, sys, torch\n"
+        "from worker.generation.engine import Engine\n"
+        "from worker.settings import Settings\n"
+        "torch.set_num_threads(1)\n"
+        "Engine.load(Settings(model_dir=sys.argv[1]))\n"
+        "for _ in range(4):\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    torch.ones(2**24)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+    )
+    command = [sys.executable, "-c", program, str(random_model)]
+    faults = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert int(faults) < 100  # of 16,384 pages

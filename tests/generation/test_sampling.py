@@ -1,0 +1,125 @@
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from tests.support.golden_weights import load_case
+from worker.generation.sampling import (
+    TailRing,
+    add,
+    draw_noise,
+    guidance_weight,
+    guide,
+    noise_levels,
+    ring_audio,
+    ring_frames,
+    take,
+    window_audio,
+    window_starts,
+)
+from worker.shapes import VideoPlan
+
+DESCRIBED, TENSORS = load_case("scheduler")
+THREE_WINDOWS = VideoPlan(300)
+
+
+@pytest.fixture
+def scheduler():
+    return FlowMatchEulerDiscreteScheduler()
+
+
+@pytest.mark.parametrize("num_steps", DESCRIBED["tables"])
+def test_sigmas_and_timesteps_are_the_reference_s_to_the_bit(num_steps, scheduler):
+    sigmas, timesteps = noise_levels(scheduler, int(num_steps), DESCRIBED["shift"])
+    assert torch.equal(sigmas, TENSORS[f"sigmas{num_steps}"])
+    assert torch.equal(timesteps, TENSORS[f"timesteps{num_steps}"])
+
+
+def test_the_scheduler_given_is_left_as_it_was(scheduler):
+    before = dict(scheduler.config), scheduler.sigmas.clone()
+    noise_levels(scheduler, 8, 5.0)
+    assert dict(scheduler.config) == before[0]
+    assert torch.equal(scheduler.sigmas, before[1])
+
+
+def test_an_euler_run_is_the_reference_s_to_the_bit(scheduler):
+    euler = DESCRIBED["euler"]
+    sigmas, _ = noise_levels(scheduler, euler["steps"], DESCRIBED["shift"])
+    latents = TENSORS[euler["x0"]]
+    for step, velocity in enumerate(TENSORS[euler["velocity"]]):
+        latents = latents + velocity * (sigmas[step + 1] - sigmas[step]).item()
+    assert torch.equal(latents, TENSORS[euler["final"]])
+
+
+def test_guidance_falls_and_after_ten_steps_is_the_audio_s_own():
+    weights = [guidance_weight(step, 50, 7.5) for step in range(50)]
+    assert weights[0] == 7.5
+    assert weights[9] == pytest.approx(6.51)
+    assert weights[10] == pytest.approx(5.9)
+    assert weights[49] == pytest.approx(3.56)
+    assert [guidance_weight(step, 50, 3.0) for step in range(10, 50)] == weights[10:]
+
+
+def test_guidance_goes_from_the_unconditional_velocity_past_the_conditional():
+    unconditional, conditional = torch.tensor([1.0]), torch.tensor([2.0])
+    assert guide([unconditional, conditional], 3.0).item() == 4.0
+    assert guide([conditional], 3.0) is conditional
+
+
+def test_the_windows_of_every_step_cover_the_ring():
+    for step in range(8):
+        seen = set()
+        for start in window_starts(THREE_WINDOWS, step):
+            seen |= set(ring_frames(start, 33, THREE_WINDOWS.sampled_latents))
+        assert seen == set(range(97))
+
+
+def test_the_windows_move_by_ten_latents_a_step():
+    assert window_starts(THREE_WINDOWS, 0) == [0, 33, 66]
+    assert window_starts(THREE_WINDOWS, 1) == [-10, 23, 56]
+    assert window_starts(THREE_WINDOWS, 4) == [-7, 26, 59]  # 40 = 33 + 7
+
+
+def test_a_single_window_stays_where_it_is():
+    assert [window_starts(VideoPlan(75), step) for step in range(5)] == [[0]] * 5
+
+
+def test_a_window_runs_over_the_end_of_the_ring():
+    ring = torch.arange(6)
+    assert take(ring, 0, -2, 4).tolist() == [4, 5, 0, 1]
+    assert ring_frames(-2, 4, 6) == [4, 5, 0, 1]
+    add(ring, 0, 5, torch.tensor([10, 100]))
+    assert ring.tolist() == [100, 1, 2, 3, 4, 15]
+
+
+def test_a_window_hears_the_audio_of_its_own_frames():
+    plan = VideoPlan(135)
+    audio = torch.arange(plan.padded_audio_frames).float().view(1, -1, 1, 1, 1)
+    ring = ring_audio(audio + 1, plan)
+    assert ring.shape[1] == 4 * 65
+    heard = window_audio(ring, -10).flatten()
+    assert len(heard) == 129
+    assert heard[:40].any().item() is False  # the ring's silent end
+    assert heard[40:].tolist() == list(range(1, 90))
+
+
+def window_tokens(value: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A window of three frames with one token each; a frame's token is `value` and its place."""
+    return value + torch.arange(4.0).view(4, 1, 1), torch.full((2, 1), value)
+
+
+def test_cached_tokens_come_from_the_window_that_computed_a_frame_last():
+    tails = TailRing()
+    tails.store([0, 1, 2], *window_tokens(10))
+    tails.store([3, 4, 0], *window_tokens(20))
+    image, text = tails.gather([2, 3, 4])
+    assert image.flatten().tolist() == [10, 13, 21, 22]  # the reference frame, then the three
+    assert text.flatten().tolist() == [10, 10]
+    assert tails.gather([4, 0, 1])[0].flatten().tolist() == [20, 22, 23, 12]
+
+
+def test_noise_repeats_with_its_generator_and_leaves_the_global_one_alone():
+    state = torch.get_rng_state()
+    noise = draw_noise((1, 2, 3), torch.Generator().manual_seed(5), torch.device("cpu"))
+    expected = torch.randn(1, 2, 3, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(noise, expected)
+    assert torch.equal(torch.get_rng_state(), state)

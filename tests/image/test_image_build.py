@@ -1,0 +1,165 @@
+"""The Dockerfile run without Docker: every stage in order, until each image answers a job.
+
+A root of Debian with its Python stands in for the image of Python, the toy checkpoint behind a
+token for the published one, and the machine's own torch for that of CUDA. Needs root, debootstrap
+and the package index; several minutes.
+"""
+
+import base64
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psutil
+import pytest
+import torch
+
+from builder.download import VARIANTS
+from tests.builder.hub_server import HubServer
+from tests.builder.toy_repository import ROOT, toy_repository
+from tests.image.dockerfile import Builder, Image, parse
+from worker.loading.model_directory import BAKED_DIR
+
+pytestmark = [
+    pytest.mark.image,
+    pytest.mark.skipif(os.geteuid() != 0, reason="chroot and overlays need root"),
+    pytest.mark.skipif(shutil.which("debootstrap") is None, reason="debootstrap is not installed"),
+]
+
+TOKEN = "hf_token_of_this_build"
+BASE = "python:3.12-slim-bookworm"
+BASE_ROOT = ROOT / ".cache" / "bookworm-with-python"
+BASE_PACKAGES = "python3,python3-venv,ca-certificates"
+COMPILERS = ("cc", "gcc", "g++", "c++", "clang", "tcc", "nvcc", "rustc", "go")
+MAX_CODE_BYTES = 10 * 10**9
+
+
+@pytest.fixture(scope="module")
+def base_root() -> Path:
+    """What the image of Python is to the Dockerfile; kept, as a pulled image is."""
+    if not BASE_ROOT.is_dir():
+        part = BASE_ROOT.with_suffix(".part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        command = ["debootstrap", "--variant=minbase", f"--include={BASE_PACKAGES}", "bookworm"]
+        subprocess.run([*command, part], check=True, stdout=subprocess.DEVNULL)
+        (part / "usr/local/bin/python").symlink_to("/usr/bin/python3")
+        part.rename(BASE_ROOT)
+    return BASE_ROOT
+
+
+def package_index() -> tuple[dict[str, str], list[Path]]:
+    """How this machine's pip reaches its packages: its options, and the paths that they name."""
+    options: dict[str, str] = {}
+    paths = []
+    listed = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], check=True, capture_output=True, text=True
+    )
+    for name, value in re.findall(r"^(?:global|:env:)\.([\w-]+)='(.*)'$", listed.stdout, re.M):
+        if name in ("cert", "index-url", "extra-index-url", "find-links", "proxy"):
+            options[f"PIP_{name.upper().replace('-', '_')}"] = value
+            for word in value.split():
+                path = Path(urlsplit(word).path)
+                if word.startswith("file:"):
+                    paths.append(path.parent)  # the files lie beside the index
+                elif path.is_absolute() and path.exists():
+                    paths.append(path)
+    return options, sorted(set(paths))
+
+
+@pytest.fixture(scope="module")
+def images(base_root, tmp_path_factory) -> Iterator[Mapping[str, Image]]:
+    """Every stage of the Dockerfile."""
+    scratch = tmp_path_factory.mktemp("build")
+    token = scratch / "token"
+    token.write_text(f"{TOKEN}\n")
+    network, shared = package_index()
+    with HubServer(toy_repository(tmp_path_factory.mktemp("published")), token=TOKEN) as hub:
+        builder = Builder(
+            context=ROOT,
+            images={BASE: base_root},
+            scratch=scratch,
+            arguments={
+                "CUDA_VERSION": str(torch.version.cuda),
+                "HF_ENDPOINT": hub.environment["HF_ENDPOINT"],
+            },
+            secrets={"hf_token": token},
+            network=network,
+            shared=shared,
+        )
+        with builder.build(parse(ROOT / "Dockerfile")) as made:
+            yield made
+
+
+def image_of(images: Mapping[str, Image], variant: str) -> Image:
+    """The image with the variant inside; the last one is that of the code alone."""
+    return images[f"worker-{variant}"] if variant in VARIANTS else list(images.values())[-1]
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, "code alone"])
+def test_the_images_own_command_answers_a_job_and_ends_when_told(
+    images, variant, own_endpoint, tmp_path, make_portrait, make_speech
+):
+    image = image_of(images, variant)
+    worker_id = f"image-{variant.replace(' ', '-')}"
+    home = Path("/home/avatar")
+    environment = own_endpoint.worker_environment(worker_id, home)
+    if variant not in VARIANTS:
+        environment["AVATAR_MODEL"] = "demo"
+    job = {
+        "image": base64.b64encode(make_portrait()).decode(),
+        "audio": base64.b64encode(make_speech(seconds=0.2)).decode(),
+        "resolution": 256,
+        "num_inference_steps": 2,
+    }
+    log = tmp_path / "worker.log"
+    with log.open("wb") as output:
+        process = image.start([*image.entrypoint, *image.command], environment, {}, output)
+    try:
+        while not own_endpoint.wait_for_worker(worker_id, timeout_seconds=1):
+            assert process.poll() is None, log.read_text()
+        done = own_endpoint.wait(own_endpoint.submit({"input": job}), timeout_seconds=180)
+        assert done.status == "COMPLETED", log.read_text()
+        assert base64.b64decode(done.output["video_base64"])[4:8] == b"ftyp"
+        if variant in VARIANTS:
+            assert f"model directory /{BAKED_DIR} (the image)" in log.read_text()
+        [first] = psutil.Process(process.pid).children()
+        assert first.name() == "tini"
+        assert first.children()[0].uids().real == 1000
+        first.terminate()
+        assert process.wait(timeout=60) == 0, log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, "code alone"])
+def test_an_image_holds_no_compiler_no_token_and_no_source_of_the_weights(images, variant):
+    image = image_of(images, variant)
+    for directory in image.environment["PATH"].split(":"):
+        for compiler in COMPILERS:
+            assert not (image.root / directory[1:] / compiler).exists()
+    for layer in image.layers[:-1]:  # but for the image of Python
+        assert subprocess.run(["grep", "--recursive", "--quiet", TOKEN, layer]).returncode == 1
+    assert not list(image.root.glob("models/*.sources"))
+    assert not list(image.root.glob("models/**/*.pt.part"))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_weights_belong_to_the_user_that_reads_them(images, variant):
+    image = image_of(images, variant)
+    for path in (image.root / BAKED_DIR).rglob("*"):
+        assert str(path.stat().st_uid) == image.user == "1000"
+
+
+def test_the_image_of_the_code_alone_is_at_most_10_gb(images):
+    sizes = [
+        sum(path.lstat().st_size for path in layer.rglob("*"))
+        for layer in image_of(images, "code alone").layers
+    ]
+    assert 0 < sum(sizes) < MAX_CODE_BYTES

@@ -1,0 +1,396 @@
+"""The loader against from_pretrained, on files that do not fit, and at its limits."""
+
+import json
+import os
+import shutil
+import threading
+import weakref
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from builder.convert import convert
+from tests.support.golden_weights import build_toy_checkpoint
+from worker.generation.engine import Engine
+from worker.generation.pipeline import HunyuanVideoAvatarPipeline
+from worker.loading import loader
+from worker.loading.loader import PAGE_BYTES, Reading
+from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
+from worker.settings import Settings
+
+CPU = torch.device("cpu")
+ON_GPU = {"transformer": torch.bfloat16, "default": torch.float16}  # as the engine has them there
+ON_CPU = {"default": torch.float32}
+# Most tensors come in several pieces.
+SMALL = Reading(num_threads=3, block_bytes=8 * PAGE_BYTES)
+
+
+TRANSFORMER_FILE = "transformer/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def models(toy_model, tmp_path_factory) -> dict[str, Path]:
+    """The toy checkpoint as it is, and with the transformer in 8 bits."""
+    directory = tmp_path_factory.mktemp("models")
+    convert(build_toy_checkpoint(directory), directory / "fp8", "fp8")
+    return {"keep": toy_model, "fp8": directory / "fp8"}
+
+
+@pytest.fixture
+def own_model(toy_model, tmp_path) -> Path:
+    """A model directory for tests that change it."""
+    return Path(shutil.copytree(toy_model, tmp_path / "model"))
+
+
+def all_tensors(pipeline: HunyuanVideoAvatarPipeline) -> dict[str, Tensor]:
+    """Every parameter and buffer, those that are in no file among them."""
+    return {
+        f"{component}.{name}": tensor
+        for component, module in pipeline.components.items()
+        if isinstance(module, torch.nn.Module)
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
+    }
+
+
+def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name].cpu(), tensor), name
+
+
+def rewrite(path: Path, changes: Mapping[str, Tensor | None]) -> None:
+    """The file with other tensors; None takes one out."""
+    tensors = load_file(path) | changes
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+
+
+def own_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("load")]
+
+
+def num_open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.mark.parametrize("reading", [Reading(), SMALL], ids=["blocks of 16 MiB", "small blocks"])
+@pytest.mark.parametrize("dtypes", [ON_GPU, ON_CPU], ids=["as on a GPU", "as on a CPU"])
+@pytest.mark.parametrize("variant", ["keep", "fp8"])
+def test_every_tensor_is_bit_for_bit_that_of_from_pretrained(variant, dtypes, reading, models):
+    expected = HunyuanVideoAvatarPipeline.from_pretrained(models[variant], dtype=dtypes)
+    pipeline, _ = loader.load(models[variant], CPU, dtypes, reading=reading)
+    assert_same(all_tensors(pipeline), all_tensors(expected))
+
+
+def test_the_components_are_of_the_same_classes_and_ready_to_run(toy_model):
+    expected = HunyuanVideoAvatarPipeline.from_pretrained(toy_model)
+    pipeline, _ = loader.load(toy_model, CPU, ON_CPU)
+    for name, component in expected.components.items():
+        found = pipeline.components[name]
+        assert type(found) is type(component), name
+        if isinstance(component, torch.nn.Module):
+            assert not any(module.training for module in found.modules()), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", ["keep", "fp8"])
+def test_on_a_gpu_every_tensor_is_the_same_too(variant, models):
+    expected = HunyuanVideoAvatarPipeline.from_pretrained(models[variant], dtype=ON_GPU)
+    for reading in (Reading(), SMALL):
+        pipeline, _ = loader.load(models[variant], torch.device("cuda"), ON_GPU, reading=reading)
+        tensors = all_tensors(pipeline)
+        assert {tensor.device.type for tensor in tensors.values()} == {"cuda"}
+        assert_same(tensors, all_tensors(expected))
+
+
+def test_the_engine_loads_a_model_directory_and_says_how_fast(toy_model):
+    report = Engine.load(Settings(model_dir=str(toy_model))).load_report
+    tensors = [load_file(path) for path in toy_model.glob("*/*.safetensors")]
+    stored = sum(tensor.nbytes for file in tensors for tensor in file.values())
+    headers = report.num_bytes - stored
+    assert 0 < headers < 200_000
+    assert sum(part.num_bytes for part in report.components) == report.num_bytes
+    assert 0 < report.bytes_per_second < 1e11
+    assert [part.name for part in report.components] == list(loader.NETWORKS)
+    assert all(0 < part.ready_seconds <= report.seconds for part in report.components)
+    assert str(report).startswith("0.01 GB in ")
+
+
+def test_the_memory_that_the_weights_take_is_known_from_their_headers(models):
+    for variant in models.values():
+        pipeline, _ = loader.load(variant, CPU, ON_GPU)
+        taken = sum(tensor.nbytes for tensor in all_tensors(pipeline).values())
+        speech = sum(parameter.nbytes for parameter in pipeline.audio_encoder.parameters())
+        sizes = loader.network_sizes(variant, ON_GPU)
+        expected = sum(size.total_bytes for size in sizes.values())
+        assert taken - speech / 2 == pytest.approx(expected, rel=0.2)  # gaps; it runs in float32
+        for name, size in sizes.items():
+            assert len(size.block_bytes) == len(loader.blocks(pipeline.components[name]))
+
+
+# Where the weights lie
+
+
+def storages(tensors: Iterable[Tensor]) -> set[int]:
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+def tensors_of(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+@pytest.mark.parametrize("variant", ["keep", "fp8"])
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_each_block_has_one_storage_of_its_own_and_what_is_left_has_one_more(
+    place, variant, models
+):
+    pipeline, _ = loader.load(models[variant], CPU, ON_CPU, {"default": place})
+    for name in loader.NETWORKS:
+        network = pipeline.components[name]
+        blocks = loader.blocks(network)
+        outside = tensors_of(network)
+        seen: set[int] = set()
+        for block, module in blocks.items():
+            own = tensors_of(module)
+            (storage,) = storages(own.values())
+            assert storage not in seen, block
+            seen.add(storage)
+            for inner in own:
+                del outside[f"{block}.{inner}"]
+        (rest,) = storages(outside.values())
+        assert rest not in seen, name
+
+
+def test_tensors_begin_at_multiples_of_256_bytes_and_waste_no_more_than_that(toy_model):
+    pipeline, _ = loader.load(toy_model, CPU, ON_CPU, {"default": "host"})
+    for block in loader.blocks(pipeline.transformer).values():
+        own = tensors_of(block).values()
+        assert {tensor.data_ptr() % 256 for tensor in own} == {0}
+        used = sum(tensor.nbytes for tensor in own)
+        assert next(iter(own)).untyped_storage().nbytes() < used + 256 * len(own)
+
+
+def test_blocks_are_the_entries_of_the_outermost_lists(toy_model):
+    pipeline, _ = loader.load(toy_model, CPU, ON_CPU)
+    config = pipeline.transformer.config
+    names = list(loader.blocks(pipeline.transformer))
+    for kind, count in {
+        "transformer_blocks": config.num_layers,
+        "single_transformer_blocks": config.num_single_layers,
+        "context_embedder.token_refiner.refiner_blocks": config.num_refiner_layers,
+    }.items():
+        of_kind = [name for name in names if name.startswith(f"{kind}.")]
+        assert of_kind == [f"{kind}.{index}" for index in range(count)]
+    assert "language_model.layers.0" in loader.blocks(pipeline.text_encoder)
+
+
+def test_buffers_that_are_in_no_file_lie_with_their_block(tmp_path):
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.empty(3, 5, device="meta"))
+            self.register_buffer("steps", torch.arange(7), persistent=False)
+
+    network = torch.nn.Sequential(torch.nn.ModuleList([Layer(), Layer()]), Layer())
+    weights = {name: torch.rand(3, 5) for name in network.state_dict()}
+    save_file(weights, tmp_path / "model.safetensors")
+    with loader._Transfer(CPU, SMALL) as transfer:
+        transfer.fill(network, tmp_path, torch.float32, "host")
+        transfer.finish()
+    assert_same(network.state_dict(), weights)
+    own = [tensors_of(layer) for layer in network.modules() if isinstance(layer, Layer)]
+    assert len(storages(tensor for tensors in own for tensor in tensors.values())) == 3
+    for tensors in own:
+        assert len(storages(tensors.values())) == 1
+        assert tensors["steps"].tolist() == list(range(7))
+
+
+def test_the_host_s_memory_is_given_back_with_the_last_tensor_in_it():
+    memory = loader._HostMemory(1000)
+    tensor = memory.tensor()[256:512]
+    watched = weakref.ref(memory)
+    del memory
+    assert watched() is not None
+    assert tensor.fill_(3).sum() == 3 * 256
+    del tensor
+    assert watched() is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", ["keep", "fp8"])
+def test_a_gpu_can_fetch_by_itself_what_stays_on_the_host(variant, models):
+    placement = {"transformer": "host", "default": "device"}
+    pipeline, _ = loader.load(models[variant], torch.device("cuda"), ON_GPU, placement)
+    expected = HunyuanVideoAvatarPipeline.from_pretrained(models[variant], dtype=ON_GPU)
+    assert_same(all_tensors(pipeline), all_tensors(expected))
+    for tensor in tensors_of(pipeline.transformer).values():
+        assert tensor.is_pinned()
+    for tensor in tensors_of(pipeline.vae).values():
+        assert tensor.is_cuda
+    for block in loader.blocks(pipeline.transformer).values():
+        assert len(storages(tensors_of(block).values())) == 1
+
+
+# Files that do not fit
+
+
+def test_a_missing_tensor_is_named(own_model):
+    rewrite(own_model / TRANSFORMER_FILE, {"proj_out.bias": None})
+    with pytest.raises(ValueError, match=r"model/transformer: proj_out\.bias is missing"):
+        loader.load(own_model, CPU, ON_CPU)
+
+
+def test_an_unknown_tensor_is_named_with_its_file(own_model):
+    rewrite(own_model / TRANSFORMER_FILE, {"proj_in.bias": torch.zeros(2)})
+    with pytest.raises(ValueError, match=rf"{TRANSFORMER_FILE}: proj_in\.bias is unknown"):
+        loader.load(own_model, CPU, ON_CPU)
+
+
+def test_a_tensor_that_is_there_twice_is_named_with_its_file(own_model):
+    stray = own_model / "vae" / "old.safetensors"
+    save_file({"decoder.conv_in.conv.bias": torch.zeros(16)}, stray)
+    with pytest.raises(ValueError, match=r"old\.safetensors: decoder.* or there twice"):
+        loader.load(own_model, CPU, ON_CPU)
+
+
+def test_a_misshapen_tensor_is_named_with_its_file(own_model):
+    path = own_model / "text_encoder_2" / "model.safetensors"
+    name = "text_model.final_layer_norm.weight"
+    rewrite(path, {name: torch.zeros(3)})
+    with pytest.raises(ValueError, match=rf"2/model.safetensors: {name} is of shape \(3,\), not"):
+        loader.load(own_model, CPU, ON_CPU)
+
+
+def test_bits_do_not_pass_for_numbers(own_model):
+    path = own_model / TRANSFORMER_FILE
+    bits = load_file(path)["proj_out.weight"].to(torch.uint8)
+    rewrite(path, {"proj_out.weight": bits})
+    with pytest.raises(
+        ValueError, match=r"proj_out\.weight is of torch\.uint8, not torch\.float32"
+    ):
+        loader.load(own_model, CPU, ON_CPU)
+
+
+def test_many_faults_are_counted_and_the_first_ones_named(own_model):
+    path = own_model / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"float8_blocks": True}))
+    with pytest.raises(ValueError, match=r"is of torch\.\w+, not torch\.uint8; .*; and 138 more$"):
+        loader.load(own_model, CPU, ON_CPU)
+
+
+def test_a_dtype_that_no_network_has_is_named(own_model):
+    rewrite(own_model / TRANSFORMER_FILE, {"proj_out.bias": torch.zeros(16, dtype=torch.int64)})
+    with pytest.raises(ValueError, match=r"proj_out\.bias is of an unknown dtype, I64"):
+        loader.load(own_model, CPU, ON_CPU)
+
+
+def test_one_changed_byte_of_a_header_is_named_or_changes_nothing(tmp_path):
+    weights = {"0.weight": torch.rand(3, 5), "0.bias": torch.rand(3)}
+    path = tmp_path / "model.safetensors"
+    save_file(weights, path, metadata={"format": "pt"})
+    whole = path.read_bytes()
+    messages = []
+    for index in range(8 + int.from_bytes(whole[:8], "little")):
+        path.write_bytes(
+            whole[:index] + bytes([whole[index] ^ 1 << index % 7]) + whole[index + 1 :]
+        )
+        network = torch.nn.Sequential(torch.nn.Linear(5, 3, device="meta"))
+        try:
+            with loader._Transfer(CPU, SMALL) as transfer:
+                transfer.fill(network, tmp_path, torch.float32, "device")
+                transfer.finish()
+        except (OSError, ValueError) as error:
+            messages.append(str(error))
+        else:
+            assert_same(network.state_dict(), weights)
+    assert len(messages) > 100
+    assert [message for message in messages if str(tmp_path) not in message] == []
+
+
+def test_a_component_without_weights_is_named(own_model):
+    (own_model / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="model/vae holds no weights"):
+        loader.load(own_model, CPU, ON_CPU)
+
+
+@pytest.mark.parametrize("past_cache", [True, False])
+def test_a_file_that_ends_early_is_named_and_nothing_stays_behind(past_cache, own_model):
+    path = own_model / TRANSFORMER_FILE
+    os.truncate(path, path.stat().st_size - 10_000)
+    open_files = num_open_files()
+    reading = Reading(num_threads=3, block_bytes=4 * PAGE_BYTES, past_cache=past_cache)
+    with pytest.raises(OSError, match=rf"{TRANSFORMER_FILE} ends at byte \d+, inside a tensor"):
+        loader.load(own_model, CPU, ON_CPU, reading=reading)
+    assert own_threads() == []
+    assert num_open_files() == open_files
+
+
+# Memory and the page cache
+
+
+@pytest.fixture(scope="module")
+def larger_model(toy_model, tmp_path_factory) -> Path:
+    """The toy model with a transformer of 300 MB, whose file the disk has."""
+    model = Path(shutil.copytree(toy_model, tmp_path_factory.mktemp("larger") / "model"))
+    config = json.loads((model / "transformer" / "config.json").read_text())
+    shutil.rmtree(model / "transformer")
+    with torch.device("meta"):
+        transformer = HunyuanVideoAvatarTransformer3DModel.from_config(
+            config | {"num_attention_heads": 32, "num_layers": 6}
+        )
+    transformer.to_empty(device="cpu").save_pretrained(model / "transformer")
+    with (model / TRANSFORMER_FILE).open("rb") as file:
+        os.fsync(file.fileno())
+    return model
+
+
+def drop_from_page_cache(path: Path) -> None:
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def memory_bytes(field: str) -> int:
+    """A figure of this process: VmRSS, or VmHWM, the most that VmRSS has been."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) << 10 for line in status.splitlines() if field in line)
+
+
+def test_beside_the_weights_only_the_ring_takes_memory(larger_model):
+    reading = Reading(num_threads=2, block_bytes=2**20)
+    loader.load(larger_model, CPU, ON_CPU, reading=reading)  # what else is done once in a process
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    before = memory_bytes("VmRSS")
+    pipeline, report = loader.load(larger_model, CPU, ON_CPU, reading=reading)
+    assert report.num_bytes > 250e6
+    assert memory_bytes("VmHWM") - before < report.num_bytes + 60e6
+    del pipeline
+
+
+def test_a_file_outside_the_page_cache_is_read_past_it_and_one_inside_from_it(larger_model):
+    path = larger_model / TRANSFORMER_FILE
+    drop_from_page_cache(path)
+    if loader._File(path).is_cached(0, path.stat().st_size):
+        pytest.skip("the file system keeps its files in memory")
+    for _ in range(2):  # the first load leaves nothing in the cache
+        _, report = loader.load(larger_model, CPU, ON_CPU)
+        assert report.cached_bytes < report.num_bytes / 2
+    path.read_bytes()
+    _, report = loader.load(larger_model, CPU, ON_CPU)
+    assert report.cached_bytes == report.num_bytes
+    assert "100% from the page cache" in str(report)
+
+
+def test_the_disk_s_speed_comes_with_the_report_of_a_model_that_is_large_enough(
+    larger_model, toy_model
+):
+    _, report = loader.load(larger_model, CPU, ON_CPU)
+    assert report.disk_ratio == pytest.approx(
+        report.bytes_per_second / report.disk_bytes_per_second
+    )
+    assert f"{report.disk_ratio:.2f} of the disk's" in str(report)
+    _, report = loader.load(toy_model, CPU, ON_CPU)
+    assert report.disk_ratio is None

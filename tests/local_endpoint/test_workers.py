@@ -1,0 +1,245 @@
+"""The local endpoint against the SDK's own loop, with a handler that only does as it is told."""
+
+import json
+import time
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import pytest
+
+from local_endpoint import LocalEndpoint, WorkerProcess
+
+HANDLER = Path(__file__).with_name("told_handler.py")
+
+
+@pytest.fixture(scope="module")
+def endpoint():
+    with LocalEndpoint(hold_seconds=5.0) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(scope="module")
+def worker(endpoint, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("worker")
+    with WorkerProcess(endpoint, directory / "run", script=HANDLER) as worker:
+        worker.wait_until_polling(timeout_seconds=30)
+        yield worker
+
+
+def request(endpoint, path, *, body=None, key=None, timeout_seconds=5.0):
+    key = key or endpoint.worker_environment("any", Path("/"))["RUNPOD_AI_API_KEY"]
+    asked = Request(f"{endpoint.url}/{path}", data=body, headers={"Authorization": key})
+    with urlopen(asked, timeout=timeout_seconds) as answer:
+        return answer.status, answer.read()
+
+
+def test_a_job_reaches_the_handler_whole_and_its_output_comes_back(endpoint, worker):
+    job = {"input": {"text": "ünï"}, "s3Config": {"bucketName": "b"}, "policy": {"ttl": 60_000}}
+
+    job_id = endpoint.submit(job)
+    ended = endpoint.wait(job_id, timeout_seconds=10)
+
+    assert ended.status == "COMPLETED"
+    assert ended.output["echo"] == {"id": job_id, **job}
+    assert ended.worker_id == worker.worker_id
+    assert len(ended.results) == 1
+
+
+def test_a_handler_that_raises_fails_its_job(endpoint, worker):
+    ended = endpoint.wait(endpoint.submit({"input": {"raise": True}}), timeout_seconds=10)
+
+    assert ended.status == "FAILED"
+    assert "as told" in ended.error
+
+
+def test_an_error_beside_other_output_fails_the_job_and_keeps_the_output(endpoint, worker):
+    told = {"return": {"error": "E: why", "detail": 1, "refresh_worker": True}}
+
+    ended = endpoint.wait(endpoint.submit({"input": told}), timeout_seconds=10)
+
+    assert (ended.status, ended.error, ended.stop_pod) == ("FAILED", "E: why", True)
+    assert ended.output["detail"] == 1
+
+
+def test_progress_is_the_output_while_the_job_runs(endpoint, worker):
+    job_id = endpoint.submit({"input": {"progress": 30, "sleep": 0.5}})
+
+    running = endpoint.wait_until(job_id, lambda job: len(job.progress) == 3, timeout_seconds=10)
+    ended = endpoint.wait(job_id, timeout_seconds=10)
+
+    assert running.status == "IN_PROGRESS"
+    assert running.output == running.progress[-1]
+    assert sorted(step["percent"] for step in ended.progress) == [0, 10, 20]
+    assert "echo" in ended.output
+
+
+def test_heartbeats_name_the_job_while_it_runs(endpoint, worker):
+    job_id = endpoint.submit({"input": {"sleep": 1.5}})
+
+    ended = endpoint.wait(job_id, timeout_seconds=10)
+
+    during = [beat for beat in endpoint.heartbeats if beat.at_seconds > ended.taken_at_seconds]
+    assert {beat.worker_id for beat in during} == {worker.worker_id}
+    assert (job_id,) in {beat.job_ids for beat in during}
+
+
+def test_a_running_job_that_is_cancelled_posts_nothing_and_the_next_one_runs(endpoint, worker):
+    cancelled_id = endpoint.submit({"input": {"sleep": 30}})
+    next_id = endpoint.submit({"input": {}})
+    endpoint.wait_until(cancelled_id, lambda job: job.status == "IN_PROGRESS", timeout_seconds=10)
+    time.sleep(0.5)  # the SDK drops a stop that comes before it has begun the job
+
+    endpoint.cancel(cancelled_id)
+
+    assert endpoint.wait(next_id, timeout_seconds=10).status == "COMPLETED"
+    assert endpoint.state(cancelled_id).status == "CANCELLED"
+    assert endpoint.state(cancelled_id).posts == ()
+
+
+def test_a_waiting_job_that_is_cancelled_is_never_handed_out(endpoint, worker):
+    running_id = endpoint.submit({"input": {"sleep": 0.5}})
+    waiting_id = endpoint.submit({"input": {}})
+
+    endpoint.cancel(waiting_id)
+    endpoint.wait(running_id, timeout_seconds=10)
+    endpoint.wait(endpoint.submit({"input": {}}), timeout_seconds=10)
+
+    assert endpoint.state(waiting_id).status == "CANCELLED"
+    assert endpoint.state(waiting_id).takes == 0
+
+
+@pytest.mark.parametrize("status", [400, None], ids=["refused", "connection cut"])
+def test_a_job_whose_result_was_lost_is_handed_out_again(endpoint, worker, status):
+    endpoint.lose_results(status=status)
+
+    ended = endpoint.wait(endpoint.submit({"input": {}}), timeout_seconds=10)
+
+    assert ended.status == "COMPLETED"
+    assert [post.accepted for post in ended.results] == [False, True]
+    assert ended.takes == 2
+
+
+def test_a_job_whose_result_is_lost_each_time_is_given_up(endpoint, worker):
+    endpoint.lose_results(3, status=400)
+
+    ended = endpoint.wait(endpoint.submit({"input": {}}), timeout_seconds=15)
+
+    assert (ended.status, ended.takes) == ("FAILED", 3)
+    assert ended.error == "lost by 3 workers in a row"
+
+
+def test_a_result_that_meets_a_server_error_is_posted_again(endpoint, worker):
+    endpoint.lose_results(status=503)
+
+    ended = endpoint.wait(endpoint.submit({"input": {}}), timeout_seconds=10)
+
+    assert [post.accepted for post in ended.results] == [False, True]
+    assert ended.takes == 1
+
+
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        ({"return": {"value": float("nan")}}, "the worker's result is not JSON: NaN"),
+        ({"size": 10_000_001}, "the worker's result is over the limit of 10000000 bytes"),
+    ],
+    ids=["not JSON", "too large"],
+)
+def test_a_result_that_cannot_be_kept_fails_its_job_and_says_why(endpoint, worker, told, reason):
+    ended = endpoint.wait(endpoint.submit({"input": told}), timeout_seconds=10)
+
+    assert (ended.status, ended.output) == ("FAILED", None)
+    assert ended.error.startswith(reason)
+
+
+def test_a_slow_platform_still_gets_the_result(endpoint, worker):
+    endpoint.delay_answers(0.5)
+    first_id, second_id = endpoint.submit({"input": {}}), endpoint.submit({"input": {}})
+
+    second = endpoint.wait(second_id, timeout_seconds=10)
+    endpoint.delay_answers(0.0)
+
+    assert second.taken_at_seconds - endpoint.state(first_id).ended_at_seconds > 0.4
+
+
+def test_an_empty_poll_is_held_and_then_answered_with_no_content():
+    with LocalEndpoint(hold_seconds=0.3) as endpoint:
+        started = time.monotonic()
+        status, body = request(endpoint, "job-take/other?gpu=local")
+
+    assert (status, body) == (204, b"")
+    assert time.monotonic() - started >= 0.3
+
+
+def test_a_worker_that_hangs_up_takes_no_job_with_it():
+    with LocalEndpoint() as endpoint:
+        with pytest.raises(TimeoutError):
+            request(endpoint, "job-take/gone?gpu=local", timeout_seconds=0.3)
+        job_id = endpoint.submit({"input": {}})
+
+        _, body = request(endpoint, "job-take/present?gpu=local")
+
+    assert json.loads(body)["id"] == job_id
+
+
+def test_a_wrong_key_is_refused(endpoint):
+    with pytest.raises(HTTPError, match="401") as refusal:
+        request(endpoint, "job-take/other?gpu=local", key="wrong")
+    refusal.value.close()
+
+
+def test_an_unfit_worker_is_recorded_with_its_reason(endpoint):
+    request(endpoint, "ping/unfit?status=unhealthy&check=weights&reason=not+there")
+
+    assert endpoint.heartbeats[-1].failed_check == "weights: not there"
+
+
+def test_streamed_items_are_kept():
+    with LocalEndpoint() as endpoint:
+        job_id = endpoint.submit({"input": {}})
+        request(endpoint, "job-take/any?job_in_progress=0")
+
+        request(endpoint, f"job-stream/any/{job_id}?isStream=false", body=b'{"output": "part"}')
+
+        assert endpoint.state(job_id).stream == ("part",)
+
+
+def test_a_worker_that_ends_before_its_first_poll_is_reported_with_its_log(endpoint, tmp_path):
+    script = tmp_path / "handler.py"
+    script.write_text("raise SystemExit('no weights')")
+
+    with (
+        WorkerProcess(endpoint, tmp_path / "run", script=script) as worker,
+        pytest.raises(RuntimeError, match="no weights"),
+    ):
+        worker.wait_until_polling(timeout_seconds=30)
+
+
+def test_killing_a_worker_ends_its_heartbeats(endpoint, tmp_path):
+    with WorkerProcess(endpoint, tmp_path / "run", script=HANDLER) as worker:
+        worker.wait_until_polling(timeout_seconds=30)
+        assert worker.rss_bytes() > 10 * 2**20
+        assert worker.open_files() > 3
+    killed_at_seconds = time.time()
+
+    time.sleep(1.5)
+
+    beats = [beat for beat in endpoint.heartbeats if beat.worker_id == worker.worker_id]
+    assert beats
+    assert all(beat.at_seconds < killed_at_seconds + 0.1 for beat in beats)
+
+
+def test_a_worker_sees_nothing_of_this_environment(endpoint, worker, monkeypatch, tmp_path):
+    monkeypatch.setenv("BUCKET_NAME", "mine")
+    script = tmp_path / "handler.py"
+    script.write_text("import os; raise SystemExit(str(sorted(os.environ)))")
+
+    with (
+        WorkerProcess(endpoint, tmp_path / "run", script=script) as other,
+        pytest.raises(RuntimeError) as failure,
+    ):
+        other.wait_until_polling(timeout_seconds=10)
+
+    assert "BUCKET_NAME" not in str(failure.value)
+    assert "RUNPOD_POD_ID" in str(failure.value)

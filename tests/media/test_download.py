@@ -1,0 +1,404 @@
+import socket
+import ssl
+import threading
+import time
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+
+import certifi
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from runpod.serverless.utils import rp_ssrf
+
+from avatar_client.contract.errors import (
+    InputDownloadError,
+    InputTooLargeError,
+    InputUrlBlockedError,
+    InvalidInputError,
+)
+from worker.media import download
+
+
+@pytest.fixture
+def fetch(tmp_path):
+    """`fetch(url, ...)` downloads with private addresses allowed, and returns the bytes."""
+
+    def fetch(url, *, max_bytes=1000, timeout_seconds=5.0, allow_private=True):
+        target = tmp_path / "file"
+        download.download(
+            url,
+            target,
+            max_bytes=max_bytes,
+            timeout_seconds=timeout_seconds,
+            field="image",
+            allow_private=allow_private,
+        )
+        return target.read_bytes()
+
+    return fetch
+
+
+@contextmanager
+def raw_server(answer, context=None, requests=None):
+    """The port of a server that hands each connection to `answer`."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve():
+            while True:
+                try:
+                    connection, _ = listener.accept()
+                except OSError:
+                    return
+                try:
+                    if context is not None:
+                        connection = context.wrap_socket(connection, server_side=True)
+                    request = connection.recv(65536)
+                    if requests is not None:
+                        requests.append(request)
+                    answer(connection)
+                except OSError:
+                    pass  # the client left
+                finally:
+                    connection.close()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory):
+    """A self-signed certificate and key of `localhost` and 127.0.0.1."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    names = [x509.DNSName("localhost"), x509.IPAddress(ip_address("127.0.0.1"))]
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    path = tmp_path_factory.mktemp("tls") / "localhost.pem"
+    private = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    path.write_bytes(private + certificate.public_bytes(serialization.Encoding.PEM))
+    return path
+
+
+@pytest.fixture
+def tls(certificate, monkeypatch):
+    """A server's TLS; the client trusts it."""
+    monkeypatch.setattr(certifi, "where", lambda: str(certificate))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    return context
+
+
+@pytest.fixture
+def localhost_is_public(monkeypatch):
+    """The rule of addresses, but for one: stands in for a server somewhere on the internet."""
+    rule = rp_ssrf.is_safe_address
+    monkeypatch.setattr(rp_ssrf, "is_safe_address", lambda ip: ip == "127.0.0.1" or rule(ip))
+
+
+def http_answer(body=b"", status="200 OK", **headers):
+    lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def test_what_the_server_sends_is_what_is_written(fetch, media_server):
+    body = bytes(range(256)) * 3
+
+    assert fetch(media_server.add("/face.png", body)) == body
+
+
+def test_a_query_and_odd_characters_reach_the_server(fetch, media_server):
+    media_server.add("/%C3%BC", b"x")
+
+    assert fetch(media_server.url + "/ü?sig=a%2Fb&x=ü") == b"x"
+    assert media_server.requests == [("GET", "/%C3%BC?sig=a%2Fb&x=%C3%BC")]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://127.0.0.1/x",
+        "https://localhost/x",
+        "https://2130706433/x",
+        "https://0x7f000001/x",
+        "https://0177.0.0.1/x",
+        "https://127.1/x",
+        "https://0/x",
+        "https://10.0.0.1/x",
+        "https://100.64.0.1/x",
+        "https://169.254.169.254/latest/meta-data/",
+        "https://192.168.1.1/x",
+        "https://[::1]/x",
+        "https://[::ffff:127.0.0.1]/x",
+        "https://[::ffff:a9fe:a9fe]/x",
+        "https://[fe80::1]/x",
+        "https://[fd00::1]/x",
+        "https://user:password@127.0.0.1/x",
+        "https://example.com@127.0.0.1/x",
+        "https://127.0.0.1\\@example.com/x",
+        "http://93.184.216.34/plain-http",
+        "file:///etc/passwd",
+        "ftp://93.184.216.34/x",
+        "gopher://93.184.216.34/x",
+    ],
+)
+def test_addresses_that_are_not_public_and_https_are_never_contacted(fetch, url, monkeypatch):
+    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: pytest.fail("contacted"))
+
+    with pytest.raises(InputUrlBlockedError) as caught:
+        fetch(url, allow_private=False)
+
+    assert caught.value.field == "image"
+    assert "127" not in str(caught.value)
+
+
+def test_a_name_of_which_one_address_is_private_is_refused(fetch, monkeypatch):
+    found = [(2, 1, 6, "", (ip, 443)) for ip in ("93.184.216.34", "10.0.0.5")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+
+    with pytest.raises(InputUrlBlockedError):
+        fetch("https://two-faced.example/x", allow_private=False)
+
+
+@pytest.mark.parametrize("url", ["https:///x", "https://h:99999/", f"https://{'a' * 70}.com/"])
+def test_what_is_no_url_is_an_invalid_input(fetch, url):
+    with pytest.raises(InvalidInputError, match="well-formed"):
+        fetch(url, allow_private=False)
+
+
+def test_a_host_that_does_not_exist_may_be_tried_again(fetch):
+    with pytest.raises(InputDownloadError, match="resolved") as caught:
+        fetch("https://nothing.invalid/x?token=secret", allow_private=False)
+
+    assert "invalid" not in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_redirects_are_followed(fetch, media_server):
+    media_server.add("/end", b"here")
+    media_server.add("/middle", status=307, location="end")
+    start = media_server.add("/start", status=302, location=media_server.url + "/middle")
+
+    assert fetch(start) == b"here"
+
+
+def test_a_ring_of_redirects_ends(fetch, media_server):
+    url = media_server.add("/ring", status=302, location="/ring")
+
+    with pytest.raises(InputDownloadError, match="redirects"):
+        fetch(url)
+    assert len(media_server.requests) == 6
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "https://169.254.169.254/latest/meta-data/",
+        "https://127.0.0.2/x",
+        "file:///etc/passwd",
+        "http://127.0.0.1:{port}/plain",
+        "//[::1]/x",
+    ],
+)
+def test_a_redirect_is_held_to_the_same_rule(fetch, tls, localhost_is_public, location):
+    requests = []
+
+    def answer(connection):
+        requests.append(connection)
+        target = location.format(port=connection.getsockname()[1])
+        connection.sendall(http_answer(status="302 Found", Location=target))
+
+    with raw_server(answer, tls) as port, pytest.raises(InputUrlBlockedError):
+        fetch(f"https://127.0.0.1:{port}/", allow_private=False)
+
+    assert len(requests) == 1
+
+
+def test_the_address_that_was_checked_is_dialled_and_the_name_not_asked_again(
+    fetch, tls, localhost_is_public, monkeypatch
+):
+    real, asked, requests = socket.getaddrinfo, [], []
+
+    def turncoat(host, *arguments, **options):  # public at first, private from then on
+        asked.append(host)
+        is_first = host == "localhost" and asked.count(host) == 1
+        return real("127.0.0.1" if is_first or host != "localhost" else "127.0.0.9", *arguments)
+
+    monkeypatch.setattr(socket, "getaddrinfo", turncoat)
+    with raw_server(lambda c: c.sendall(http_answer(b"ok")), tls, requests) as port:
+        assert fetch(f"https://localhost:{port}/x", allow_private=False) == b"ok"
+
+    assert asked.count("localhost") == 1
+    assert f"\r\nHost: localhost:{port}\r\n".encode() in requests[0]
+
+
+def test_a_certificate_of_another_name_is_refused(fetch, tls, localhost_is_public, monkeypatch):
+    real = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda _, *rest, **__: real("127.0.0.1", *rest))
+
+    with (
+        raw_server(lambda c: c.sendall(http_answer(b"ok")), tls) as port,
+        pytest.raises(InputDownloadError, match="certificate"),
+    ):
+        fetch(f"https://other.example:{port}/", allow_private=False)
+
+
+def test_a_certificate_that_nobody_vouches_for_is_refused(fetch, certificate, localhost_is_public):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+
+    with (
+        raw_server(lambda c: c.sendall(http_answer(b"ok")), context) as port,
+        pytest.raises(InputDownloadError, match="certificate"),
+    ):
+        fetch(f"https://localhost:{port}/", allow_private=False)
+
+
+def test_a_file_over_the_limit_is_refused_before_it_is_read(fetch, media_server):
+    with pytest.raises(InputTooLargeError, match="1000 bytes"):
+        fetch(media_server.add("/large", b"x" * 1001))
+    assert fetch(media_server.add("/just", b"x" * 1000)) == b"x" * 1000
+
+
+def test_a_file_of_unknown_length_is_read_up_to_the_limit_only(fetch):
+    sent = []
+
+    def endless(connection):
+        connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+        while True:
+            connection.sendall(b"x" * 65536)
+            sent.append(65536)
+
+    with raw_server(endless) as port, pytest.raises(InputTooLargeError):
+        fetch(f"http://127.0.0.1:{port}/")
+    assert sum(sent) < 2**24
+
+
+def test_chunks_are_put_together(fetch):
+    chunked = (
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n"
+    )
+
+    with raw_server(lambda c: c.sendall(chunked)) as port:
+        assert fetch(f"http://127.0.0.1:{port}/") == b"abcde"
+
+
+def test_a_chunk_of_a_negative_size_is_not_read_without_limit(fetch):
+    sent = []
+
+    def endless(connection):
+        connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n")
+        while True:
+            connection.sendall(b"x" * 65536)
+            sent.append(65536)
+
+    with raw_server(endless) as port, pytest.raises((InputTooLargeError, InputDownloadError)):
+        fetch(f"http://127.0.0.1:{port}/")
+    assert sum(sent) < 2**24
+
+
+@pytest.mark.parametrize("location", ["http://[", "https://h:99999/", "https://exa mple/", "//"])
+def test_a_redirect_to_what_is_no_url_is_refused(fetch, media_server, location):
+    url = media_server.add("/start", status=302, location=location)
+
+    with pytest.raises((InputDownloadError, InvalidInputError)):
+        fetch(url)
+
+
+@pytest.mark.parametrize("status", [204, 206, 302, 401, 404, 429, 500])
+def test_only_a_plain_ok_is_a_download(fetch, media_server, status):
+    with pytest.raises(InputDownloadError, match=str(status)):
+        fetch(media_server.add("/x", b"error page", status=status))
+
+
+def test_an_answer_that_breaks_off_is_not_taken_for_the_whole(fetch, media_server):
+    with pytest.raises(InputDownloadError, match="broke off"):
+        fetch(media_server.add("/cut", b"x" * 900, cut_after_bytes=500))
+
+
+def test_what_is_not_http_is_a_failed_download(fetch):
+    with (
+        raw_server(lambda c: c.sendall(b"SSH-2.0-OpenSSH\r\n")) as port,
+        pytest.raises(InputDownloadError),
+    ):
+        fetch(f"http://127.0.0.1:{port}/")
+
+
+def test_a_closed_port_is_a_failed_download(fetch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+    with pytest.raises(InputDownloadError, match="reached"):
+        fetch(f"http://127.0.0.1:{port}/")
+
+
+@pytest.mark.parametrize(
+    "drip",
+    [
+        b"",  # not a byte
+        b"H",
+        b"HTTP/1.1 200 OK\r\nX: ",  # a header that never ends
+        b"HTTP/1.1 200 OK\r\n\r\n",  # a body that never ends
+        b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n",
+    ],
+)
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_slow_drip_ends_at_the_deadline(fetch, tls, scheme, drip):
+    def answer(connection):
+        connection.sendall(drip)
+        for _ in range(20):
+            time.sleep(0.05)
+            connection.sendall(b"a" if drip else b"")
+
+    with raw_server(answer, tls if scheme == "https" else None) as port:
+        began = time.monotonic()
+        with pytest.raises(InputDownloadError, match=r"limit of 0\.3 s"):
+            fetch(f"{scheme}://127.0.0.1:{port}/", timeout_seconds=0.3)
+        assert time.monotonic() - began < 0.9
+
+
+def test_a_tls_handshake_that_never_ends_ends_at_the_deadline(fetch):
+    with (
+        raw_server(lambda _: time.sleep(0.6)) as port,
+        pytest.raises(InputDownloadError, match="limit"),
+    ):
+        fetch(f"https://127.0.0.1:{port}/", timeout_seconds=0.3)
+
+
+def test_no_thread_and_no_socket_outlives_a_download(fetch, media_server):
+    url = media_server.add("/x", b"x")
+    before = threading.active_count()
+
+    for _ in range(5):
+        fetch(url)
+
+    time.sleep(0.1)  # the server's own threads
+    assert threading.active_count() <= before
+
+
+def test_a_store_must_be_public_and_https_if_a_client_chose_it(localhost_is_public):
+    for url in ("http://93.184.216.34", "https://169.254.169.254", "https://10.1.2.3:9000"):
+        with pytest.raises(InputUrlBlockedError) as caught:
+            download.check_endpoint(url, field="s3Config.endpointUrl", allow_private=False)
+        assert caught.value.field == "s3Config.endpointUrl"
+    download.check_endpoint("https://127.0.0.1:9000", field="x", allow_private=False)
+    download.check_endpoint("http://10.1.2.3:9000", field="x", allow_private=True)

@@ -1,0 +1,530 @@
+import contextlib
+import json
+import re
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import boto3
+import pytest
+import requests
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from moto.server import ThreadedMotoServer
+
+from avatar_client.contract.bucket import BucketSettings
+from avatar_client.contract.errors import (
+    InputUrlBlockedError,
+    InvalidInputError,
+    StorageNotConfiguredError,
+    UploadError,
+)
+from avatar_client.contract.request import KEY_PATTERN, OutputOptions
+from worker.media import storage
+from worker.media.storage import Storage, thumbnail_key
+
+
+def bucket_at(endpoint_url, **options):
+    """Settings of a bucket somewhere; the keys are those of the test server."""
+    defaults = {"access_key_id": "test-access-key", "secret_access_key": "test-secret-key"}
+    return BucketSettings(**{"endpoint_url": endpoint_url, **defaults, **options})
+
+
+@pytest.fixture
+def bucket(object_store):
+    """The settings of the test server's bucket; `bucket(name=...)` changes them."""
+
+    def settings(**options):
+        return bucket_at(object_store.endpoint_url, **{"name": object_store.bucket, **options})
+
+    return settings
+
+
+@pytest.fixture
+def video(tmp_path):
+    path = tmp_path / "video.mp4"
+    path.write_bytes(b"not really a video" * 1000)
+    return path
+
+
+class Proxy:
+    """In front of the test server: keeps what passes, and does wrong when told to."""
+
+    def __init__(self, target):
+        self.seen = []  # (method, path, headers)
+        self.failures = []  # for the next requests: (status, code of the store) or seconds to wait
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                proxy.seen.append((self.command, self.path, dict(self.headers)))
+                failure = proxy.failures.pop(0) if proxy.failures else 0
+                if isinstance(failure, tuple):
+                    status, content = (
+                        failure[0],
+                        f"<Error><Code>{failure[1]}</Code></Error>".encode(),
+                    )
+                    headers = {}
+                else:
+                    time.sleep(failure)
+                    answer = requests.request(
+                        self.command, target + self.path, headers=self.headers, data=body
+                    )
+                    status, content, headers = answer.status_code, answer.content, answer.headers
+                self.send_response(status)
+                for name, value in headers.items():
+                    if name.lower().startswith("x-amz") or name.lower() in ("content-type", "etag"):
+                        self.send_header(name, value)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815
+
+            def log_message(self, *_):
+                pass
+
+            def handle(self):
+                with contextlib.suppress(ConnectionError):
+                    super().handle()
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def close(self):
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def proxy(object_store):
+    proxy = Proxy(object_store.endpoint_url)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """No waiting between attempts, and short ones."""
+    monkeypatch.setattr(storage, "READ_TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(storage, "CONNECT_TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(storage, "ATTEMPTS", 3)
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0)
+
+
+# What is stored
+
+
+def test_what_was_put_can_be_fetched_by_anyone_with_the_url(bucket, video):
+    store = Storage(bucket())
+
+    store.put(video, "avatar/1.mp4", content_type="video/mp4", facts={"seed": 7})
+    url = store.url("avatar/1.mp4", 60)
+
+    answer = requests.get(url)
+    assert answer.status_code == 200
+    assert answer.content == video.read_bytes()
+    assert answer.headers["Content-Type"] == "video/mp4"
+
+
+def test_the_url_is_signed_for_as_long_as_asked(bucket):
+    query = parse_qs(urlsplit(Storage(bucket()).url("a/b.mp4", 1234)).query)
+
+    assert query["X-Amz-Expires"] == ["1234"]
+    assert query["X-Amz-Algorithm"] == ["AWS4-HMAC-SHA256"]
+    assert query["X-Amz-SignedHeaders"] == ["host"]
+
+
+def test_the_end_of_the_url_is_told(bucket):
+    ends = Storage(bucket()).expires_at(3600)
+
+    assert ends.timestamp() == pytest.approx(time.time() + 3600, abs=5)
+
+
+def test_a_public_bucket_gives_a_plain_address_that_does_not_end(bucket):
+    store = Storage(bucket(public_base_url="https://cdn.example.com/videos/"))
+
+    assert store.url("avatar/1.mp4", 60) == "https://cdn.example.com/videos/avatar/1.mp4"
+    assert store.expires_at(60) is None
+
+
+def test_a_stored_object_tells_its_facts(bucket, video):
+    store = Storage(bucket())
+    facts = {"seed": 1, "warnings": ['zwei  Räume, "quoted" ☃'], "fps": 12.5, "nothing": None}
+
+    store.put(video, "facts.mp4", content_type="video/mp4", facts=facts)
+    found = store.head("facts.mp4")
+
+    assert found.facts == facts
+    assert found.size_bytes == video.stat().st_size
+    assert store.head("other.mp4") is None
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.dictionaries(st.text(max_size=20), st.integers() | st.text(max_size=40), max_size=8))
+def test_any_facts_survive_as_a_header(object_store, facts):
+    assume(len(json.dumps(facts)) < 1800)
+    store = Storage(bucket_at(object_store.endpoint_url, name=object_store.bucket))
+
+    store.put(Path(__file__), "any.mp4", content_type="video/mp4", facts=facts)
+
+    assert store.head("any.mp4").facts == facts
+
+
+def test_an_object_of_other_origin_has_no_facts(bucket, object_store):
+    store = Storage(bucket())
+    for metadata in ({}, {"avatar-facts": "{broken"}, {"avatar-facts": "[1]"}):
+        object_store.client.put_object(
+            Bucket=object_store.bucket, Key="foreign.mp4", Body=b"x", Metadata=metadata
+        )
+        assert store.head("foreign.mp4").facts == {}
+
+
+def test_facts_that_do_not_fit_are_refused_before_anything_is_sent(proxy, video):
+    store = Storage(bucket_at(proxy.url, name="avatars"))
+
+    with pytest.raises(ValueError, match="1800"):
+        store.put(video, "x.mp4", content_type="video/mp4", facts={"x": "y" * 1800})
+    assert proxy.seen == []
+
+
+def test_a_file_is_one_request_without_checksums(proxy, video):
+    store = Storage(bucket_at(proxy.url, name="avatars"))
+
+    store.put(video, "plain.mp4", content_type="video/mp4", facts={"seed": 7})
+
+    assert [(method, path) for method, path, _ in proxy.seen] == [("PUT", "/avatars/plain.mp4")]
+    headers = {name.lower(): value for name, value in proxy.seen[0][2].items()}
+    assert headers["content-type"] == "video/mp4"
+    assert headers["x-amz-meta-avatar-facts"] == '{"seed":7}'
+    assert not [name for name in headers if "checksum" in name or name == "x-amz-trailer"]
+    assert "content-encoding" not in headers
+
+
+def test_a_large_file_goes_in_parts_without_checksums(proxy, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "MULTIPART_BYTES", 6 * 2**20)
+    path = tmp_path / "large.mp4"
+    path.write_bytes(bytes(17 * 2**20))
+    store = Storage(bucket_at(proxy.url, name="avatars"))
+
+    store.put(path, "large.mp4", content_type="video/mp4", facts={"seed": 7})
+
+    assert sum(method == "PUT" for method, _, _ in proxy.seen) == 3  # of 8 MiB at most
+    names = {name.lower() for _, _, headers in proxy.seen for name in headers}
+    assert not [name for name in names if "checksum" in name]
+    found = store.head("large.mp4")
+    assert (found.size_bytes, found.facts) == (17 * 2**20, {"seed": 7})
+    assert requests.get(store.url("large.mp4", 60)).headers["Content-Type"] == "video/mp4"
+
+
+def test_looking_for_an_object_does_not_fetch_it(bucket, tmp_path):
+    store = Storage(bucket())
+    path = tmp_path / "large.mp4"
+    path.write_bytes(bytes(30 * 2**20))
+    store.put(path, "looked-at.mp4", content_type="video/mp4")
+
+    for _ in range(20):  # more than the client's pool of connections
+        assert store.head("looked-at.mp4").size_bytes == 30 * 2**20
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize("failure", [(500, "InternalError"), (503, "SlowDown"), 0.6])
+def test_two_failures_are_survived(proxy, video, hasty, failure):
+    store = Storage(bucket_at(proxy.url, name="avatars"))
+    proxy.failures = [failure, failure]
+
+    store.put(video, "third-time.mp4", content_type="video/mp4")
+
+    assert requests.get(store.url("third-time.mp4", 60)).content == video.read_bytes()
+
+
+def test_a_store_that_keeps_failing_is_named_by_its_code(proxy, video, hasty):
+    store = Storage(bucket_at(proxy.url, name="avatars"))
+    for act in (
+        lambda: store.put(video, "x.mp4", content_type="video/mp4"),
+        lambda: store.head("x.mp4"),
+        store.check,
+    ):
+        proxy.failures = [(503, "SlowDown")] * 3
+        with pytest.raises(UploadError, match="SlowDown") as caught:
+            act()
+        assert proxy.url not in str(caught.value)
+        assert proxy.failures == []  # three attempts
+
+
+def test_a_store_that_does_not_answer_ends_after_its_attempts(proxy, video, hasty):
+    store = Storage(bucket_at(proxy.url, name="avatars"))
+    proxy.failures = [5.0] * 3
+    began = time.monotonic()
+
+    with pytest.raises(UploadError, match="ReadTimeoutError"):
+        store.put(video, "x.mp4", content_type="video/mp4")
+
+    assert time.monotonic() - began < 3
+
+
+def test_a_store_that_is_not_there_is_an_upload_error(video, hasty):
+    store = Storage(bucket_at("http://127.0.0.1:9", name="avatars"))
+
+    with pytest.raises(UploadError) as caught:
+        store.put(video, "x.mp4", content_type="video/mp4")
+    assert "127.0.0.1" not in str(caught.value)
+    assert caught.value.retryable
+
+
+def test_a_redirect_of_the_store_is_not_followed(proxy, video, hasty, media_server):
+    answer = media_server.add("/avatars/x.mp4", status=307, location=proxy.url + "/stolen")
+    store = Storage(bucket_at(answer.removesuffix("/avatars/x.mp4"), name="avatars"))
+
+    with pytest.raises(UploadError):
+        store.head("x.mp4")
+    assert proxy.seen == []
+
+
+def test_a_hostile_store_cannot_write_into_the_message(proxy, hasty):
+    store = Storage(bucket_at(proxy.url, name="avatars", from_client=True), allow_private=True)
+    proxy.failures = [(400, "Not\nACode https://evil.example/?x=" + "y" * 500)]
+
+    with pytest.raises(UploadError) as caught:
+        store.head("x.mp4")
+    assert re.fullmatch(r"the object store answered [A-Za-z0-9.]{1,64}", caught.value.message)
+    assert caught.value.field == "s3Config"
+
+
+@pytest.fixture(scope="module")
+def guarded():
+    """A store that checks keys and rights, and the keys of one who may write but not list."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    url = f"http://{host}:{port}"
+    root = {"aws_access_key_id": "a", "aws_secret_access_key": "b", "region_name": "us-east-1"}
+    boto3.client("s3", endpoint_url=url, **root).create_bucket(Bucket="guarded")
+    iam = boto3.client("iam", endpoint_url=url, **root)
+    keys = {}
+    for user, actions in {"writer": ["s3:PutObject", "s3:GetObject"], "nobody": ["s3:x"]}.items():
+        statement = {"Effect": "Allow", "Action": actions, "Resource": "*"}
+        policy = {"Version": "2012-10-17", "Statement": [statement]}
+        iam.create_user(UserName=user)
+        iam.put_user_policy(UserName=user, PolicyName="p", PolicyDocument=json.dumps(policy))
+        created = iam.create_access_key(UserName=user)["AccessKey"]
+        keys[user] = (created["AccessKeyId"], created["SecretAccessKey"])
+    yield url, keys
+    server.stop()
+
+
+@pytest.fixture
+def guarded_store(guarded):
+    """The same, while it checks: the switch is one for all servers of the process."""
+    requests.post(f"{guarded[0]}/moto-api/reset-auth", data=b"0")
+    yield guarded
+    requests.post(f"{guarded[0]}/moto-api/reset-auth", data=b"inf")
+
+
+def test_only_the_rights_to_put_and_get_are_needed(guarded_store, video):
+    url, keys = guarded_store
+    key_id, secret = keys["writer"]
+    store = Storage(bucket_at(url, name="guarded", access_key_id=key_id, secret_access_key=secret))
+
+    store.check()
+    assert store.head("1.mp4") is None
+    store.put(video, "1.mp4", content_type="video/mp4")
+    assert store.head("1.mp4").size_bytes == video.stat().st_size
+
+
+def test_wrong_credentials_are_found_before_anything_is_generated(guarded_store, video):
+    url, keys = guarded_store
+    for key_id, secret, code in [
+        ("AKIAIOSFODNN7EXAMPLE", "x", "InvalidAccessKeyId"),
+        (keys["writer"][0], "wrong", "SignatureDoesNotMatch"),
+    ]:
+        store = Storage(
+            bucket_at(url, name="guarded", access_key_id=key_id, secret_access_key=secret)
+        )
+        for act in (store.check, lambda: store.head("1.mp4")):  # noqa: B023
+            with pytest.raises(UploadError, match=code) as caught:
+                act()
+            assert key_id not in str(caught.value)
+            assert secret not in str(caught.value).split()
+
+
+def test_missing_rights_to_write_are_told_by_the_upload(guarded_store, video):
+    url, keys = guarded_store
+    key_id, secret = keys["nobody"]
+    store = Storage(bucket_at(url, name="guarded", access_key_id=key_id, secret_access_key=secret))
+
+    with pytest.raises(UploadError, match="AccessDenied"):
+        store.put(video, "1.mp4", content_type="video/mp4")
+
+
+def test_a_bucket_that_does_not_exist_is_found_by_the_check(bucket):
+    with pytest.raises(UploadError, match="NoSuchBucket"):
+        Storage(bucket(name="no-such-bucket")).check()
+
+
+def test_the_check_passes_and_writes_nothing(bucket, object_store):
+    before = object_store.keys()
+
+    Storage(bucket(prefix="avatar")).check()
+
+    assert object_store.keys() == before
+
+
+# Where a bucket is
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "host", "region"),
+    [
+        ("https://s3.amazonaws.com", "s3.amazonaws.com", "us-east-1"),
+        ("https://s3.us-west-2.amazonaws.com", "s3.us-west-2.amazonaws.com", "us-west-2"),
+        ("https://videos.s3.us-west-2.amazonaws.com/", "s3.us-west-2.amazonaws.com", "us-west-2"),
+        ("https://videos.s3.amazonaws.com", "s3.amazonaws.com", "us-east-1"),
+        ("https://s3-eu-west-1.amazonaws.com", "s3-eu-west-1.amazonaws.com", "eu-west-1"),
+        (
+            "https://s3.dualstack.eu-west-1.amazonaws.com",
+            "s3.dualstack.eu-west-1.amazonaws.com",
+            "eu-west-1",
+        ),
+        ("https://s3.cn-north-1.amazonaws.com.cn", "s3.cn-north-1.amazonaws.com.cn", "cn-north-1"),
+        ("https://nyc3.digitaloceanspaces.com", "nyc3.digitaloceanspaces.com", "nyc3"),
+        ("https://videos.nyc3.digitaloceanspaces.com", "nyc3.digitaloceanspaces.com", "nyc3"),
+        ("https://s3.us-west-004.backblazeb2.com", "s3.us-west-004.backblazeb2.com", "us-west-004"),
+        (
+            f"https://{'0a' * 16}.r2.cloudflarestorage.com/videos",
+            f"{'0a' * 16}.r2.cloudflarestorage.com",
+            "auto",
+        ),
+        (
+            f"https://{'0a' * 16}.eu.r2.cloudflarestorage.com",
+            f"{'0a' * 16}.eu.r2.cloudflarestorage.com",
+            "auto",
+        ),
+        ("https://storage.googleapis.com", "storage.googleapis.com", "auto"),
+        ("https://videos.storage.googleapis.com", "storage.googleapis.com", "auto"),
+        ("https://s3.fr-par.scw.cloud", "s3.fr-par.scw.cloud", "fr-par"),
+        ("https://fsn1.your-objectstorage.com", "fsn1.your-objectstorage.com", "fsn1"),
+        ("https://minio.example.com:9000", "minio.example.com:9000", "us-east-1"),
+        ("https://s3.example.com", "s3.example.com", "us-east-1"),
+    ],
+)
+@pytest.mark.parametrize("style", ["path", "virtual", "auto"])
+def test_region_and_bucket_are_read_from_the_endpoint(endpoint, host, region, style):
+    named_in_endpoint = "//videos." in endpoint or endpoint.endswith("/videos")
+    settings = bucket_at(
+        endpoint, name=None if named_in_endpoint else "videos", addressing_style=style
+    )
+
+    store = Storage(settings)
+
+    url = urlsplit(store.url("k/1.mp4", 60))
+    place = (url.netloc, url.path)
+    assert place == (
+        (f"videos.{host}", "/k/1.mp4") if style == "virtual" else (host, "/videos/k/1.mp4")
+    )
+    assert parse_qs(url.query)["X-Amz-Credential"][0].split("/")[2] == region
+    assert store.bucket_name == "videos"
+
+
+def test_a_region_that_is_set_counts():
+    url = Storage(bucket_at("https://s3.amazonaws.com", name="videos", region="eu-west-3")).url(
+        "k", 60
+    )
+
+    assert "eu-west-3" in url
+
+
+def test_a_bucket_may_be_named_twice():
+    for endpoint in (
+        "https://videos.s3.amazonaws.com",
+        f"https://{'0a' * 16}.r2.cloudflarestorage.com/videos",
+    ):
+        path = urlsplit(Storage(bucket_at(endpoint, name="videos")).url("k", 60)).path
+        assert path == "/videos/k"
+
+
+def test_a_store_below_a_path_keeps_it():
+    url = Storage(bucket_at("https://ref.example.co/storage/v1/s3", name="videos")).url("k", 60)
+
+    assert urlsplit(url).path == "/storage/v1/s3/videos/k"
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "name"),
+    [
+        ("https://minio.example.com", None),
+        ("https://s3.us-west-2.amazonaws.com", None),
+        ("https://minio.example.com/a/b", None),
+        ("minio.example.com", "videos"),
+        ("https://", "videos"),
+        ("https://minio.example.com", "not a name"),
+    ],
+)
+def test_a_bucket_that_cannot_be_told_is_refused_at_once(endpoint, name):
+    with pytest.raises(StorageNotConfiguredError):
+        Storage(bucket_at(endpoint, name=name))
+    if endpoint.startswith("https://m"):
+        client = bucket_at(
+            "https://127.0.0.1" + urlsplit(endpoint).path, name=name, from_client=True
+        )
+        with pytest.raises(InvalidInputError) as caught:
+            Storage(client, allow_private=True)
+        assert caught.value.field == "s3Config"
+
+
+def test_a_clients_store_must_be_public_and_https(bucket):
+    for endpoint in ("http://93.184.216.34", "https://169.254.169.254", "https://127.0.0.1:9000"):
+        with pytest.raises(InputUrlBlockedError) as caught:
+            Storage(bucket_at(endpoint, name="videos", from_client=True))
+        assert caught.value.field == "s3Config.endpointUrl"
+    Storage(bucket(from_client=True), allow_private=True)
+    Storage(bucket())  # the operator's own may be anywhere
+
+
+# Where a video lies in a bucket
+
+
+def test_the_key_is_the_jobs_id_below_the_prefixes(bucket):
+    store = Storage(bucket(prefix="avatar"))
+
+    assert store.key(OutputOptions(), "job-1") == "avatar/job-1.mp4"
+    assert store.key(OutputOptions(prefix="user/7"), "job-1") == "avatar/user/7/job-1.mp4"
+    assert store.key(OutputOptions(key="a/b.mp4"), "job-1") == "avatar/a/b.mp4"
+    assert store.key(OutputOptions(prefix="p", key="k"), "job-1") == "avatar/p/k"
+    assert Storage(bucket()).key(OutputOptions(), "job-1") == "job-1.mp4"
+    assert Storage(bucket(prefix="/a/b/")).key(OutputOptions(), "job-1") == "a/b/job-1.mp4"
+
+
+KEYS = st.from_regex(KEY_PATTERN, fullmatch=True).filter(
+    lambda key: len(key) <= 256 and not {".", ".."} & set(key.split("/"))
+)
+
+
+@given(prefix=st.none() | KEYS, key=st.none() | KEYS)
+def test_no_key_leaves_the_operators_prefix(prefix, key):
+    store = PREFIXED
+
+    full = store.key(OutputOptions(prefix=prefix, key=key), "job-1")
+
+    assert full.startswith("avatar/")
+    assert "//" not in full
+    assert not {"", ".", ".."} & set(full.split("/"))
+    assert unquote(urlsplit(store.url(full, 60)).path) == f"/videos/{full}"
+    assert thumbnail_key(full) != full
+
+
+PREFIXED = Storage(bucket_at("https://minio.example.com", name="videos", prefix="avatar"))
+
+
+def test_the_thumbnail_lies_beside_the_video():
+    assert thumbnail_key("avatar/job-1.mp4") == "avatar/job-1.jpg"
+    assert thumbnail_key("avatar/face.jpg") == "avatar/face.jpg.jpg"

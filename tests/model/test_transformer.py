@@ -1,0 +1,433 @@
+import copy
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing
+from diffusers import ContextParallelConfig, FirstBlockCacheConfig, HunyuanVideoTransformer3DModel
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor
+
+from tests.support.golden_transformer import arguments, make_transformer, relative_difference
+from tests.support.golden_weights import load_case
+from worker.model.linear import Float8Linear
+from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel, Tail
+
+TOLERANCE = 1e-6
+CASES = ("pad", "nopad", "b1", "llava_mask", "frames33", "t_edges", "face_ones")
+TINY = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_attention_heads": 4,
+    "attention_head_dim": 16,
+    "num_layers": 4,
+    "num_single_layers": 3,
+    "num_refiner_layers": 1,
+    "text_embed_dim": 24,
+    "pooled_projection_dim": 12,
+    "rope_axes_dim": (4, 6, 6),
+    "audio_window_shape": (10, 5, 8),
+    "audio_intermediate_dim": 16,
+    "audio_attention_dim": 16,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def inference() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def tiny_transformer(**changes) -> HunyuanVideoAvatarTransformer3DModel:
+    torch.manual_seed(0)
+    return HunyuanVideoAvatarTransformer3DModel(**TINY | changes).eval()
+
+
+def tiny_inputs(
+    *text_lengths: int, num_frames: int = 3, text_positions: int = 8, seed: int = 1
+) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    batch = len(text_lengths)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(batch, *shape, generator=generator)
+
+    return {
+        "hidden_states": normal(4, num_frames, 4, 8),
+        "timestep": torch.full((batch,), 937.5),
+        "encoder_hidden_states": normal(text_positions, 24),
+        "encoder_attention_mask": torch.stack(
+            [(torch.arange(text_positions) < length).long() for length in text_lengths]
+        ),
+        "pooled_projections": normal(12),
+        "reference_latents": normal(4, num_frames, 4, 8),
+        "audio_embeds": normal(4 * num_frames - 3, 10, 5, 8),
+        "face_mask": normal(1, 1, 4, 8).sigmoid(),
+        "motion_expression": torch.full((batch, 4), 30.0),
+        "motion_pose": torch.full((batch, 4), 25.0),
+        "fps": torch.full((batch,), 25.0),
+    }
+
+
+# Against the reference
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory):
+    described, tensors = load_case("transformer")
+    model = make_transformer(described, tmp_path_factory.mktemp("transformer"))
+    rows = model.audio_proj.proj1.weight.detach()
+
+    def inputs(case: str, key: str = "inputs"):
+        names = described["cases"][case][key]
+        return arguments(names, tensors, described["audio_scale"], rows)
+
+    return described["cases"], tensors, model, inputs
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_velocity_is_the_references(golden, case):
+    cases, tensors, model, inputs = golden
+
+    velocity = model(**inputs(case)).sample
+
+    assert relative_difference(velocity, tensors[cases[case]["output"]]) < TOLERANCE
+
+
+@pytest.mark.parametrize("case", ["pad", "b1", "llava_mask", "frames33"])
+def test_the_tail_is_the_references(golden, case):
+    cases, tensors, model, inputs = golden
+    reference = tensors[cases[case]["tail"]]
+
+    tail = model(**inputs(case), return_tail=True).tail
+
+    image = torch.stack(tail.image).flatten(1, 2)  # [reference frame; frames]
+    num_tokens = image.shape[1]
+    assert relative_difference(image, reference[:, :num_tokens]) < TOLERANCE
+    lengths = inputs(case)["encoder_attention_mask"].sum(dim=1).tolist()
+    assert [len(text) for text in tail.text] == lengths
+    for text, row in zip(tail.text, reference[:, num_tokens:], strict=True):
+        assert relative_difference(text, row[: len(text)]) < TOLERANCE
+
+
+def test_a_cached_step_is_the_references(golden):
+    cases, tensors, model, inputs = golden
+    tail = model(**inputs("is_cache", "first_inputs"), return_tail=True).tail
+
+    velocity = model(**inputs("is_cache"), tail=tail).sample
+
+    assert relative_difference(velocity, tensors[cases["is_cache"]["output"]]) < TOLERANCE
+
+
+def test_the_rotary_tables_are_the_references_bit_for_bit(golden):
+    cases, tensors, model, _ = golden
+    num_frames, height, width = 5, 4, 6
+
+    tables = model.rope(num_frames, height, width, torch.device("cpu"))
+
+    for table, key in zip(tables, ("freqs_cos", "freqs_sin"), strict=True):
+        frame_major = table.unflatten(0, (height * width, 1 + num_frames)).transpose(0, 1)
+        assert torch.equal(frame_major.flatten(0, 1), tensors[cases["pad"][key]])
+
+
+@pytest.mark.large
+def test_the_velocity_is_the_references_at_the_published_widths(tmp_path):
+    described, tensors = load_case("transformer_real_width")
+    model = make_transformer(described, tmp_path)
+    case = described["cases"]["real"]
+
+    velocity = model(**arguments(case["inputs"], tensors, described["audio_scale"])).sample
+
+    assert relative_difference(velocity, tensors[case["output"]]) < TOLERANCE
+
+
+def test_bfloat16_stays_near_float32(golden):
+    _, _, model, inputs = golden
+    half = copy.deepcopy(model).to(torch.bfloat16)
+
+    difference = relative_difference(half(**inputs("pad")).sample, model(**inputs("pad")).sample)
+
+    assert 0 < difference < 2e-2
+
+
+# Shape of the calls
+
+
+def test_samples_with_texts_of_unequal_length_do_not_touch_one_another():
+    model, inputs = tiny_transformer(), tiny_inputs(3, 7)
+
+    together = model(**inputs).sample
+
+    for i in range(2):
+        alone = model(**{name: value[i : i + 1] for name, value in inputs.items()}).sample
+        assert relative_difference(together[i : i + 1], alone) < TOLERANCE
+
+
+def test_recordings_heard_by_one_sample_are_those_of_a_sample_each():
+    model, both = tiny_transformer(), tiny_inputs(5, 5)
+    both = {name: value[:1].expand_as(value) for name, value in both.items()} | {
+        "audio_embeds": both["audio_embeds"]
+    }
+    apart = model(**both, return_tail=True)
+    once = {name: value[:1] for name, value in both.items()} | {
+        "audio_embeds": both["audio_embeds"]
+    }
+    ran = []
+    for block in model.transformer_blocks:
+        block.register_forward_hook(lambda *_: ran.append(1))
+
+    together = model(**once, return_tail=True)
+
+    assert len(ran) == 1 + 1 + 2 + 2  # until the first adapter they are one
+    assert relative_difference(*together.sample) > 1e-3
+    assert relative_difference(together.sample, apart.sample) < TOLERANCE
+    cached = model(**once, tail=together.tail).sample
+    assert relative_difference(cached, model(**both, tail=apart.tail).sample) < TOLERANCE
+
+
+@pytest.mark.parametrize(("text_lengths", "passes"), [((5, 5, 5), 1), ((5, 5, 3), 3)])
+@torch.inference_mode(False)
+def test_where_a_gradient_is_wanted_samples_of_one_size_go_through_the_blocks_together(
+    text_lengths, passes
+):
+    model, inputs = tiny_transformer(), tiny_inputs(*text_lengths)
+    passed = []
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+        block.register_forward_hook(lambda *_: passed.append(1))
+
+    def descend(**inputs):
+        model.zero_grad()
+        first = model(**inputs, return_tail=True)
+        cached = model(**inputs, tail=first.tail).sample
+        (first.sample.square().sum() + cached.square().sum()).backward()
+        gradient = torch.cat([value.grad.flatten() for value in model.parameters()])
+        return first.sample.detach(), cached.detach(), gradient
+
+    together = descend(**inputs)
+    assert len(passed) == 8 * passes  # the last block twice
+    alone = [
+        descend(**{name: value[i : i + 1] for name, value in inputs.items()})
+        for i in range(len(text_lengths))
+    ]
+
+    with torch.no_grad():
+        assert relative_difference(together[0], model(**inputs).sample) < TOLERANCE
+    for index in (0, 1):
+        expected = torch.cat([each[index] for each in alone])
+        assert relative_difference(together[index], expected) < TOLERANCE
+    gradient = torch.stack([each[2] for each in alone]).sum(0)
+    assert relative_difference(together[2], gradient) < TOLERANCE
+
+
+def test_text_beyond_the_valid_length_changes_nothing():
+    model, inputs = tiny_transformer(), tiny_inputs(5)
+    other = inputs | {"encoder_hidden_states": inputs["encoder_hidden_states"].clone()}
+    other["encoder_hidden_states"][:, 5:] += 1.0
+
+    assert torch.equal(model(**inputs).sample, model(**other).sample)
+
+
+def test_a_tail_of_frames_from_several_calls_is_a_tail():
+    model, inputs, later = tiny_transformer(), tiny_inputs(5), tiny_inputs(5, seed=2)
+    first = model(**inputs, return_tail=True).tail
+    second = model(**later, return_tail=True).tail
+    frames = (first.image[0][:2], second.image[0][2:])  # reference frame and frame 0; the others
+
+    mixed = model(**later, tail=Tail((torch.cat(frames),), second.text)).sample
+
+    plain = model(**later).sample
+    assert torch.isfinite(mixed).all()
+    assert not torch.allclose(mixed, plain)
+    whole = model(**later, tail=Tail((second.image[0].clone(),), second.text)).sample
+    assert relative_difference(whole, plain) < TOLERANCE
+
+
+def test_interleaved_calls_with_tails_are_those_of_each_alone():
+    model, ours, theirs = tiny_transformer(), tiny_inputs(5), tiny_inputs(3, seed=2)
+    later = {name: value + 1 for name, value in ours.items() if name == "timestep"}
+    alone = model(**ours | later, tail=model(**ours, return_tail=True).tail).sample
+
+    our_tail = model(**ours, return_tail=True).tail
+    their_tail = model(**theirs, return_tail=True).tail
+    model(**theirs, tail=their_tail)
+    interleaved = model(**ours | later, tail=our_tail).sample
+
+    assert torch.equal(interleaved, alone)
+
+
+def test_with_a_tail_only_the_last_block_runs():
+    model, inputs = tiny_transformer(), tiny_inputs(5)
+    tail = model(**inputs, return_tail=True).tail
+    unread = ("encoder_hidden_states", "encoder_attention_mask", "reference_latents")
+    unread = dict.fromkeys((*unread, "audio_embeds", "face_mask"))
+    ran = []
+    blocks = (*model.transformer_blocks, *model.single_transformer_blocks)
+    for number, block in enumerate((model.context_embedder, model.audio_proj, *blocks)):
+        block.register_forward_hook(lambda *_, number=number: ran.append(number))
+
+    model(**inputs | unread, tail=tail)
+
+    assert ran == [len(blocks) + 1]
+
+
+def test_a_tuple_is_returned_on_request():
+    model, inputs = tiny_transformer(), tiny_inputs(5)
+
+    (sample,) = model(**inputs, return_dict=False)
+    sample_too, tail = model(**inputs, return_dict=False, return_tail=True)
+
+    assert torch.equal(sample, sample_too)
+    assert isinstance(tail, Tail)
+
+
+def test_a_missing_input_is_refused():
+    with pytest.raises(ValueError, match="only a call with a tail"):
+        tiny_transformer()(**tiny_inputs(5) | {"audio_embeds": None})
+
+
+def test_a_rounded_timestep_is_refused():
+    inputs = tiny_inputs(5)
+    inputs["timestep"] = inputs["timestep"].bfloat16()
+
+    with pytest.raises(ValueError, match="timestep must be float32"):
+        tiny_transformer()(**inputs)
+
+
+def test_a_face_mask_for_each_frame_is_that_frames():
+    model, inputs = tiny_transformer(), tiny_inputs(5)
+    same = inputs["face_mask"].expand(-1, -1, 3, -1, -1)
+    other = same.clone()
+    other[:, :, 1] = 0
+
+    assert torch.equal(model(**inputs | {"face_mask": same}).sample, model(**inputs).sample)
+    changed = model(**inputs | {"face_mask": other}, return_tail=True).tail
+    assert not torch.equal(changed.image[0], model(**inputs, return_tail=True).tail.image[0])
+
+
+# What diffusers does with the model
+
+
+@pytest.mark.parametrize("float8_blocks", [False, True])
+def test_saving_and_loading_keeps_every_bit(tmp_path, float8_blocks):
+    model = tiny_transformer(float8_blocks=float8_blocks)
+    for module in model.modules():
+        if isinstance(module, Float8Linear):
+            module.weight.copy_(torch.randint_like(module.weight, 0, 100))  # no bits of a NaN
+
+    model.save_pretrained(tmp_path, max_shard_size="200KB")
+    loaded = HunyuanVideoAvatarTransformer3DModel.from_pretrained(tmp_path)
+
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    state_dict = loaded.state_dict()
+    assert state_dict.keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(state_dict[name], value), name
+    inputs = tiny_inputs(5)  # how the weights lie in memory decides the last bits of products
+    assert relative_difference(loaded(**inputs).sample, model(**inputs).sample) < TOLERANCE
+
+
+def base_lora(seed: int = 0) -> dict[str, Tensor]:
+    """A LoRA of a HunyuanVideo without audio, as diffusers saves it."""
+    shared = HunyuanVideoTransformer3DModel._get_init_keys(HunyuanVideoTransformer3DModel)
+    base = HunyuanVideoTransformer3DModel(**{k: v for k, v in TINY.items() if k in shared})
+    targets = (
+        r"(single_)?transformer_blocks\..*\.(to_[qkv]|add_[qkv]_proj|to_out\.0|proj_\w+|linear)"
+    )
+    base.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=targets))
+    weights = get_peft_model_state_dict(base, adapter_name="default")
+    return {f"transformer.{name}": value for name, value in weights.items()}
+
+
+@pytest.mark.parametrize("float8_blocks", [False, True])
+def test_a_lora_of_the_base_model_loads_and_changes_the_output(float8_blocks):
+    model, inputs = tiny_transformer(float8_blocks=float8_blocks), tiny_inputs(5)
+    plain = model(**inputs).sample
+    lora = base_lora()
+
+    model.load_lora_adapter(lora, prefix="transformer")
+
+    loaded = {name for name, _ in model.named_parameters() if "lora_" in name}
+    assert len(loaded) == len(lora) > 40
+    assert relative_difference(model(**inputs).sample, plain) > 1e-2
+    off = model(**inputs, attention_kwargs={"scale": 0.0}).sample
+    assert relative_difference(off, plain) < TOLERANCE
+    model.unload_lora()
+    assert torch.equal(model(**inputs).sample, plain)
+
+
+def test_a_skipped_step_of_a_cache_does_not_add_the_audio_twice():
+    model, inputs = tiny_transformer(), tiny_inputs(5)
+    plain = model(**inputs).sample
+    ran = []
+    model.transformer_blocks[1].audio_adapter.register_forward_hook(lambda *_: ran.append(1))
+    model.enable_cache(FirstBlockCacheConfig(threshold=0.05))
+
+    with model.cache_context("cond"):
+        computed = model(**inputs).sample
+        skipped = model(**inputs).sample
+
+    assert len(ran) == 1
+    assert torch.equal(computed, plain)
+    assert relative_difference(skipped, plain) < TOLERANCE
+
+
+def test_what_a_cache_would_mix_up_is_refused():
+    model = tiny_transformer()
+    model.enable_cache(FirstBlockCacheConfig())
+
+    with model.cache_context("cond"):
+        for call in (tiny_inputs(3, 5), tiny_inputs(5) | {"return_tail": True}):
+            with pytest.raises(ValueError, match="cache"):
+                model(**call)
+
+
+def test_the_attention_backend_can_be_chosen():
+    model, inputs = tiny_transformer(), tiny_inputs(5)
+    plain = model(**inputs).sample
+
+    model.set_attention_backend("_native_math")
+
+    backends = {
+        processor._attention_backend
+        for processor in model.attn_processors.values()
+        if hasattr(processor, "_attention_backend")
+    }
+    assert backends == {"_native_math"}
+    assert relative_difference(model(**inputs).sample, plain) < TOLERANCE
+
+
+def test_two_ranks_together_compute_what_one_does(tmp_path: Path):
+    model, inputs = tiny_transformer(), tiny_inputs(6, 6)
+    expected = model(**inputs, return_tail=True)
+    cached = model(**inputs, tail=expected.tail).sample
+    torch.save({"inputs": inputs, "expected": expected.sample, "cached": cached}, tmp_path / "case")
+
+    torch.multiprocessing.spawn(run_rank, args=(tmp_path, free_port()), nprocs=2)
+
+
+def run_rank(rank: int, directory: Path, port: int) -> None:
+    """One of two processes, each with half of the tokens."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+    )
+    case = torch.load(directory / "case")
+    model = tiny_transformer()
+    torch.accelerator.device_count = lambda: 1  # a CPU has 0, and the next line divides by it
+    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+    with torch.inference_mode():
+        output = model(**case["inputs"], return_tail=True)
+        cached = model(**case["inputs"], tail=output.tail).sample
+    assert output.tail.image[0].shape[1] == 4  # of 8 tokens a frame
+    assert relative_difference(output.sample, case["expected"]) < TOLERANCE
+    assert relative_difference(cached, case["cached"]) < TOLERANCE
+    torch.distributed.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]

@@ -1,0 +1,31 @@
+"""The process of a further GPU whose model has heads to share, and that model."""
+
+import time
+
+import torch
+
+from worker import demo
+from worker.generation.engine import Engine
+from worker.generation.pipeline import HunyuanVideoAvatarPipeline
+from worker.loading import loader
+from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
+from worker.multi_gpu import rank_process
+
+
+def main(descriptor):
+    rank_process.main(descriptor, load)
+
+
+def load(settings, device):
+    torch.set_num_threads(1)
+    torch.accelerator.device_count = lambda: 1  # a CPU has 0, and diffusers divides by it
+    started = time.monotonic()
+    loaded, report = loader.load(demo.MODEL_DIR, device, {"default": torch.float32})
+    components = loaded.components
+    config = dict(components["transformer"].config) | {"num_attention_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        transformer = HunyuanVideoAvatarTransformer3DModel.from_config(config).eval()
+    pipeline = HunyuanVideoAvatarPipeline(**components | {"transformer": transformer})
+    pipeline.set_progress_bar_config(disable=True)
+    return Engine(pipeline, device, time.monotonic() - started, report)

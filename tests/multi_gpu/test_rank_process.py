@@ -1,0 +1,149 @@
+"""`handler.py` with two processes for two GPUs, as it runs on the platform."""
+
+import base64
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from local_endpoint import JobRecord, LocalEndpoint, WorkerProcess
+
+ROOT = Path(__file__).parents[2]
+JOB_SECONDS = 120.0  # far more than a small job takes
+MANY_STEPS = 100  # for a job that has to be met while it runs
+
+
+@pytest.fixture(scope="session")
+def make_job(make_portrait, make_speech):
+    portrait = base64.b64encode(make_portrait()).decode()
+    speech = base64.b64encode(make_speech(seconds=0.4)).decode()
+
+    def make(**changes):
+        small = {"resolution": 256, "num_inference_steps": 1, "image": portrait, "audio": speech}
+        return {"input": small | changes}
+
+    return make
+
+
+@pytest.fixture
+def start_worker(own_endpoint, worker_environment, tmp_path) -> Iterator:
+    """Starts a worker of two processes, ready for jobs of `own_endpoint`."""
+    workers = []
+
+    def start(script: Path = ROOT / "handler.py", **environment: str) -> WorkerProcess:
+        two = {**worker_environment, "NUM_GPUS": "2", "OMP_NUM_THREADS": "1", **environment}
+        worker = WorkerProcess(own_endpoint, tmp_path / "w", script=script, environment=two)
+        workers.append(worker)
+        worker.start()
+        worker.wait_until_polling(timeout_seconds=120)
+        return worker
+
+    yield start
+    for worker in workers:
+        worker.kill()
+
+
+def follower_of(worker: WorkerProcess) -> psutil.Process:
+    family = psutil.Process(worker.pid).children()
+    [follower] = [
+        child for child in family if "worker.multi_gpu.rank_process" in " ".join(child.cmdline())
+    ]
+    return follower
+
+
+def meet_denoising(endpoint: LocalEndpoint, job_id: str) -> None:
+    def is_denoising(job: JobRecord) -> bool:
+        return any(payload["step"] for payload in job.progress)
+
+    endpoint.wait_until(job_id, is_denoising, JOB_SECONDS)
+
+
+def require_gone(process: psutil.Process, seconds: float = 5.0) -> None:
+    _, alive = psutil.wait_procs([process], seconds)
+    assert alive == []
+
+
+def require_retry_and_a_new_worker(job: JobRecord, worker: WorkerProcess) -> None:
+    assert job.status == "FAILED"
+    assert job.error.startswith("GENERATION_FAILED: ")
+    assert job.output["error_info"]["retryable"] is True
+    assert job.output["error_info"]["stage"] == "denoise"
+    assert job.stop_pod
+    assert worker.wait(timeout_seconds=10.0) == 1
+    assert list(worker.temporary_directory.iterdir()) == []
+
+
+def test_jobs_are_made_cancelled_and_lost_with_a_process(own_endpoint, start_worker, make_job):
+    worker = start_worker()
+    follower = follower_of(worker)
+    cancelled_id = own_endpoint.submit(make_job(num_inference_steps=MANY_STEPS))
+    next_id = own_endpoint.submit(make_job(seed=7))
+    meet_denoising(own_endpoint, cancelled_id)
+    own_endpoint.cancel(cancelled_id)
+    following = own_endpoint.wait(next_id, JOB_SECONDS)
+    assert own_endpoint.state(cancelled_id).status == "CANCELLED"
+    assert following.status == "COMPLETED"
+    assert following.output["metrics"]["num_gpus"] == 2
+
+    lost_id = own_endpoint.submit(make_job(num_inference_steps=MANY_STEPS))
+    meet_denoising(own_endpoint, lost_id)
+    follower.kill()
+    killed_at = time.monotonic()
+    lost = own_endpoint.wait(lost_id, JOB_SECONDS)
+    assert time.monotonic() - killed_at < 10.0
+    require_retry_and_a_new_worker(lost, worker)
+    assert "GPU 1: its process was killed by signal 9" in worker.log
+
+
+@pytest.mark.slow
+def test_a_job_is_given_up_though_its_thread_waits_for_the_other_gpu_for_ever(
+    own_endpoint, start_worker, make_job
+):
+    script = ROOT / "tests" / "hanging_handler.py"
+    worker = start_worker(script, FOLLOWER_FAULT="hang", PYTHONPATH=str(ROOT))
+    family = psutil.Process(worker.pid).children(recursive=True)
+    job = own_endpoint.wait(
+        own_endpoint.submit(make_job(num_inference_steps=MANY_STEPS)), JOB_SECONDS
+    )
+    require_retry_and_a_new_worker(job, worker)
+    for process in family:
+        require_gone(process)
+
+
+@pytest.mark.slow
+def test_a_worker_that_loses_a_process_between_jobs_ends(own_endpoint, start_worker):
+    worker = start_worker()
+    follower_of(worker).kill()
+    assert worker.wait(timeout_seconds=10.0) == 1
+
+
+@pytest.mark.slow
+def test_sigterm_lets_the_running_job_finish_and_no_process_stays(
+    own_endpoint, start_worker, make_job
+):
+    worker = start_worker()
+    family = psutil.Process(worker.pid).children(recursive=True)
+    job_id = own_endpoint.submit(make_job(num_inference_steps=6))
+    meet_denoising(own_endpoint, job_id)
+    for process in (psutil.Process(worker.pid), follower_of(worker)):
+        process.terminate()  # as a terminal does: all of them get it
+    assert own_endpoint.wait(job_id, JOB_SECONDS).status == "COMPLETED"
+    assert worker.wait(timeout_seconds=10.0) == 0
+    for process in family:
+        require_gone(process)
+    assert list(worker.temporary_directory.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["idle", "at work"])
+def test_a_worker_that_is_killed_takes_the_other_process_with_it(
+    own_endpoint, start_worker, make_job, when
+):
+    worker = start_worker()
+    follower = follower_of(worker)
+    if when == "at work":
+        meet_denoising(own_endpoint, own_endpoint.submit(make_job(num_inference_steps=MANY_STEPS)))
+    psutil.Process(worker.pid).kill()
+    require_gone(follower)

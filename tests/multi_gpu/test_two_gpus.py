@@ -1,0 +1,29 @@
+"""The benchmark of several GPUs, with processes on the CPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOY = "--device cpu --backend native --sizes 64x32 32x32 --num-steps 2 --num-layers 2"
+TOY += " --num-single-layers 2 --num-attention-heads 1"
+
+
+@pytest.mark.slow
+def test_it_times_each_size_alone_and_together():
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.two_gpus", *TOY.split()],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    first, *sizes, last = map(json.loads, done.stdout.splitlines())
+    assert first["num_gpus"] == 2
+    assert [size["size"] for size in sizes] == ["64x32", "32x32"]
+    for size in sizes:
+        assert size["ratio"] > 0
+        assert size["relative_difference"] < 1e-3
+    assert last["seconds_in_all"] > 0

@@ -1,0 +1,304 @@
+"""`handler.py` as it runs on the platform: the SDK's real loop, over HTTP, in a process of its own.
+
+The model is the demo's, the jobs are as small as the request allows: one second of speech at 256.
+"""
+
+import base64
+import hashlib
+import io
+import time
+from itertools import pairwise
+from urllib.request import urlopen
+
+import av
+import pytest
+
+from local_endpoint import JobRecord, LocalEndpoint, WorkerProcess
+
+JOB_SECONDS = 120.0  # far more than a small job takes
+MANY_STEPS = 100  # for a job that has to be met while it runs
+
+
+@pytest.fixture(scope="session")
+def make_job(make_portrait, make_speech):
+    """A small job's payload; arguments replace fields of its input."""
+    portrait = base64.b64encode(make_portrait()).decode()
+    speech = base64.b64encode(make_speech(seconds=1.0)).decode()
+
+    def make(**changes):
+        small = {"resolution": 256, "num_inference_steps": 2, "image": portrait, "audio": speech}
+        return {"input": small | changes}
+
+    return make
+
+
+def run(endpoint: LocalEndpoint, job: dict) -> JobRecord:
+    return endpoint.wait(endpoint.submit(job), JOB_SECONDS)
+
+
+def is_denoising(job: JobRecord) -> bool:
+    return any(payload["step"] for payload in job.progress)
+
+
+def code(job: JobRecord) -> str:
+    return (job.error or "").partition(":")[0]
+
+
+@pytest.fixture(scope="session")
+def finished(endpoint, shared_worker, make_job):
+    """A job that has been generated, and is looked at from several sides."""
+    return run(endpoint, make_job(seed=7, num_inference_steps=12, user_data={"order": 1}))
+
+
+def test_a_job_becomes_a_video_behind_the_url_that_it_answers(finished):
+    assert (finished.status, finished.error) == ("COMPLETED", None)
+    assert finished.output["seed"] == 7
+    assert finished.output["user_data"] == {"order": 1}
+    with urlopen(finished.output["video_url"], timeout=10) as answer:
+        assert answer.headers["Content-Type"] == "video/mp4"
+        video = answer.read()
+    assert hashlib.sha256(video).hexdigest() == finished.output["sha256"]
+    with av.open(io.BytesIO(video)) as container:
+        assert [stream.codec.name for stream in container.streams] == ["h264", "aac"]
+        assert container.duration / av.time_base == pytest.approx(1.0, abs=0.04)
+
+
+def require_ordered_progress(job: JobRecord) -> None:
+    assert len(job.progress) >= 3
+    for before, after in pairwise(job.progress):
+        assert before["progress"] <= after["progress"] <= 1.0
+        assert before["stage_index"] <= after["stage_index"] <= after["stage_count"]
+        assert before["elapsed_seconds"] <= after["elapsed_seconds"]
+    steps = [payload["step"] for payload in job.progress if payload["step"] is not None]
+    assert steps == sorted(steps)
+    assert [post.is_progress for post in job.posts] == [True] * len(job.progress) + [False]
+
+
+def test_progress_comes_in_order_and_before_the_result(finished):
+    require_ordered_progress(finished)
+
+
+def test_progress_comes_in_order_when_the_platform_is_slow(endpoint, shared_worker, make_job):
+    endpoint.delay_answers(0.7)
+    try:
+        job = run(endpoint, make_job())
+    finally:
+        endpoint.delay_answers(0.0)
+
+    assert job.status == "COMPLETED"
+    require_ordered_progress(job)
+
+
+def test_the_worker_pings_throughout_a_job(endpoint, finished):
+    beats = [beat.at_seconds for beat in endpoint.heartbeats if finished.id in beat.job_ids]
+
+    times = [finished.taken_at_seconds, *beats, finished.ended_at_seconds]
+    assert max(after - before for before, after in pairwise(times)) < 3.0  # one a second
+
+
+def test_a_cancelled_job_stops_at_its_next_step_posts_nothing_and_the_next_job_runs(
+    endpoint, shared_worker, make_job, finished
+):
+    cancelled_id = endpoint.submit(make_job(num_inference_steps=MANY_STEPS))
+    next_id = endpoint.submit(make_job(seed=7, num_inference_steps=12))
+    running = endpoint.wait_until(cancelled_id, is_denoising, JOB_SECONDS)
+
+    endpoint.cancel(cancelled_id)
+
+    following = endpoint.wait(next_id, JOB_SECONDS)
+    cancelled = endpoint.state(cancelled_id)
+    newest = running.output
+    step_seconds = newest["elapsed_seconds"] / newest["step"]
+    waited_seconds = following.taken_at_seconds - cancelled.ended_at_seconds
+    assert waited_seconds < step_seconds + 2.5  # the SDK looks for a job once a second
+    assert waited_seconds < newest["eta_seconds"] / 2  # so the job was not run to its end
+    assert cancelled.status == "CANCELLED"
+    assert cancelled.results == []
+    # one may have been on its way when the cancel came, but none is sent once the job has stopped
+    late = [post for post in cancelled.posts if post.at_seconds > following.taken_at_seconds]
+    assert late == []
+    assert following.status == "COMPLETED"
+    assert following.output["sha256"] == finished.output["sha256"]  # the seed alone decides
+    assert list(shared_worker.temporary_directory.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected_code", "told"),
+    [
+        ({"guidance": 3.0}, "INVALID_INPUT", "guidance_scale"),
+        ({"resolution": 300}, "INVALID_INPUT", "resolution"),
+        ({"image": "file:///etc/passwd"}, "INPUT_URL_BLOCKED", "image"),
+        ({"audio": base64.b64encode(b"no sound").decode()}, "UNSUPPORTED_MEDIA", "audio"),
+        ({"image": base64.b64encode(b"no picture").decode()}, "UNSUPPORTED_MEDIA", "image"),
+    ],
+)
+def test_a_bad_job_is_refused_at_once_with_its_code_and_its_field(
+    endpoint, shared_worker, make_job, changes, expected_code, told
+):
+    job = run(endpoint, make_job(**changes))
+
+    assert (job.status, code(job)) == ("FAILED", expected_code)
+    assert told in job.error
+    assert job.output["error_info"]["code"] == expected_code
+    assert job.output["error_info"]["retryable"] is False
+    assert not job.stop_pod
+    assert "Traceback" not in str(job.posts)
+    assert job.ended_at_seconds - job.taken_at_seconds < 2.0
+
+
+def test_a_job_whose_input_is_no_object_is_refused(endpoint, shared_worker):
+    job = run(endpoint, {"input": ["not", "an", "object"]})
+
+    assert (job.status, code(job)) == ("FAILED", "INVALID_INPUT")
+
+
+def test_an_input_that_the_server_does_not_have_may_be_tried_again(
+    endpoint, shared_worker, make_job, media_server
+):
+    job = run(endpoint, make_job(image=media_server.url + "/missing.png"))
+
+    assert (job.status, code(job)) == ("FAILED", "INPUT_DOWNLOAD_FAILED")
+    assert job.output["error_info"]["retryable"] is True
+
+
+def test_a_job_whose_result_was_lost_is_answered_from_the_bucket(endpoint, shared_worker, make_job):
+    endpoint.lose_results(status=413)
+    endpoint.lose_results(status=None)
+
+    job = run(endpoint, make_job(seed=None))
+
+    assert job.status == "COMPLETED"
+    assert [post.accepted for post in job.results] == [False, False, True]
+    told, *retold = (post.body["output"] for post in job.results)
+    for again in retold:
+        for name in ("sha256", "seed", "key", "size_bytes", "duration_seconds", "num_frames"):
+            assert again[name] == told[name]
+        assert again["reused"]
+        assert "denoise_seconds" not in again["metrics"]
+    assert job.ended_at_seconds - job.taken_at_seconds < 2.0
+    with urlopen(job.output["video_url"], timeout=10) as answer:
+        assert hashlib.sha256(answer.read()).hexdigest() == told["sha256"]
+
+
+def test_a_job_that_is_delivered_twice_gets_the_same_answer(endpoint, shared_worker, finished):
+    endpoint.requeue(finished.id)
+
+    second = endpoint.wait(finished.id, JOB_SECONDS)
+
+    assert second.status == "COMPLETED"
+    assert second.output["sha256"] == finished.output["sha256"]
+    assert second.output["seed"] == finished.output["seed"]
+    assert second.output["reused"]
+
+
+def test_another_request_under_an_earlier_id_is_not_answered_with_the_earlier_video(
+    endpoint, shared_worker, make_job, finished
+):
+    other = run(endpoint, {"id": finished.id, **make_job(seed=8)})
+
+    assert other.output["seed"] == 8
+    assert other.output["sha256"] != finished.output["sha256"]
+
+
+def test_sigterm_lets_the_running_job_finish(own_endpoint, own_worker, make_job):
+    job_id = own_endpoint.submit(make_job(num_inference_steps=8))
+    waiting_id = own_endpoint.submit(make_job())
+    own_endpoint.wait_until(job_id, is_denoising, JOB_SECONDS)
+
+    own_worker.terminate()
+
+    job = own_endpoint.wait(job_id, JOB_SECONDS)
+    assert job.status == "COMPLETED"
+    assert own_worker.wait(timeout_seconds=10.0) == 0
+    assert own_endpoint.state(waiting_id).status == "IN_QUEUE"
+    assert list(own_worker.temporary_directory.iterdir()) == []
+
+
+def test_sigterm_ends_an_idle_worker_promptly(own_endpoint, own_worker, make_job):
+    own_worker.terminate()
+
+    assert own_worker.wait(timeout_seconds=10.0) == 0  # the poll is held for 30 s
+    job_id = own_endpoint.submit(make_job())
+    time.sleep(0.2)
+    assert own_endpoint.state(job_id).status == "IN_QUEUE"
+
+
+def test_a_job_that_is_handed_out_after_sigterm_is_run(own_endpoint, own_worker, make_job):
+    own_worker.terminate()
+    time.sleep(0.3)
+
+    job = run(own_endpoint, make_job())
+
+    assert job.status == "COMPLETED"
+    assert own_worker.wait(timeout_seconds=10.0) == 0
+
+
+def test_ten_jobs_each_end_as_they_should_and_leave_nothing_behind(
+    own_endpoint, own_worker, make_job, media_server, make_portrait
+):
+    endpoint, worker = own_endpoint, own_worker
+    picture_url = media_server.add("/face.jpg", make_portrait(format="JPEG"))
+    jobs = [
+        (make_job(), "COMPLETED"),
+        (make_job(image=picture_url, output={"thumbnail": True}), "COMPLETED"),
+        (make_job(output={"delivery": "inline"}), "COMPLETED"),
+        (make_job(nonsense=1), "FAILED"),
+        (make_job(num_inference_steps=MANY_STEPS), "CANCELLED"),
+        (make_job(fps=12.5), "COMPLETED"),
+        (make_job(audio=base64.b64encode(b"no sound").decode()), "FAILED"),
+        (make_job(image=media_server.url + "/missing"), "FAILED"),
+        (make_job(dry_run=True), "COMPLETED"),
+        (make_job(num_inference_steps=4), "COMPLETED"),
+    ]
+    rss_bytes, open_files = [], []
+
+    for job, expected in jobs:
+        job_id = endpoint.submit(job)
+        if expected == "CANCELLED":
+            endpoint.wait_until(job_id, is_denoising, JOB_SECONDS)
+            endpoint.cancel(job_id)
+            probe = run(endpoint, make_job(nonsense=1))  # ends once the worker is free again
+            assert probe.status == "FAILED"
+        ended = endpoint.wait(job_id, JOB_SECONDS)
+        assert (ended.status, len(ended.results)) == (expected, expected != "CANCELLED")
+        shares = [payload["progress"] for payload in ended.progress]
+        assert shares == sorted(shares)
+        assert list(worker.temporary_directory.iterdir()) == []
+        rss_bytes.append(worker.rss_bytes())
+        open_files.append(worker.open_files())
+
+    beats = [beat.at_seconds for beat in endpoint.heartbeats if beat.worker_id == worker.worker_id]
+    assert max(after - before for before, after in pairwise(beats)) < 3.0
+    assert max(rss_bytes[3:]) < max(rss_bytes[:3]) + 48 * 2**20
+    assert max(open_files[3:]) <= max(open_files[:3]) + 2  # a poll is just opened or just closed
+
+
+def test_the_log_names_each_job_and_never_what_it_sent_or_got(
+    own_endpoint, worker_environment, make_job, tmp_path
+):
+    environment = {**worker_environment, "RUNPOD_LOG_LEVEL": "DEBUG"}
+    with WorkerProcess(own_endpoint, tmp_path / "w", environment=environment) as worker:
+        worker.wait_until_polling(timeout_seconds=120)
+        secret_job = make_job(image="https://user:pass-word@127.0.0.1/a?X-Amz-Signature=sig-nature")
+        jobs = [run(own_endpoint, job) for job in (make_job(), secret_job)]
+
+    assert [job.status for job in jobs] == ["COMPLETED", "FAILED"]
+    for job in jobs:
+        assert f"job {job.id}: " in worker.log
+    signature = jobs[0].output["video_url"].partition("X-Amz-Signature=")[2]
+    secrets = [signature, "pass-word", "sig-nature", worker_environment["BUCKET_SECRET_ACCESS_KEY"]]
+    assert not [secret for secret in secrets if secret in worker.log]
+    assert make_job()["input"]["image"][:200] not in worker.log
+
+
+def test_a_worker_without_weights_says_so_and_takes_no_job(own_endpoint, tmp_path):
+    environment = {"MODEL_DIR": str(tmp_path / "nothing")}
+    with (
+        WorkerProcess(own_endpoint, tmp_path / "worker", environment=environment) as worker,
+        pytest.raises(RuntimeError, match="the worker ended"),
+    ):
+        worker.wait_until_polling(timeout_seconds=60)
+
+    failed = [beat.failed_check for beat in own_endpoint.heartbeats if beat.failed_check]
+    assert len(failed) == 1
+    assert "the model could not be loaded" in worker.log

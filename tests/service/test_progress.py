@@ -1,0 +1,118 @@
+"""What a client is told while its job runs."""
+
+import asyncio
+import threading
+from typing import Any
+
+from worker.service.progress import STAGES, ProgressReporter
+
+
+class Listener:
+    """A client's side: keeps what arrives, and answers as slowly as it is told to."""
+
+    def __init__(self, delay_seconds: float = 0.0) -> None:
+        self.payloads: list[dict[str, Any]] = []
+        self.delay_seconds = delay_seconds
+
+    async def __call__(self, payload: dict[str, Any]) -> None:
+        await asyncio.sleep(self.delay_seconds)
+        self.payloads.append(payload)
+
+
+def run_job(
+    listener: Listener, *, interval_seconds: float = 0.0, pause_seconds: float = 0.0
+) -> None:
+    """A job of 20 steps, told from a thread as the real one is."""
+
+    async def job() -> None:
+        def work() -> None:
+            for stage in STAGES:
+                progress.enter(stage.name)
+                for step in range(1, 21):
+                    progress.update(step / 20, step=step, total_steps=20)
+                    threading.Event().wait(pause_seconds)
+
+        async with ProgressReporter(listener, interval_seconds=interval_seconds) as progress:
+            await asyncio.to_thread(work)
+
+    asyncio.run(job())
+
+
+def test_progress_arrives_in_order_and_never_falls():
+    listener = Listener()
+    run_job(listener, pause_seconds=0.002)
+    shares = [payload["progress"] for payload in listener.payloads]
+    stages = [payload["stage_index"] for payload in listener.payloads]
+    assert len(shares) > 20
+    assert shares == sorted(shares)
+    assert stages == sorted(stages)
+    assert set(stages) == {1, 2, 3, 4, 5}
+
+
+def test_the_last_value_arrives_before_the_job_returns_however_slow_the_client():
+    listener = Listener(delay_seconds=0.2)
+    run_job(listener, interval_seconds=10.0)
+    last = listener.payloads[-1]
+    assert (last["stage"], last["progress"], last["step"]) == ("upload", 1.0, 20)
+
+
+def test_the_newest_value_wins_between_two_posts():
+    listener = Listener()
+    run_job(listener, interval_seconds=0.1, pause_seconds=0.005)  # 100 values in half a second
+    assert 3 <= len(listener.payloads) <= 12
+
+
+def test_a_client_that_refuses_every_value_does_not_stop_the_job():
+    async def refuse(payload: dict[str, Any]) -> None:
+        raise ConnectionError("gone")
+
+    async def job() -> str:
+        async with ProgressReporter(refuse, interval_seconds=0.0) as progress:
+            progress.enter("denoise")
+            await asyncio.sleep(0.02)
+            return "done"
+
+    assert asyncio.run(job()) == "done"
+
+
+def test_a_stopped_job_posts_nothing_more():
+    listener = Listener()
+
+    async def job() -> None:
+        async with ProgressReporter(listener, interval_seconds=10.0) as progress:
+            progress.enter("denoise")
+            await asyncio.sleep(0.02)
+            progress.update(0.5, step=1, total_steps=2)
+            await asyncio.sleep(0.02)
+            raise asyncio.CancelledError
+
+    async def stop() -> None:
+        await asyncio.wait({asyncio.create_task(job())})
+
+    asyncio.run(stop())
+    assert [payload["step"] for payload in listener.payloads] == [None]
+
+
+def test_the_remaining_time_is_unknown_until_the_first_step():
+    listener = Listener()
+    run_job(listener, pause_seconds=0.002)
+    for payload in listener.payloads:
+        known = payload["eta_seconds"] is not None
+        assert known == (payload["progress"] > 0.05)
+
+
+def test_a_job_that_is_stopped_while_its_last_value_is_posted_leaves_no_task_behind():
+    async def stop_late() -> set[asyncio.Task[Any]]:
+        async def job() -> None:
+            async with ProgressReporter(Listener(delay_seconds=5.0)) as progress:
+                progress.enter("upload")
+                await asyncio.sleep(0.02)
+
+        task = asyncio.create_task(job())
+        await asyncio.sleep(0.1)  # the body has ended; the post has not
+        task.cancel()
+        await asyncio.wait({task})
+        await asyncio.sleep(0.05)
+        return asyncio.all_tasks() - {asyncio.current_task()}
+
+    assert asyncio.run(stop_late()) == set()

@@ -1,0 +1,272 @@
+"""The studio without its page: controls, snippets, history, and what is said about a job."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from avatar_client import Progress
+from avatar_client.contract.errors import InvalidInputError
+from avatar_client.contract.request import GenerationParams
+from studio import views
+from studio.fields import controls, page_values, request_fields
+from studio.history import History, Record
+from studio.runs import State
+from studio.snippets import Request, curl, python
+from worker.service import job_request
+
+ROOT = Path(__file__).parents[2]
+MEDIA = {"image": "AA==", "audio": "AA=="}
+HOSTILE = 'it\'s "5 $HOME" `id` \\n \\ $(id)\nEOF\n日本 100%'
+
+
+def accepted(fields):
+    """Whether a worker would take the fields."""
+    try:
+        job_request.parse({"input": {**MEDIA, **fields}})
+    except InvalidInputError:
+        return False
+    return True
+
+
+def defaults():
+    return page_values({})
+
+
+# Controls
+
+
+def test_every_field_that_decides_the_frames_has_a_control_with_words_for_it():
+    known = controls()
+    assert {name.partition(".")[0] for name in known} == set(GenerationParams.model_fields)
+    assert all(control.help.endswith(".") for control in known.values())
+    assert all(control.label for control in known.values())
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, control in controls().items() if control.minimum is not None]
+)
+def test_a_control_ends_where_the_schema_does(name):
+    control = controls()[name]
+    step = 1 if control.whole else 0.01
+    assert accepted(request_fields({name: control.minimum}))
+    assert not accepted(request_fields({name: control.minimum - step}))
+    if control.maximum is not None:
+        assert accepted(request_fields({name: control.maximum}))
+        assert not accepted(request_fields({name: control.maximum + step}))
+
+
+@pytest.mark.parametrize("name", [name for name, control in controls().items() if control.choices])
+def test_every_choice_is_one_that_the_schema_takes(name):
+    for choice in controls()[name].choices:
+        assert accepted(request_fields({name: choice}))
+
+
+def test_what_nobody_changed_is_left_to_the_worker():
+    assert request_fields(defaults()) == {}
+
+
+def test_the_page_shows_a_request_as_it_was_entered():
+    entered = {
+        **defaults(),
+        "prompt": "A woman in a garden.",
+        "preset": "balanced",
+        "num_inference_steps": 30,
+        "seed": "7",
+        "motion.expression": 42,
+        "face_box": "10, 20.5, 30, 40",
+        "max_seconds": "2.5",
+    }
+    fields = request_fields(entered)
+    assert fields["motion"] == {"expression": 42}
+    assert fields["face_box"] == [10, 20.5, 30, 40]
+    assert accepted(fields)
+    assert request_fields(page_values(fields)) == fields
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("seed", "1.5"), ("seed", "seven"), ("max_seconds", "x"), ("face_box", "1 2")],
+)
+def test_a_text_that_is_no_number_is_refused_at_its_field(name, text):
+    with pytest.raises(InvalidInputError) as caught:
+        request_fields({name: text})
+    assert caught.value.field == name
+    assert caught.value.message in views.field_error(name, caught.value.message)
+
+
+# Snippets
+
+
+def test_a_shell_sends_exactly_the_fields_that_the_snippet_stands_for(tmp_path):
+    """Runs the snippet with a curl that prints what it is told to send."""
+    names = {"image": "it's a $portrait.png", "audio": "speech one.wav"}
+    for name in names.values():
+        (tmp_path / name).write_bytes(name.encode() * 100)
+    fake = tmp_path / "bin" / "curl"
+    fake.parent.mkdir()
+    fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@" >> arguments\ncase "$*" in *-d*) cat ;; esac\n')
+    fake.chmod(0o755)
+    fields = {"prompt": HOSTILE, "motion": {"pose": 1.5}, "seed": 7}
+    snippet = curl(
+        Request(endpoint="abc123", portrait=names["image"], speech=names["audio"], fields=fields)
+    )
+
+    done = subprocess.run(
+        ["/bin/sh", "-c", snippet],
+        cwd=tmp_path,
+        env={"PATH": f"{fake.parent}:{os.defpath}", "RUNPOD_API_KEY": "KEY"},
+        capture_output=True,
+        check=True,
+    )
+
+    body = json.loads(done.stdout)
+    arguments = (tmp_path / "arguments").read_text()
+    assert {key: body["input"][key] for key in fields} == fields
+    content = job_request.parse({"input": body["input"]}).input
+    assert content.image.content == names["image"].encode() * 100
+    assert content.audio.content == names["audio"].encode() * 100
+    assert body["policy"]["executionTimeout"] == 3_600_000
+    assert "https://api.runpod.ai/v2/abc123/run" in arguments
+    assert "Authorization: Bearer KEY" in arguments
+
+
+def test_the_python_snippet_holds_the_fields_and_no_key():
+    fields = {"prompt": HOSTILE, "motion": {"pose": 1.5}, "seed": 7}
+    source = python(Request(endpoint="abc123", portrait="me.png", speech="me.wav", fields=fields))
+    call = next(
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "submit"
+    )
+    assert {word.arg: ast.literal_eval(word.value) for word in call.keywords} == fields
+    assert 'os.environ["RUNPOD_API_KEY"]' in source
+
+
+# History
+
+
+@pytest.fixture
+def history(tmp_path):
+    return History(tmp_path / "jobs", max_jobs=3)
+
+
+@pytest.fixture
+def add(history, make_portrait, make_speech, tmp_path):
+    """Adds a job to the history."""
+    portrait, speech = tmp_path / "me.png", tmp_path / "me.wav"
+    portrait.write_bytes(make_portrait())
+    speech.write_bytes(make_speech(0.2))
+
+    def add(**changes):
+        record = history.add(portrait, speech, {"seed": 1}, endpoint="abc", **changes)
+        history.save(done := replace(record, status="COMPLETED"))
+        return done
+
+    return add
+
+
+def test_a_job_is_found_after_a_restart_with_its_inputs(history, add, make_portrait):
+    record = add()
+    later = History(history.directory)
+    assert later.all() == [record]
+    assert later.portrait(record).read_bytes() == make_portrait()
+    assert later.speech(record).suffix == ".wav"
+    assert later.thumbnail(record).read_bytes().startswith(b"\xff\xd8")
+
+
+def test_the_oldest_jobs_make_room_except_those_that_are_still_followed(history, add):
+    records = [add()]
+    records += [add(busy=[records[0].id]) for _ in range(4)]
+    kept = {record.id for record in history.all()}
+    assert kept == {records[0].id, records[-1].id, records[-2].id, records[-3].id}
+
+
+def test_the_history_keeps_no_address_of_a_result_and_no_video_in_a_record(history, add):
+    output = {"seed": 5, "video_url": "https://store/x?X-Amz-Signature=s", "video_base64": "AAAA"}
+    record = replace(add(), output=output)
+    history.save(record)
+    text = (history.directory / record.id / "record.json").read_text()
+    assert "Signature" not in text
+    assert "AAAA" not in text
+    assert history.get(record.id).output == {"seed": 5}
+
+
+def test_a_portrait_that_is_no_image_has_a_thumbnail_all_the_same(history, tmp_path):
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no image")
+    record = history.add(bad, bad, {}, endpoint="abc")
+    assert history.thumbnail(record).read_bytes().startswith(b"\xff\xd8")
+
+
+@pytest.mark.parametrize("name", [None, "", "..", "../secret", "a/b", "missing"])
+def test_an_id_from_outside_finds_no_other_file(history, add, name, tmp_path):
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "record.json").write_text(
+        (history.directory / add().id / "record.json").read_text()
+    )
+    assert history.get(name) is None
+
+
+def test_a_damaged_record_is_passed_over(history, add):
+    good, bad = add(), add()
+    (history.directory / bad.id / "record.json").write_text("{")
+    assert history.all() == [good]
+
+
+# What is said
+
+
+def record(**changes):
+    fields = {
+        "id": "a",
+        "created_at": "2026-01-02T03:04:05+00:00",
+        "endpoint": "abc",
+        "portrait": "portrait.png",
+        "speech": "speech.wav",
+        "fields": {},
+        "job_id": "j",
+        "status": "IN_PROGRESS",
+    }
+    return Record(**{**fields, **changes})
+
+
+def test_a_running_job_tells_stage_step_share_and_remaining_time():
+    progress = Progress("denoise", 0.5, "Denoising 10/20", 3, 5, 10, 20, 12.0, 95.0)
+    text = views.status(State(record(), True, progress, left_seconds=95.0))
+    for part in ("Denoising<", "Step 10 of 20", "stage 3 of 5", "1 min 35 s left", "50 %"):
+        assert part in text
+    assert 'aria-valuenow="50"' in text
+
+
+def test_a_failure_is_told_in_words_and_as_text_alone():
+    error = {"code": "X", "message": "<b>no</b> face", "field": "image", "retryable": True}
+    text = views.status(State(record(status="FAILED", error=error), False))
+    assert "The portrait &lt;b&gt;no&lt;/b&gt; face. Trying again may help." in text
+    assert "<b>" not in text
+
+
+def test_a_job_that_nobody_follows_says_how_to_go_on():
+    assert "Connect to its endpoint" in views.status(State(record(), False))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.4, "0 s"), (59.6, "1 min 0 s"), (61, "1 min 1 s"), (7260, "2 h 1 min")],
+)
+def test_a_duration_is_said_as_people_say_it(seconds, words):
+    assert views.duration(seconds) == words
+
+
+def test_the_studio_beside_its_page_needs_neither_torch_nor_gradio():
+    modules = "fields, history, views, snippets, runs, local, connection"
+    code = f"import sys\nfrom studio import {modules}\nprint(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert not {"torch", "gradio", "boto3"} & set(done.stdout.split())

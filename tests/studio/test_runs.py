@@ -1,0 +1,248 @@
+"""The studio's jobs at a real local endpoint with the demo worker, without a page."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+from pydantic import SecretStr
+
+from avatar_client import AuthenticationError, EndpointUnavailableError
+from avatar_client.contract.errors import InvalidInputError
+from studio import snippets
+from studio.connection import Connection
+from studio.history import History
+from studio.local import LocalEndpoint, LocalEndpointError
+from studio.runs import Runs, State
+
+ROOT = Path(__file__).parents[2]
+SHORT = {"resolution": 256, "num_inference_steps": 2, "seed": 1}
+LONG = {"resolution": 256, "num_inference_steps": 100}
+JOB_SECONDS = 300
+
+pytestmark = pytest.mark.usefixtures("shared_worker")
+
+
+@pytest.fixture
+def connection(endpoint):
+    return Connection(name="local", url=endpoint.url, api_key=SecretStr(endpoint.api_key))
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return Runs(History(tmp_path / "jobs"))
+
+
+@pytest.fixture
+def portrait(tmp_path, make_portrait):
+    path = tmp_path / "portrait.png"
+    path.write_bytes(make_portrait())
+    return path
+
+
+@pytest.fixture
+def speech(tmp_path, make_speech):
+    path = tmp_path / "speech.wav"
+    path.write_bytes(make_speech(0.4))
+    return path
+
+
+async def until(runs: Runs, record_id: str, holds: Callable[[State], bool]) -> State:
+    """The job once `holds` is true of it."""
+    async with asyncio.timeout(JOB_SECONDS):
+        while not holds(state := runs.state(record_id)):
+            await asyncio.sleep(0.05)
+    return state
+
+
+def is_over(state: State) -> bool:
+    return state.record.is_over
+
+
+def test_a_job_leaves_its_verified_video_in_the_history(runs, connection, portrait, speech):
+    async def story() -> State:
+        record = await runs.start(connection, portrait, speech, SHORT)
+        return await until(runs, record.id, is_over)
+
+    record = asyncio.run(story()).record
+
+    assert record.status == "COMPLETED"
+    assert record.output["seed"] == 1
+    assert runs.history.video(record).stat().st_size == record.output["size_bytes"]
+    assert History(runs.history.directory).all() == [record]
+    texts = [path.read_bytes() for path in runs.history.directory.rglob("*.json")]
+    assert not any(connection.api_key.get_secret_value().encode() in text for text in texts)
+
+
+def test_a_job_is_followed_again_after_a_restart(runs, connection, portrait, speech):
+    async def begin() -> str:
+        record = await runs.start(connection, portrait, speech, SHORT)
+        await runs.close()
+        return record.id
+
+    async def go_on(record_id: str) -> State:
+        later = Runs(History(runs.history.directory))
+        assert not later.state(record_id).is_followed
+        later.resume(connection)
+        return await until(later, record_id, is_over)
+
+    assert asyncio.run(go_on(asyncio.run(begin()))).record.status == "COMPLETED"
+
+
+def test_a_job_of_another_endpoint_is_not_asked_for(runs, connection, portrait, speech):
+    async def story() -> bool:
+        record = await runs.start(connection, portrait, speech, SHORT)
+        await runs.close()
+        later = Runs(History(runs.history.directory))
+        other = Connection(name="other", url=connection.url, api_key=connection.api_key)
+        later.resume(other)
+        return later.state(record.id).is_followed
+
+    assert not asyncio.run(story())
+
+
+def test_a_cancelled_job_ends_at_the_endpoint_too(runs, connection, endpoint, portrait, speech):
+    async def story() -> State:
+        record = await runs.start(connection, portrait, speech, LONG)
+        await until(runs, record.id, lambda state: state.progress is not None)
+        await runs.cancel(record.id)
+        return await until(runs, record.id, is_over)
+
+    record = asyncio.run(story()).record
+
+    assert record.status == "CANCELLED"
+    assert endpoint.state(record.job_id).status == "CANCELLED"
+
+
+def test_a_failure_keeps_the_field_that_it_concerns(runs, connection, tmp_path, speech):
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no image at all")
+
+    async def story() -> State:
+        record = await runs.start(connection, bad, speech, SHORT)
+        return await until(runs, record.id, is_over)
+
+    record = asyncio.run(story()).record
+
+    assert record.status == "FAILED"
+    assert (record.error["code"], record.error["field"]) == ("UNSUPPORTED_MEDIA", "image")
+
+
+@pytest.mark.parametrize(
+    ("fields", "change", "error"),
+    [
+        ({"seed": -1}, {}, InvalidInputError),
+        ({}, {"api_key": SecretStr("wrong")}, AuthenticationError),
+        ({}, {"url": "http://127.0.0.1:9/v2/x"}, EndpointUnavailableError),
+    ],
+)
+def test_a_job_that_was_not_sent_is_not_in_the_history(
+    runs, connection, portrait, speech, fields, change, error
+):
+    values = {"name": "x", "url": connection.url, "api_key": connection.api_key, **change}
+    with pytest.raises(error):
+        asyncio.run(runs.start(Connection(**values), portrait, speech, fields))
+    assert runs.history.all() == []
+
+
+def test_inputs_that_are_too_large_are_refused_in_words(runs, connection, portrait, tmp_path):
+    recording = tmp_path / "long.wav"
+    recording.write_bytes(bytes(8_000_000))
+    with pytest.raises(InvalidInputError, match=r"8\.0 MB") as caught:
+        asyncio.run(runs.start(connection, portrait, recording, {}))
+    assert caught.value.field == "audio"
+
+
+def test_a_page_that_goes_away_while_the_inputs_are_sent_stops_nothing(
+    runs, connection, portrait, speech
+):
+    async def story() -> State:
+        page = asyncio.create_task(runs.start(connection, portrait, speech, SHORT))
+        while not runs.history.all():
+            await asyncio.sleep(0.01)
+        page.cancel()
+        return await until(runs, runs.history.all()[0].id, is_over)
+
+    assert asyncio.run(story()).record.status == "COMPLETED"
+
+
+# The studio's own endpoint
+
+
+def test_a_large_recording_goes_through_the_bucket_of_the_studios_own_endpoint(
+    runs, portrait, make_speech, tmp_path, random_model
+):
+    recording = tmp_path / "long.wav"
+    recording.write_bytes(make_speech(240.0, 24_000))
+    assert recording.stat().st_size > 10e6
+
+    with LocalEndpoint(tmp_path / "local", Path(sys.executable), random_model) as local:
+
+        async def story() -> State:
+            fields = {**SHORT, "max_seconds": 0.4}
+            record = await runs.start(local.connection(), portrait, recording, fields)
+            return await until(runs, record.id, is_over)
+
+        record = asyncio.run(story()).record
+        url = local.connection().url
+
+    assert record.status == "COMPLETED", record.error
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/health")
+
+
+def test_an_environment_without_the_worker_is_told_at_once(tmp_path):
+    with (
+        pytest.raises(LocalEndpointError, match="--worker-python"),
+        LocalEndpoint(tmp_path, tmp_path / "python"),
+    ):
+        pass
+
+
+# The snippets, run as they are
+
+
+@pytest.fixture
+def environment(endpoint):
+    return {
+        "PATH": f"{Path(sys.executable).parent}:{os.defpath}",
+        "RUNPOD_API_KEY": endpoint.api_key,
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+@pytest.fixture
+def request_of_a_page(endpoint, portrait, speech):
+    fields = {**SHORT, "prompt": 'It\'s "5 $" `x` \\ 日本', "motion": {"pose": 10}}
+    return snippets.Request(
+        endpoint=endpoint.url, portrait=portrait.name, speech=speech.name, fields=fields
+    )
+
+
+def run(command: list[str], **options: object) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=JOB_SECONDS, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_curl_snippet_makes_a_video(endpoint, request_of_a_page, environment, tmp_path):
+    submit, _, status = snippets.curl(request_of_a_page).partition("\n\n")
+    options = {"cwd": tmp_path, "env": environment}
+    job_id = json.loads(run(["sh", "-c", f"{submit}\n"], **options))["id"]
+
+    endpoint.wait(job_id, JOB_SECONDS)
+
+    answer = json.loads(run(["sh", "-c", status.replace("JOB_ID", job_id)], **options))
+    assert answer["status"] == "COMPLETED"
+    assert answer["output"]["seed"] == SHORT["seed"]
+    assert answer["output"]["parameters"]["motion"] == {"pose": 10, "expression": 30}
+
+
+def test_the_python_snippet_makes_a_video(request_of_a_page, environment, tmp_path):
+    run([sys.executable, "-c", snippets.python(request_of_a_page)], cwd=tmp_path, env=environment)
+    assert (tmp_path / "avatar.mp4").read_bytes()[4:8] == b"ftyp"

@@ -1,0 +1,288 @@
+"""The training's parts: what they compute is what the worker and the libraries compute."""
+
+import operator
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from training import __main__ as command
+from training import architecture, audio_encoder, autoencoder, speech, transformer, world
+from training.convolution import see_motion, to_stored, to_trained
+from training.loop import Descent, train
+from training.muon import Muon
+from training.processes import made_ahead
+from training.scenes import EYES, WHOLE_FACE, Pool, Scene, num_frames
+from training.speech import SpeechCorpus, formant_speech
+from training.transformer import Windows, loss_of
+from worker.generation import sampling
+from worker.loading import loader
+from worker.loading.model_directory import require_whole
+from worker.shapes import WINDOW_LATENTS, FrameSize, VideoPlan
+
+SMALL = FrameSize(32, 32)  # pixels
+
+
+@pytest.fixture(autouse=True)
+def single_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_scene(num_latents: int, size: FrameSize = SMALL) -> Scene:
+    """A scene of numbers that all differ."""
+    height, width = size.latent
+    generator = torch.Generator().manual_seed(num_latents)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=generator)
+
+    return Scene(
+        latents=random(16, num_latents, height, width),
+        audio_embeds=random(num_frames(num_latents), *architecture.AUDIO_STATES),
+        reference_mean=random(16, 1, height, width),
+        reference_std=random(16, 1, height, width) / 10,
+        face_mask=random(1, 1, height, width),
+        prompt_embeds=random(2, 5 + num_latents % 3, architecture.TEXT_DIM),
+        pooled_prompt_embeds=random(2, architecture.POOLED_DIM),
+        pose=torch.tensor(25.0),
+        expression=torch.tensor(30.0),
+        weight=1 + random(height, width),
+        beside=(random(height, width) > 0.5).float(),
+    )
+
+
+def test_our_muon_steps_as_torchs_does():
+    torch.manual_seed(0)
+    shapes = [(8, 20), (20, 8), (8, 20), (16, 16)]
+    ours = [torch.nn.Parameter(torch.randn(*shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(value.detach().clone()) for value in ours]
+    optimizers = (
+        Muon(ours, lr=0.02),
+        torch.optim.Muon(theirs, lr=0.02, momentum=0.95, weight_decay=0.01),
+    )
+    for _ in range(3):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn_like(mine)
+            other.grad = mine.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(mine, other, atol=1e-2 * 0.02)
+
+
+@pytest.mark.parametrize("frames", [1, 5])
+def test_the_trained_convolutions_give_the_models_own_numbers(frames):
+    torch.manual_seed(1)
+    own = architecture.autoencoder().eval()
+    trained = architecture.autoencoder().eval()
+    trained.load_state_dict(own.state_dict())
+    to_trained(trained)
+    pixels = torch.randn(1, 3, frames, 32, 32)
+    with torch.no_grad():
+        wanted = own.decode(own.encode(pixels).latent_dist.mean).sample
+        assert torch.allclose(
+            trained.decode(trained.encode(pixels).latent_dist.mean).sample, wanted, atol=1e-4
+        )
+        back = to_stored(trained.state_dict(), architecture.autoencoder()).eval()
+        assert torch.equal(back.decode(back.encode(pixels).latent_dist.mean).sample, wanted)
+
+
+def test_a_model_of_stills_that_learns_to_see_motion_loses_no_still():
+    torch.manual_seed(2)
+    vae = architecture.autoencoder().eval()
+    to_trained(vae)
+    pixels = torch.randn(1, 3, 1, 32, 32)
+    with torch.no_grad():
+        before = vae.encode(pixels).latent_dist.mean
+        see_motion(vae)
+        assert torch.allclose(vae.encode(pixels).latent_dist.mean, before, atol=1e-4)
+        clip = vae.encode(pixels.expand(-1, -1, 9, -1, -1)).latent_dist.mean
+    assert torch.allclose(clip, before.expand_as(clip), atol=1e-4)
+
+
+def test_a_window_hears_what_the_worker_lets_it_hear():
+    scene = make_scene(50)
+    for start in (0, 3, 17):
+        window = scene.window(start, WINDOW_LATENTS)
+        assert torch.equal(window.latents, scene.latents[:, start : start + WINDOW_LATENTS])
+        heard = sampling.window_audio(scene.audio_embeds[None], start)
+        assert torch.equal(window.audio_embeds, heard[0])
+
+
+def test_a_window_over_both_ends_hears_what_the_worker_lets_it_hear():
+    plan = VideoPlan(375)
+    ring = plan.sampled_latents
+    scene = make_scene(ring)
+    audio = scene.audio_embeds.clone()
+    audio[plan.padded_audio_frames :] = 0
+    scene = replace(scene, audio_embeds=audio)
+    around = scene.around(ring - 20, 20, WINDOW_LATENTS - 20)
+
+    embeds = sampling.ring_audio(audio[None, : plan.padded_audio_frames], plan)
+    assert torch.equal(around.audio_embeds, sampling.window_audio(embeds, -20)[0])
+    latents = sampling.take(scene.latents[None], 2, -20, WINDOW_LATENTS)
+    assert torch.equal(around.latents, latents[0])
+
+
+def test_a_full_pool_forgets_its_oldest_scenes():
+    numbered = (
+        {name: value.numpy() for name, value in vars(make_scene(9)).items()}
+        | {"pose": np.array(number, np.float32)}
+        for number in range(100)
+    )
+    pool = Pool(numbered, 2, 3, np.random.default_rng(0), torch.device("cpu"))
+    pool.grow(20)
+    drawn = pool.draw(64, 5)
+    assert drawn.latents.shape == (64, 16, 5, *SMALL.latent)
+    assert drawn.pose.min() >= 14
+
+
+def test_a_square_near_the_face_is_the_same_part_of_all_pictures():
+    places = torch.arange(24.0 * 32).view(24, 32)
+    weight = torch.ones(24, 32)
+    weight[9:12, 20:26] = 6  # its middle: row 10.5, column 23
+    scene = replace(
+        make_scene(3, FrameSize(192, 256)),
+        latents=places.expand(16, 3, -1, -1),
+        face_mask=places[None, None],
+        weight=weight,
+    )
+    rng = np.random.default_rng(0)
+    squares = [scene.near_face(WHOLE_FACE, rng) for _ in range(50)]
+    for square in squares:
+        assert square.latents.shape == (16, 3, 16, 16)
+        assert square.reference_mean.shape == (16, 1, 16, 16)
+        assert (square.latents[0, 0] == square.face_mask[0, 0]).all()
+        assert square.weight.sum() == 256 + 5 * 18  # the whole face
+    rows, columns = zip(
+        *(divmod(int(each.latents[0, 0, 0, 0]), 32) for each in squares), strict=True
+    )
+    assert 0 <= min(rows) < 2 < max(rows) <= 4
+    assert 12 <= min(columns) < 15 < max(columns) <= 16
+    eyes = scene.near_face(EYES, rng)
+    assert eyes.latents.shape == (16, 3, 4, 14)
+    assert 8 <= int(eyes.latents[0, 0, 0, 0]) // 32 <= 10  # from the first row that counts
+
+
+@pytest.mark.parametrize("is_guided", [False, True])
+def test_the_loss_trains_every_part_that_a_job_uses(is_guided):
+    torch.manual_seed(3)
+    model = architecture.transformer()
+    scenes = Scene.stack([make_scene(count).window(0, 3) for count in (4, 5, 6, 7)])
+    loss, figures = loss_of(model, scenes, np.random.default_rng(0), is_guided=is_guided)
+    loss.backward()
+    assert np.isfinite(loss.item())
+    assert figures["apart"] > 0
+    moved = {
+        name
+        for name, value in model.named_parameters()
+        if value.grad is not None and value.grad.any()
+    }
+    parts = ("audio_proj.", "motion_exp", "motion_pose", "ref_embedder", "proj_out")
+    assert all(any(name.startswith(part) for name in moved) for part in parts)
+    assert any("audio_adapter.to_out" in name for name in moved)
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path):
+    def run(directory: Path, steps: int) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 4)
+        inputs = torch.randn(8, 4)
+
+        def loss(values: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            return (model(values) - values).square().mean(), {}
+
+        descent = Descent(model, loss)
+        train(model, lambda: descent(inputs), directory=directory, steps=steps, learning_rate=0.01)
+        return model.weight
+
+    run(tmp_path / "both", 20)
+    resumed = run(tmp_path / "both", 20)
+    assert torch.equal(resumed, run(tmp_path / "one", 20))
+    assert not torch.equal(resumed, run(tmp_path / "shorter", 10))
+
+
+def test_what_processes_make_comes_in_its_order():
+    with made_ahead(operator.neg, 2, first=3) as results:
+        assert [next(results) for _ in range(30)] == [-number for number in range(3, 33)]
+
+
+def test_the_processes_end_with_the_one_that_asked(tmp_path):
+    program = (
+        "import operator, sys, time\n"
+        "from training.processes import made_ahead\n"
+        "if __name__ == '__main__':\n"
+        "    with made_ahead(operator.neg, 2) as results:\n"
+        "        next(results)\n"
+        "        print('ready', flush=True)\n"
+        "        time.sleep(60)\n"
+    )
+    path = tmp_path / "program.py"
+    path.write_text(program)
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(
+        [sys.executable, str(path)],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        makers = psutil.Process(process.pid).children(recursive=True)
+        assert len(makers) >= 2
+        process.send_signal(signal.SIGKILL)
+    _, alive = psutil.wait_procs(makers, timeout=20)
+    assert not alive
+
+
+@pytest.mark.slow
+def test_the_training_makes_a_directory_that_the_worker_loads(tmp_path, monkeypatch):
+    """Everything at toy size, and babble in the place of espeak-ng's speech."""
+    monkeypatch.setattr(speech, "_espeak", lambda rng, split: formant_speech(rng, 32_000))
+    monkeypatch.setitem(speech.BANK_SECONDS, "train", 20.0)
+    corpus = SpeechCorpus("train", tmp_path)
+    assert len(corpus.clip(np.random.default_rng(0), 10)) == 6400
+
+    cpu = torch.device("cpu")
+    audio_encoder.train(tmp_path, 2, 1, cpu, 0).save_pretrained(tmp_path / "audio_encoder")
+    phases = (
+        autoencoder.Phase("stills", 2, 1, 32, 2, 1e-3, 0.3),
+        autoencoder.Phase("clips", 1, 5, 32, 1, 1e-3, 0.3),
+        autoencoder.Phase("whole", 1, 17, 64, 1, 1e-3, 0.3),
+    )
+    vae = autoencoder.train_autoencoder(tmp_path / "vae_run", 1, cpu, phases, people=2)
+    vae.save_pretrained(tmp_path / "vae")
+    denoiser = transformer.train_transformer(
+        tmp_path / "transformer_run",
+        tmp_path,
+        1,
+        cpu,
+        0,
+        (
+            transformer.Phase("short", (Windows(2, 4),), 2, 1e-3, 0.3, 1),
+            transformer.Phase(
+                "guided", (Windows(2, 3), Windows(1, 4)), 2, 1e-3, 0.3, 1, is_guided=True
+            ),
+        ),
+        (FrameSize(64, 64), FrameSize(64, 128)),
+        2,
+    )
+    denoiser.save_pretrained(tmp_path / "transformer")
+    command.write(tmp_path, tmp_path / "model")
+
+    require_whole(tmp_path / "model", hashes=True)
+    pipeline, _ = loader.load(tmp_path / "model", cpu, {"default": torch.float32})
+    face = world.draw_person(np.random.default_rng(0))
+    script = world.portrait(face, 64, 64)
+    latents = pipeline.vae.encode(script[None, :, None] * 2 - 1).latent_dist
+    assert latents.std.max() < 0.1

@@ -1,0 +1,93 @@
+"""The drawn world: what is told to move moves, and nothing else does."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.demo import talking
+from training import world
+from training.speech import MouthTrack
+
+SIZE = 128
+
+
+def still(num_frames: int) -> world.Motion:
+    """A motion in which nothing moves."""
+    return world.Motion(
+        *(np.repeat(getattr(world.REST, name), num_frames) for name in vars(world.REST))
+    )
+
+
+def drawn(face: world.Face, motion: world.Motion) -> np.ndarray:
+    """The frames as (F, H, W, 3) uint8."""
+    frames = world.render(face, motion, SIZE, SIZE)
+    return (frames * 255).byte().permute(0, 2, 3, 1).numpy()
+
+
+@pytest.fixture(scope="module", params=range(4))
+def face(request):
+    return world.draw_person(np.random.default_rng(request.param))
+
+
+def test_a_person_is_the_same_for_the_same_seed_and_another_for_another():
+    first, again, other = (world.draw_person(np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_the_portrait_is_the_face_at_rest(face):
+    frames = world.render(face, still(3), SIZE, SIZE)
+    assert torch.equal(frames[2], world.portrait(face, SIZE, SIZE))
+    assert frames.min() >= 0
+    assert frames.max() <= 1
+
+
+def test_the_mouth_opens_as_far_as_it_is_told_and_nothing_but_it_and_the_jaw_moves(face):
+    opening = np.linspace(0, 1, 6, dtype=np.float32)
+    frames = drawn(face, replace(still(6), opening=opening))
+    dark = talking.mouth_opening(frames, face)
+    assert dark[0] == 0
+    assert (np.diff(dark) > 0).all()
+    assert talking.likeness(frames, frames[0], face)[1:].min() > 26
+    assert talking.eye_opening(frames, face).min() > 0.99
+
+
+def test_closed_eyes_are_seen_at_the_eyes_alone(face):
+    frames = drawn(face, replace(still(2), eyes=np.array([1, 0], np.float32)))
+    assert talking.eye_opening(frames, face)[1] < 0.9
+    assert talking.mouth_opening(frames, face).max() == 0
+
+
+def test_a_larger_pose_sways_further():
+    face = world.draw_person(np.random.default_rng(0))
+    silent = MouthTrack(np.zeros(75, np.float32), np.zeros(75, np.float32))
+    sways = [
+        talking.sway(drawn(face, world.move(np.random.default_rng(5), silent, pose)), face)
+        for pose in (0, 25, 60)
+    ]
+    assert sways[0] < 0.01 < sways[1] < sways[2]
+
+
+def test_another_chance_moves_the_eyes_and_the_head_but_not_the_mouth():
+    mouth = MouthTrack(*np.random.default_rng(0).random((2, 200), np.float32))
+    one, other = (world.move(np.random.default_rng(seed), mouth) for seed in (1, 2))
+    assert (one.opening == other.opening).all()
+    assert (one.eyes != other.eyes).any()
+    assert (one.x != other.x).any()
+    assert one.eyes.min() == 0
+
+
+def test_half_of_the_pauses_are_blinked_at():
+    words = np.tile(np.repeat(np.array([1, 0], np.float32), 20), 5)  # 0.8 s each, and as much rest
+    mouth = MouthTrack(words, np.zeros_like(words))
+    starts = world.pauses(words)
+    assert starts == [20, 60, 100, 140, 180]
+
+    motions = [world.move(np.random.default_rng(seed), mouth) for seed in range(40)]
+
+    closed = np.stack([motion.eyes == 0 for motion in motions])
+    at_pauses = [closed[:, start : start + 8].any(axis=1).mean() for start in starts]
+    assert 0.4 < np.mean(at_pauses) < 0.65
+    others = [closed[:, start + 10 : start + 30].any(axis=1).mean() for start in starts[:-1]]
+    assert 0 < np.mean(others) < 0.3

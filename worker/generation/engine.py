@@ -1,0 +1,422 @@
+"""The model on its device: chooses the device, and what of the model lies there when.
+
+Jobs call `encode`, `denoise` and `frames` one after the other. Whatever torch raises inside them
+becomes an error of ours here.
+"""
+
+import contextlib
+import ctypes
+import logging
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from avatar_client.contract import errors
+from avatar_client.contract.presets import PRESETS, full_step_indices
+from avatar_client.contract.request import GenerationParams
+from worker import demo
+from worker.generation import sampling
+from worker.generation.pipeline import Conditioning, HunyuanVideoAvatarPipeline
+from worker.generation.prefetch import ahead
+from worker.loading import loader, model_directory
+from worker.loading.loader import LoadReport
+from worker.loading.offload import (
+    DECODER_SCRATCH_BYTES,
+    GIB,
+    USABLE_SHARE,
+    HostedNetwork,
+    MemoryPlan,
+    make_plan,
+)
+from worker.model import autoencoder
+from worker.model.attention import fastest_backend
+from worker.model.linear import float8_works
+from worker.multi_gpu.controller import Team
+from worker.multi_gpu.process_group import NUM_SIDES, USABLE, Sharing
+from worker.settings import Settings
+from worker.shapes import LONG_SIDE, SAMPLE_RATE_HZ, fit_size
+
+logger = logging.getLogger(__name__)
+
+OTHERS_SECONDS = 60  # beyond this GPU's own loading and as much again, for the other GPUs'
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
+TRIAL_SIDE = 64  # px
+TRIAL_TOLERANCE = 0.05  # bfloat16 and another order of sums; where tokens are mixed up it is over 1
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A loaded model."""
+
+    pipeline: HunyuanVideoAvatarPipeline
+    device: torch.device
+    load_seconds: float
+    load_report: LoadReport
+    plan: MemoryPlan | None = None  # None: on a CPU
+    has_float8: bool = False  # whether the linear layers can compute in 8 bits here
+    team: Team | None = None  # the processes of the other GPUs; None: there are none
+
+    @classmethod
+    def start(cls, settings: Settings) -> "Engine":
+        """Loads the model on each GPU that the settings allow, side by side.
+
+        Call it from a thread that lasts as long as the process: the other GPUs' end with it.
+
+        Raises:
+            OSError, RuntimeError, ValueError: as `load`, on any GPU; too few GPUs.
+        """
+        devices = _devices(settings)
+        if len(devices) == 1:
+            return cls.load(settings)
+        team = Team(settings, devices)
+        try:
+            engine = cls.load(settings, devices[0])
+            return engine.join(team, OTHERS_SECONDS + 2 * engine.load_seconds)
+        except BaseException:
+            team.close()
+            raise
+
+    def join(self, team: Team, patience_seconds: float) -> "Engine":
+        """This engine at the head of the other GPUs' processes, once they have loaded.
+
+        A small job, alone and together, shows that all of them compute the same.
+
+        Raises:
+            RuntimeError: one of them failed, was not ready in time, or computes something else.
+            WorkerError: one of them failed in the small job.
+        """
+        trial = self.pipeline.encode(
+            Image.new("RGB", (TRIAL_SIDE, TRIAL_SIDE)),
+            np.zeros(SAMPLE_RATE_HZ, np.float32),
+            prompt="",
+            face_box=(0, 0, TRIAL_SIDE, TRIAL_SIDE),
+            height=TRIAL_SIDE,
+            width=TRIAL_SIDE,
+        )
+        params = GenerationParams(num_inference_steps=1)
+        expected = self.denoise(trial, params, 0, go_on)
+        team.join(self.pipeline.transformer, patience_seconds)
+        engine = replace(self, team=team)
+        latents = engine.denoise(trial, params, 0, go_on)
+        off = ((latents - expected).norm() / expected.norm()).item()
+        if not off < TRIAL_TOLERANCE:
+            raise RuntimeError(f"the GPUs together compute other values than one: {off:.0%} off")
+        logger.info("%d GPUs work together", team.num_processes)
+        return engine
+
+    @classmethod
+    def load(cls, settings: Settings, device: torch.device | None = None) -> "Engine":
+        """Loads the model that the settings name and places it.
+
+        On a GPU it is warmed up too: else the first job would pay for what the GPU's libraries set
+        up at their first use, and find out that they do not work.
+
+        Raises:
+            OSError, RuntimeError, ValueError: weights are missing, damaged, or do not fit the
+                model, or the warm-up failed.
+        """
+        started = time.monotonic()
+        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if device.index is not None:
+            torch.cuda.set_device(device)  # for what asks for "cuda" alone
+        if settings.avatar_model == "demo":
+            model_dir = demo.MODEL_DIR
+            model_directory.require_whole(model_dir)
+        else:
+            found = model_directory.find(settings)
+            logger.info("%s", found)
+            model_dir = found.path
+        pipeline, report, plan = _load(model_dir, device, settings.memory_plan)
+        logger.info("weights: %s", report)
+        pipeline.set_progress_bar_config(disable=True)  # the reporter's values go to the client
+        load_seconds = time.monotonic() - started
+        logger.info("model %s ready on %s in %.1f s", settings.avatar_model, device, load_seconds)
+        has_float8 = device.type == "cuda" and float8_works(device)
+        engine = cls(pipeline, device, load_seconds, report, plan, has_float8)
+        if device.type == "cuda":
+            engine.warm_up()
+        return engine
+
+    def warm_up(self) -> None:
+        """Makes one frame of silence in one step, as a job would, at the smallest size.
+
+        Raises:
+            RuntimeError: it failed; says why.
+        """
+        started = time.monotonic()
+        params = GenerationParams(resolution=256, num_inference_steps=1)
+        portrait = Image.new("RGB", (params.resolution, params.resolution))
+        waveform = np.zeros(round(SAMPLE_RATE_HZ / params.fps), np.float32)
+        try:
+            conditioning = self.encode(portrait, waveform, params)
+            latents = self.denoise(conditioning, params, 0, go_on)
+            for _ in self.frames(conditioning, latents):
+                pass
+        except errors.WorkerError as error:
+            raise RuntimeError(f"the warm-up failed: {error.__cause__}") from error
+        logger.info("warmed up in %.1f s", time.monotonic() - started)
+
+    def require_room(self, portrait: Image.Image, resolution: int) -> None:
+        """Returns if a video of that portrait fits into the GPU's memory.
+
+        Raises:
+            InputTooLargeError: it does not; names the resolutions that do.
+        """
+        sizes = {each: fit_size(portrait.height, portrait.width, each) for each in LONG_SIDE}
+        if self.plan is None or self.plan.fits(sizes[resolution]):
+            return
+        fitting = [str(each) for each in sorted(sizes) if self.plan.fits(sizes[each])]
+        width, height = sizes[resolution].width, sizes[resolution].height
+        raise errors.InputTooLargeError(
+            f"{width} x {height} pixels do not fit into the memory of this worker's GPU; "
+            f"resolutions that do, for this portrait: {', '.join(fitting) or 'none'}",
+            field="resolution",
+        )
+
+    def encode(
+        self, portrait: Image.Image, waveform: np.ndarray, params: GenerationParams
+    ) -> Conditioning:
+        """What the denoiser is told about portrait, speech and prompt."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        with _failures_as_ours():
+            return self.pipeline.encode(
+                image=portrait,
+                audio=waveform,
+                prompt=params.prompt,
+                negative_prompt=params.negative_prompt,
+                face_box=params.face_box,
+                resolution=params.resolution,
+                fps=params.fps,
+                motion_pose=params.motion.pose,
+                motion_expression=params.motion.expression,
+            )
+
+    def denoise(
+        self,
+        conditioning: Conditioning,
+        params: GenerationParams,
+        seed: int,
+        on_step: Callable[[int, int], None],
+        sharing: Sharing | None = None,
+    ) -> torch.Tensor:
+        """Latents of the video; `on_step(step, num_steps)` may raise to stop between two steps.
+
+        With `sharing` this process follows the one that began the job; else it begins it.
+        """
+        generator = torch.Generator(self.device).manual_seed(seed)
+        preset = PRESETS[params.preset]
+        with _failures_as_ours(), contextlib.ExitStack() as stack:
+            if self.team is not None:
+                num_sides = _num_sides(params)
+                sharing = stack.enter_context(self.team.job(conditioning, params, seed, num_sides))
+            return self.pipeline.denoise(
+                conditioning,
+                num_inference_steps=params.num_inference_steps,
+                guidance_scale=params.guidance_scale,
+                flow_shift=params.flow_shift,
+                generator=generator,
+                full_steps=full_step_indices(params.num_inference_steps, preset.schedule),
+                float8=preset.float8 and self.has_float8,
+                on_step=on_step,
+                sharing=sharing,
+            )
+
+    def frames(self, conditioning: Conditioning, latents: torch.Tensor) -> Generator[np.ndarray]:
+        """The video in chunks of (frames, height, width, 3) uint8, cut and not rounded.
+
+        A GPU decodes the next chunk while the last one is used: close what is not used up.
+        """
+        scratch_bytes = autoencoder.SCRATCH_BYTES
+        if self.plan is not None and not self.plan.all_resident:
+            scratch_bytes = DECODER_SCRATCH_BYTES
+        decoded = self.pipeline.decode_frames(latents, conditioning.num_frames, scratch_bytes)
+        chunks = map(to_uint8, decoded)  # keeps no chunk, as a loop would
+        with _failures_as_ours(), contextlib.closing(decoded):
+            yield from ahead(chunks) if self.device.type == "cuda" else chunks
+
+    def num_gpus(self, params: GenerationParams) -> int:
+        """How many GPUs (on a CPU: processes) generate such a video."""
+        return self.team.num_workers(_num_sides(params)) if self.team is not None else 1
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes of this model: one, or one for each GPU that works on a job."""
+        return self.team.num_processes if self.team is not None else 1
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether another rank is lost: the worker must end, and be started anew."""
+        return self.team is not None and self.team.is_lost
+
+    @property
+    def stuck_error(self) -> errors.WorkerError | None:
+        """The error of a job whose thread waits in vain for a lost rank; None: it does not."""
+        return self.team.hopeless if self.team is not None else None
+
+    def close(self) -> None:
+        """Ends the other ranks' processes, if there are any."""
+        if self.team is not None:
+            self.team.close()
+
+    @property
+    def gpu_name(self) -> str | None:
+        """The GPU as its driver names it; None on a CPU."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
+
+    @property
+    def peak_memory_gib(self) -> float | None:
+        """Most GPU memory that this job held at once; None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        return round(torch.cuda.max_memory_allocated(self.device) / GIB, 2)
+
+
+def check_gpu() -> None:
+    """Raises unless a GPU is there and computes.
+
+    Raises:
+        RuntimeError: no GPU, or a wrong sum.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError("no CUDA device is visible")
+    total = torch.ones(1024, device="cuda").sum().item()
+    if total != 1024:
+        raise RuntimeError("the GPU computed a wrong sum")
+
+
+def _devices(settings: Settings) -> list[torch.device]:
+    """One for each process that the settings allow.
+
+    Raises:
+        RuntimeError: there are fewer GPUs than the settings ask for.
+    """
+    num_visible = torch.cuda.device_count()
+    if num_visible == 0:
+        return [torch.device("cpu")] * _usable(settings.num_gpus or 1)
+    if settings.num_gpus > num_visible:
+        raise RuntimeError(f"NUM_GPUS is {settings.num_gpus}, and {num_visible} are visible")
+    usable = _usable(settings.num_gpus or num_visible)
+    if usable < num_visible:
+        logger.warning("%d of %d GPUs are used", usable, num_visible)
+    return [torch.device("cuda", index) for index in range(usable)]
+
+
+def _usable(number: int) -> int:
+    """How many processes of at most so many can share the work."""
+    return max(usable for usable in USABLE if usable <= number)
+
+
+def go_on(step: int, num_steps: int) -> None:
+    """After a step of a job that nothing here stops."""
+
+
+def _num_sides(params: GenerationParams) -> int:
+    """Sides of the guidance that such a video has."""
+    return NUM_SIDES if sampling.is_guided(params.guidance_scale) else 1
+
+
+def _dtypes(device: torch.device) -> dict[str, torch.dtype]:
+    if device.type == "cpu":
+        return {"default": torch.float32}
+    # as the reference runs: the denoiser in bfloat16, the ear in float32, the rest in float16
+    return {
+        "transformer": torch.bfloat16,
+        "audio_encoder": torch.float32,
+        "default": torch.float16,
+    }
+
+
+def _load(
+    model_dir: Path, device: torch.device, memory_gib: float | None
+) -> tuple[HunyuanVideoAvatarPipeline, LoadReport, MemoryPlan | None]:
+    """The model where the plan for the GPU's memory wants it; on a CPU there is no plan."""
+    dtypes = _dtypes(device)
+    if device.type == "cpu":
+        _keep_freed_memory()
+        return *loader.load(model_dir, device, dtypes), None
+    plan = plan_memory(model_dir, device, memory_gib)
+    logger.info("memory plan: %s", plan)
+    if plan.all_resident:
+        pipeline, report = loader.load(model_dir, device, dtypes)
+    else:
+        placement: dict[str, loader.Place] = {"default": "host", "audio_encoder": "device"}
+        pipeline, report = loader.load(model_dir, device, dtypes, placement)
+        pipeline.hosted = _hosted(pipeline, device, plan)
+    pipeline.transformer.set_attention_backend(fastest_backend(device))
+    return pipeline, report, plan
+
+
+def _keep_freed_memory() -> None:
+    """Has glibc keep what tensors leave, where it is the C library.
+
+    Else each large tensor is new pages, which the kernel clears first: that was a third of the
+    decoding.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def plan_memory(model_dir: Path, device: torch.device, memory_gib: float | None) -> MemoryPlan:
+    """The plan for what is free of this GPU's memory, or for so much of it.
+
+    Raises:
+        OSError, ValueError: a file of weights cannot be read; not even the smallest video fits.
+    """
+    return make_plan(_budget(device, memory_gib), loader.network_sizes(model_dir, _dtypes(device)))
+
+
+def _hosted(
+    pipeline: HunyuanVideoAvatarPipeline, device: torch.device, plan: MemoryPlan
+) -> dict[str, HostedNetwork]:
+    """The networks that the plan keeps on the host: the large ones come block by block."""
+    resident = {
+        "text_encoder": 0,
+        "text_encoder_2": None,
+        "vae": None,
+        "transformer": plan.resident_blocks,
+    }
+    return {
+        name: HostedNetwork(network, list(loader.blocks(network).values()), device, count)
+        for name, count in resident.items()
+        for network in [getattr(pipeline, name)]
+    }
+
+
+def _budget(device: torch.device, memory_gib: float | None) -> int:
+    """Bytes of GPU memory for weights and everything else; keeps the process to what was set."""
+    free, total = torch.cuda.mem_get_info(device)
+    if memory_gib is not None:
+        free = min(free, int(memory_gib * GIB))
+        torch.cuda.set_per_process_memory_fraction(free / total, device)
+    return int(free * USABLE_SHARE)
+
+
+def to_uint8(frames: torch.Tensor) -> np.ndarray:
+    """(F, 3, H, W) float32 in [0, 1] to (F, H, W, 3) uint8 on the CPU; takes the frames."""
+    pixels = frames.mul_(255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+@contextlib.contextmanager
+def _failures_as_ours() -> Iterator[None]:
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        raise errors.OutOfMemoryError(
+            "the GPU's memory is too small for this resolution"
+        ) from error
+    except RuntimeError as error:  # torch has no narrower class on all of 2.11 to 2.13
+        if "CUDA" in str(error):
+            raise errors.GpuFaultError("the GPU failed") from error
+        raise errors.GenerationError("the model failed") from error
+    except ValueError as error:
+        raise errors.GenerationError("the model refused the input") from error

@@ -1,0 +1,217 @@
+"""Where the model's directory is, and whether it is whole. Needs no torch."""
+
+import json
+import logging
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from worker.loading import manifest
+from worker.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+BAKED_DIR = Path("models/hunyuan-video-avatar")
+VOLUME_DIR = Path("runpod-volume/hunyuan-video-avatar")
+CACHE_DIR = Path("runpod-volume/huggingface-cache/hub")  # RunPod's cached models
+
+
+@dataclass(frozen=True)
+class Found:
+    """The model directory that the worker loads, and why it is this one."""
+
+    path: Path
+    place: str
+    passed_over: tuple[str, ...]  # what was looked at before, each with the reason
+
+    def __str__(self) -> str:
+        before = f"; passed over: {'; '.join(self.passed_over)}" if self.passed_over else ""
+        return f"model directory {self.path} ({self.place}){before}"
+
+
+class _NoModelError(Exception):
+    """There is no model at a place; says why."""
+
+
+def find(settings: Settings, root: Path = Path("/")) -> Found:
+    """The first place that holds a model.
+
+    A place without a model is passed over. A damaged model is not: whoever put it there means it
+    to be used.
+
+    Args:
+        root: the top of the file system in which the image and the volume lie.
+
+    Raises:
+        FileNotFoundError: no place holds a model; says why for each.
+        RuntimeError: the model is damaged, by file, or its download failed.
+    """
+    passed_over: list[str] = []
+    for place, look in (
+        ("MODEL_DIR", _given),
+        ("the image", _baked),
+        ("RunPod's model cache", _cached),
+        ("the network volume", _on_volume),
+        ("a download", _downloaded),
+    ):
+        try:
+            path = look(settings, root)
+            if not (path / "model_index.json").is_file():
+                missing = "model_index.json is missing" if path.is_dir() else "no such directory"
+                raise _NoModelError(f"{path}: {missing}")
+        except _NoModelError as reason:
+            passed_over.append(f"{place}: {reason}")
+            continue
+        require_whole(path)
+        return Found(path, place, tuple(passed_over))
+    raise FileNotFoundError(f"no model was found. {'; '.join(passed_over)}")
+
+
+def require_whole(model_dir: Path, *, hashes: bool = False) -> None:
+    """Passes if every file of the model is there at its full length, and no other weights.
+
+    Args:
+        hashes: reads every file through and compares it with the manifest too.
+
+    Raises:
+        RuntimeError: something is missing, cut or foreign; names every such file.
+    """
+    try:
+        content = manifest.read(model_dir)
+    except ValueError as error:
+        raise RuntimeError(str(error)) from None
+    if content is not None:
+        faults = manifest.faults(model_dir, content["files"], hashes=hashes)
+    elif hashes or (model_dir / manifest.JOURNAL).is_file():
+        faults = [f"{manifest.NAME} is missing"]
+    else:
+        faults = _faults_without_manifest(model_dir)
+    if faults:
+        raise RuntimeError(f"the model in {model_dir} is damaged: {'; '.join(faults)}")
+
+
+def _given(settings: Settings, root: Path) -> Path:
+    if not settings.model_dir:
+        raise _NoModelError("is not set")
+    return Path(settings.model_dir)
+
+
+def _baked(settings: Settings, root: Path) -> Path:
+    return root / BAKED_DIR
+
+
+def _cached(settings: Settings, root: Path) -> Path:
+    if settings.model_repository is None:
+        raise _NoModelError("MODEL_REPOSITORY is not set")
+    repository = root / CACHE_DIR / f"models--{settings.model_repository.replace('/', '--')}"
+    main = repository / "refs" / "main"
+    if main.is_file():
+        return repository / "snapshots" / main.read_text().strip()
+    snapshots = sorted((repository / "snapshots").glob("*"), key=lambda path: path.stat().st_mtime)
+    if not snapshots:
+        raise _NoModelError(f"{repository} has no snapshot")
+    return snapshots[-1]
+
+
+def _on_volume(settings: Settings, root: Path) -> Path:
+    return root / VOLUME_DIR
+
+
+def _downloaded(settings: Settings, root: Path) -> Path:
+    """The model, fetched to the network volume, or into the container where there is none."""
+    if not settings.allow_model_download:
+        raise _NoModelError("ALLOW_MODEL_DOWNLOAD is not set")
+    if settings.model_repository is None:
+        raise _NoModelError("MODEL_REPOSITORY is not set")
+    volume = root / VOLUME_DIR
+    target = volume if volume.parent.is_dir() else root / BAKED_DIR
+    part = target.with_name(f"{target.name}.part")  # or a half would be taken for damaged
+    logger.info("downloading %s to %s", settings.model_repository, target)
+    try:
+        _fetch(settings.model_repository, part)
+    except Exception as error:  # the library's, and those of the HTTP library below it
+        raise RuntimeError(f"{settings.model_repository} was not downloaded: {error}") from error
+    require_whole(part, hashes=True)
+    part.rename(target)
+    return target
+
+
+def _fetch(repository: str, directory: Path) -> None:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    offline = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = False  # the image says True; this download alone was allowed
+    try:
+        snapshot_download(repository, local_dir=directory)
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+
+
+def _faults_without_manifest(model_dir: Path) -> list[str]:
+    """What the index files and the weights say of themselves."""
+    faults = []
+    parts = _read_json(model_dir / "model_index.json")
+    for index in sorted(model_dir.glob("*/*.safetensors.index.json")):
+        names = sorted(set(_read_json(index)["weight_map"].values()))
+        missing = [name for name in names if not (index.parent / name).is_file()]
+        faults += [f"{index.parent.name}/{name} is missing" for name in missing]
+    for part in ("transformer", "vae", "text_encoder", "text_encoder_2", "audio_encoder"):
+        if part in parts and not any((model_dir / part).glob("*.safetensors")):
+            faults.append(f"the weights of {part} are missing")
+    for path in sorted(model_dir.glob("*/*.safetensors")):
+        if not _has_full_length(path):
+            faults.append(f"{path.parent.name}/{path.name} is cut short or too long")
+    return faults
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        raise RuntimeError(f"{path} is damaged: it holds no JSON") from None
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of each tensor, and where in the file the first one begins.
+
+    Raises:
+        ValueError: the file ends before its header does, or the header is none; names the file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if 8 + length > size:
+            raise ValueError(f"{path} is cut short")
+        content = file.read(length)
+    try:
+        header = json.loads(content)
+    except ValueError:
+        header = None
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: the header is damaged")
+    header.pop("__metadata__", None)
+    for key, entry in header.items():
+        if not _describes_a_tensor(entry):
+            raise ValueError(f"{path}: the header is damaged at {key}")
+    return header, 8 + length
+
+
+def _describes_a_tensor(entry: Any) -> bool:
+    match entry:
+        case {"dtype": str(), "shape": [*sizes], "data_offsets": [int(), int()]}:
+            return all(isinstance(size, int) for size in sizes)
+    return False
+
+
+def _has_full_length(path: Path) -> bool:
+    """Whether the file ends where its header says that its last tensor does."""
+    try:
+        header, start = read_header(path)
+    except ValueError:
+        return False
+    ends = (entry["data_offsets"][1] for entry in header.values())
+    return bool(path.stat().st_size == start + max(ends, default=0))
