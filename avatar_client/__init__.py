@@ -13,7 +13,7 @@ shell. Needs httpx, pydantic and tqdm; boto3 only for files that go through a bu
 import hmac
 
 from avatar_client.endpoint import AsyncAvatarEndpoint, AsyncAvatarJob, AvatarEndpoint, AvatarJob
-from avatar_client.errors import (
+from avatar_client.endpoint_errors import (
     AuthenticationError,
     DownloadError,
     EndpointError,
@@ -25,8 +25,8 @@ from avatar_client.errors import (
     RequestRefusedError,
     WaitTimeoutError,
 )
-from avatar_client.progress_bar import progress_bar
 from avatar_client.responses import JobError, JobStatus, Progress
+from avatar_client.terminal import progress_bar
 
 __all__ = [
     "AsyncAvatarEndpoint",

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from avatar_client.contract import request
-from avatar_client.contract.errors import InputUrlBlockedError, InvalidInputError, WorkerError
+from avatar_client.contract.job_errors import InputUrlBlockedError, InvalidInputError, WorkerError
 from avatar_client.endpoint import EXECUTION_TIMEOUT_SECONDS, AvatarEndpoint, AvatarJob
+from avatar_client.endpoint_errors import EndpointError
 from avatar_client.environment import ClientSettings
-from avatar_client.errors import EndpointError
-from avatar_client.progress_bar import progress_bar
 from avatar_client.responses import JobStatus, checked_id, plain
+from avatar_client.terminal import progress_bar
 from worker.settings import Settings
 
 DONE, FAILED, BAD_ARGUMENTS, INTERRUPTED = 0, 1, 2, 130

@@ -17,12 +17,12 @@ from pydantic import SecretStr
 
 from avatar_client import protocol
 from avatar_client.contract.bucket import BucketSettings
-from avatar_client.errors import DownloadError, JobNotFoundError
+from avatar_client.download import Video, VideoDownload
+from avatar_client.endpoint_errors import DownloadError, JobNotFoundError
 from avatar_client.protocol import Call, Outcome, Pace, Pause
 from avatar_client.request_body import Media, build_request
 from avatar_client.responses import JobStatus, checked_id
 from avatar_client.version import __version__
-from avatar_client.video import Video, VideoFile
 
 EXECUTION_TIMEOUT_SECONDS = 3600.0  # the platform's own default of 10 minutes ends most jobs
 USER_AGENT = f"avatar-worker-client/{__version__}"
@@ -216,7 +216,7 @@ class AvatarEndpoint(_Endpoint):
             return error
 
     def _fetch(self, video: Video, path: Path) -> None:
-        with VideoFile(path, video) as file:
+        with VideoDownload(path, video) as file:
             if video.content:
                 file.write(video.content)
             for pause_seconds in file.attempts(self.poll_seconds):
@@ -380,7 +380,7 @@ class AsyncAvatarEndpoint(_Endpoint):
             return error
 
     async def _fetch(self, video: Video, path: Path) -> None:
-        with VideoFile(path, video) as file:
+        with VideoDownload(path, video) as file:
             if video.content:
                 file.write(video.content)
             for pause_seconds in file.attempts(self.poll_seconds):

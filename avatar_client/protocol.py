@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 
 from avatar_client import request_body
-from avatar_client.errors import (
+from avatar_client.endpoint_errors import (
     AuthenticationError,
     EndpointError,
     EndpointUnavailableError,

@@ -16,8 +16,8 @@ from pydantic import HttpUrl, TypeAdapter, ValidationError
 
 from avatar_client.contract import request
 from avatar_client.contract.bucket import BucketSettings
-from avatar_client.contract.errors import InvalidInputError
-from avatar_client.errors import EndpointError
+from avatar_client.contract.job_errors import InvalidInputError
+from avatar_client.endpoint_errors import EndpointError
 
 MAX_BODY_BYTES = 9_990_000  # 10 MB on /run (RunPod's limit), less room for addresses of uploads
 MIN_EXECUTION_SECONDS, MAX_EXECUTION_SECONDS = 5.0, 604_800.0  # RunPod's limits

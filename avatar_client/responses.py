@@ -12,7 +12,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
-from avatar_client.contract.errors import WorkerError
+from avatar_client.contract.job_errors import WorkerError
 from avatar_client.contract.redaction import redact
 from avatar_client.contract.request import JobInput
 

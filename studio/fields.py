@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from avatar_client.contract import request
-from avatar_client.contract.errors import InvalidInputError
+from avatar_client.contract.job_errors import InvalidInputError
 from worker.shapes import FRAME_RATES
 
 Kind = Literal["choice", "slider", "number", "text", "box"]

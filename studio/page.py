@@ -16,7 +16,7 @@ from pydantic import SecretStr
 
 from avatar_client import AuthenticationError, EndpointError
 from avatar_client.contract.bucket import BucketSettings
-from avatar_client.contract.errors import InvalidInputError, WorkerError
+from avatar_client.contract.job_errors import InvalidInputError, WorkerError
 from studio import snippets, views
 from studio.connection import Connection
 from studio.fields import Control, controls, page_values, request_fields

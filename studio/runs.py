@@ -16,7 +16,7 @@ from avatar_client import (
     JobStatus,
     Progress,
 )
-from avatar_client.contract.errors import InvalidInputError
+from avatar_client.contract.job_errors import InvalidInputError
 from avatar_client.request_body import MAX_BODY_BYTES
 from studio.connection import Connection
 from studio.history import History, Record

@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-from avatar_client.contract.errors import WorkerError
+from avatar_client.contract.job_errors import WorkerError
 from studio.fields import controls
 from studio.history import Record
 from studio.runs import State

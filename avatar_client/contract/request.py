@@ -27,7 +27,7 @@ from pydantic import (
 )
 
 from avatar_client.contract.bucket import SEVEN_DAYS_SECONDS, BucketSettings
-from avatar_client.contract.errors import InputUrlBlockedError, InvalidInputError
+from avatar_client.contract.job_errors import InputUrlBlockedError, InvalidInputError
 from avatar_client.contract.presets import PRESETS, full_step_indices
 
 MAX_SEED = 2**53 - 1  # the largest whole number that every JSON reader keeps exact

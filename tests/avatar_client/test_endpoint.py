@@ -32,7 +32,7 @@ from avatar_client import (
     webhook_token_matches,
 )
 from avatar_client.contract.bucket import BucketSettings
-from avatar_client.contract.errors import InputUrlBlockedError, InvalidInputError
+from avatar_client.contract.job_errors import InputUrlBlockedError, InvalidInputError
 from avatar_client.responses import JobError
 from tests.avatar_client.client_kinds import KEY, KINDS, clients
 from tests.support.scripted_server import CLOSED, Answer, ScriptedServer

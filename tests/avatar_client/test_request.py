@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from avatar_client.contract import request
-from avatar_client.contract.errors import InputUrlBlockedError, InvalidInputError, WorkerError
+from avatar_client.contract.job_errors import InputUrlBlockedError, InvalidInputError, WorkerError
 from worker.service import job_request
 
 IMAGE = base64.b64encode(b"an image").decode()

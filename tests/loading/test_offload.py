@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from avatar_client.contract.errors import InputTooLargeError
+from avatar_client.contract.job_errors import InputTooLargeError
 from worker.generation.engine import Engine, _hosted
 from worker.loading import loader
 from worker.loading.offload import (

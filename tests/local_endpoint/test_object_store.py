@@ -34,7 +34,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from avatar_client.contract.bucket import BucketSettings
-from avatar_client.contract.errors import UploadError
+from avatar_client.contract.job_errors import UploadError
 from local_endpoint import object_store
 from local_endpoint.object_store import ObjectStore
 from worker.media import storage

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from runpod.serverless.utils import rp_ssrf
 
-from avatar_client.contract.errors import (
+from avatar_client.contract.job_errors import (
     InputDownloadError,
     InputTooLargeError,
     InputUrlBlockedError,

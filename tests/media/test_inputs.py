@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from avatar_client.contract.errors import (
+from avatar_client.contract.job_errors import (
     InputDownloadError,
     InputTooLargeError,
     InputUrlBlockedError,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from moto.server import ThreadedMotoServer
 
 from avatar_client.contract.bucket import BucketSettings
-from avatar_client.contract.errors import (
+from avatar_client.contract.job_errors import (
     InputUrlBlockedError,
     InvalidInputError,
     StorageNotConfiguredError,

@@ -8,7 +8,7 @@ import pytest
 from av.video.reformatter import Interpolation
 from PIL import Image
 
-from avatar_client.contract.errors import EncodeError, ResultTooLargeError
+from avatar_client.contract.job_errors import EncodeError, ResultTooLargeError
 from avatar_client.contract.request import MediaSource
 from worker.media.inputs import AudioSegment, load_speech
 from worker.media.video import check_encoders, write_thumbnail, write_video

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from avatar_client.contract import errors
+from avatar_client.contract import job_errors
 from tests.multi_gpu.jobs import NUM_STEPS, SIDE, TWO, conditioning, go_on, params
 from worker.generation.engine import Engine, _devices
 from worker.settings import Settings
@@ -59,10 +59,10 @@ def test_jobs_of_different_sizes_follow_each_other(engine):
 def test_a_job_that_is_stopped_after_a_step_leaves_the_next_one_whole(engine, last_step):
     def stop(step: int, num_steps: int) -> None:
         if step == last_step:
-            raise errors.DeadlineExceededError("over")
+            raise job_errors.DeadlineExceededError("over")
 
     job = (conditioning(engine), params(), 7)
-    with pytest.raises(errors.DeadlineExceededError):
+    with pytest.raises(job_errors.DeadlineExceededError):
         engine.denoise(*job, stop)
     assert_as_alone(engine, *job)
 

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from avatar_client.contract import errors
+from avatar_client.contract import job_errors
 from tests.multi_gpu.jobs import TWO, conditioning, follower_of, go_on, params
 from worker.generation.engine import Engine
 from worker.multi_gpu import controller
@@ -43,19 +43,19 @@ def test_a_process_that_is_killed_fails_the_job_at_once_and_for_a_retry(start):
             lost_at.append(time.monotonic())
 
     job = (conditioning(engine), params(), 7)
-    with pytest.raises(errors.GpuFaultError) as caught:
+    with pytest.raises(job_errors.GpuFaultError) as caught:
         engine.denoise(*job, kill)
     assert time.monotonic() - lost_at[0] < 5.0
     assert caught.value.retryable
     assert caught.value.refresh_worker
     assert engine.team.is_lost
-    with pytest.raises(errors.GpuFaultError):  # nor is another job begun
+    with pytest.raises(job_errors.GpuFaultError):  # nor is another job begun
         engine.denoise(*job, go_on)
 
 
 def test_memory_that_is_too_small_on_another_gpu_is_told_as_that(start, caplog):
     engine = start("memory")
-    with pytest.raises(errors.OutOfMemoryError):
+    with pytest.raises(job_errors.OutOfMemoryError):
         engine.denoise(conditioning(engine), params(), 7, go_on)
     assert engine.team.is_lost
     assert "GPU 1: OutOfMemoryError: CUDA out of memory" in caplog.text
@@ -72,7 +72,7 @@ def test_a_failure_of_the_first_process_is_told_as_its_own_and_ends_the_team(sta
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     hook = engine.pipeline.transformer.register_forward_pre_hook(fail)
-    with pytest.raises(errors.OutOfMemoryError):
+    with pytest.raises(job_errors.OutOfMemoryError):
         engine.denoise(conditioning(engine), params(), 7, go_on)
     hook.remove()
     assert engine.team.is_lost
@@ -89,7 +89,7 @@ def test_a_process_that_is_stopped_is_lost(start):
         if step == 2:
             follower_of(engine).suspend()
 
-    with pytest.raises(errors.GpuFaultError):
+    with pytest.raises(job_errors.GpuFaultError):
         engine.denoise(conditioning(engine), params(), 7, stop)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from avatar_client import Progress
-from avatar_client.contract.errors import InvalidInputError
+from avatar_client.contract.job_errors import InvalidInputError
 from avatar_client.contract.request import GenerationParams
 from studio import views
 from studio.fields import controls, page_values, request_fields

@@ -13,7 +13,7 @@ import pytest
 from pydantic import SecretStr
 
 from avatar_client import AuthenticationError, EndpointUnavailableError
-from avatar_client.contract.errors import InvalidInputError
+from avatar_client.contract.job_errors import InvalidInputError
 from studio import snippets
 from studio.connection import Connection
 from studio.history import History

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from avatar_client.contract import errors
+from avatar_client.contract import job_errors
 from avatar_client.contract.presets import PRESETS, full_step_indices
 from avatar_client.contract.request import GenerationParams
 from worker import demo
@@ -157,7 +157,7 @@ class Engine:
             latents = self.denoise(conditioning, params, 0, go_on)
             for _ in self.frames(conditioning, latents):
                 pass
-        except errors.WorkerError as error:
+        except job_errors.WorkerError as error:
             raise RuntimeError(f"the warm-up failed: {error.__cause__}") from error
         logger.info("warmed up in %.1f s", time.monotonic() - started)
 
@@ -172,7 +172,7 @@ class Engine:
             return
         fitting = [str(each) for each in sorted(sizes) if self.plan.fits(sizes[each])]
         width, height = sizes[resolution].width, sizes[resolution].height
-        raise errors.InputTooLargeError(
+        raise job_errors.InputTooLargeError(
             f"{width} x {height} pixels do not fit into the memory of this worker's GPU; "
             f"resolutions that do, for this portrait: {', '.join(fitting) or 'none'}",
             field="resolution",
@@ -255,7 +255,7 @@ class Engine:
         return self.team is not None and self.team.is_lost
 
     @property
-    def stuck_error(self) -> errors.WorkerError | None:
+    def stuck_error(self) -> job_errors.WorkerError | None:
         """The error of a job whose thread waits in vain for a lost rank; None: it does not."""
         return self.team.hopeless if self.team is not None else None
 
@@ -411,12 +411,12 @@ def _failures_as_ours() -> Iterator[None]:
         yield
     except torch.cuda.OutOfMemoryError as error:
         torch.cuda.empty_cache()
-        raise errors.OutOfMemoryError(
+        raise job_errors.OutOfMemoryError(
             "the GPU's memory is too small for this resolution"
         ) from error
     except RuntimeError as error:  # torch has no narrower class on all of 2.11 to 2.13
         if "CUDA" in str(error):
-            raise errors.GpuFaultError("the GPU failed") from error
-        raise errors.GenerationError("the model failed") from error
+            raise job_errors.GpuFaultError("the GPU failed") from error
+        raise job_errors.GenerationError("the model failed") from error
     except ValueError as error:
-        raise errors.GenerationError("the model refused the input") from error
+        raise job_errors.GenerationError("the model refused the input") from error

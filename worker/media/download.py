@@ -19,7 +19,7 @@ import certifi
 from urllib3.exceptions import LocationParseError
 from urllib3.util import Url, parse_url
 
-from avatar_client.contract.errors import (
+from avatar_client.contract.job_errors import (
     InputDownloadError,
     InputTooLargeError,
     InputUrlBlockedError,

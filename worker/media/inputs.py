@@ -23,7 +23,7 @@ from av.container import InputContainer
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps
 
-from avatar_client.contract.errors import (
+from avatar_client.contract.job_errors import (
     InputTooLargeError,
     InvalidInputError,
     UnsupportedMediaError,

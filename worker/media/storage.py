@@ -21,7 +21,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from avatar_client.contract.bucket import BucketSettings
-from avatar_client.contract.errors import (
+from avatar_client.contract.job_errors import (
     InvalidInputError,
     StorageNotConfiguredError,
     UploadError,

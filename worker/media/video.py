@@ -20,7 +20,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from PIL import Image
 
-from avatar_client.contract.errors import EncodeError, ResultTooLargeError
+from avatar_client.contract.job_errors import EncodeError, ResultTooLargeError
 
 if TYPE_CHECKING:
     from pydub import AudioSegment

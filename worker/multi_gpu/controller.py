@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from avatar_client.contract.errors import GpuFaultError, OutOfMemoryError, WorkerError
+from avatar_client.contract.job_errors import GpuFaultError, OutOfMemoryError, WorkerError
 from avatar_client.contract.request import GenerationParams
 from worker import logs
 from worker.multi_gpu.process_group import Group, GroupSharing, Sharing, outline

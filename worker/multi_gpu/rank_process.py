@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from avatar_client.contract.errors import OutOfMemoryError
+from avatar_client.contract.job_errors import OutOfMemoryError
 from worker import logs
 from worker.generation.engine import Engine, go_on
 from worker.multi_gpu.controller import BEAT_SECONDS, Failure, Job, Start, Word

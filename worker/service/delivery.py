@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from avatar_client.contract.errors import ResultTooLargeError, StorageNotConfiguredError
+from avatar_client.contract.job_errors import ResultTooLargeError, StorageNotConfiguredError
 from worker.media.storage import Storage, thumbnail_key
 from worker.media.video import VideoFile
 from worker.service.job_request import JobRequest

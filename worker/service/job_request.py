@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from avatar_client.contract.bucket import BucketSettings
-from avatar_client.contract.errors import InvalidInputError
+from avatar_client.contract.job_errors import InvalidInputError
 from avatar_client.contract.request import GenerationParams, JobInput, S3Config, validated
 
 # 10 MB on /run and 20 MB on /runsync, less room for the rest of the reply (RunPod's limits).

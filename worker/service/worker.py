@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from avatar_client.contract.errors import (
+from avatar_client.contract.job_errors import (
     DeadlineExceededError,
     InternalError,
     InvalidInputError,

@@ -17,7 +17,7 @@ from typing import Any, Self
 import httpx
 
 from avatar_client.contract.redaction import redact
-from avatar_client.errors import DownloadError
+from avatar_client.endpoint_errors import DownloadError
 
 ATTEMPTS = 5
 
@@ -62,7 +62,7 @@ def _is_web_address(url: str) -> bool:
         return False
 
 
-class VideoFile:
+class VideoDownload:
     """A file that grows under a temporary name, and takes its own once it is the video.
 
     Leaving the context checks size and sha256; after any failure nothing is left.

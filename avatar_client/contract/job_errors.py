@@ -1,4 +1,4 @@
-"""Every failure a client can see: one tree, each class with its code.
+"""Every way in which a job can fail: one tree, each class with its code.
 
 A library's exception becomes one of these at the call that raises it. The message is written for
 the client: it names the field and the limit, and never a path, a host, a credential or a query.

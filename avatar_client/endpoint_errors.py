@@ -1,7 +1,7 @@
 """Every failure that a caller of an endpoint can meet, beside those of the request itself.
 
 What is wrong with a request is said by `InvalidInputError` and its siblings in
-`avatar_client.contract.errors`, before anything is sent. No message holds a key, a query of a
+`avatar_client.contract.job_errors`, before anything is sent. No message holds a key, a query of a
 URL, or a traceback.
 
     EndpointError
