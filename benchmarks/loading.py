@@ -289,9 +289,9 @@ def cached_share(directory: Path) -> float:
 
 def by_worker(directory: Path) -> Iterator[dict[str, Any]]:
     """The worker's loader, and a look at some of the tensors."""
-    pipeline, measured = load_as_worker(directory, Reading())
+    components, measured = load_as_worker(directory, Reading())
     yield measured  # now, since the comparison takes memory
-    yield {"tensors_compared": compare(directory, pipeline)}
+    yield {"tensors_compared": compare(directory, components)}
 
 
 def by_worker_through_the_cache(directory: Path) -> Iterator[dict[str, Any]]:
@@ -316,22 +316,22 @@ def by_worker_to_the_host(directory: Path) -> Iterator[dict[str, Any]]:
         "transformer": "host",
         "default": "device",
     }
-    pipeline, measured = load_as_worker(directory, Reading(), placement)
-    large = [pipeline.text_encoder, pipeline.transformer]
+    components, measured = load_as_worker(directory, Reading(), placement)
+    large = [components["text_encoder"], components["transformer"]]
     pinned = {tensor.is_pinned() for network in large for tensor in network.state_dict().values()}
     yield measured | {"pinned": sorted(pinned)}
 
 
 def load_as_worker(
     directory: Path, reading: Reading, placement: Mapping[str, loader.Place] | None = None
-) -> tuple[Any, dict[str, Any]]:
-    """The pipeline, and how it came."""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The components, and how they came."""
     gc.disable()  # as the worker does at its start
     begun = time.perf_counter()
-    pipeline, report = loader.load(directory, DEVICE, DTYPES, placement, reading)
+    components, report = loader.load(directory, DEVICE, DTYPES, placement, reading)
     seconds = time.perf_counter() - begun
     gc.enable()
-    return pipeline, {
+    return components, {
         "bytes": report.num_bytes,
         "seconds": report.seconds,
         "seconds_with_probe_and_tokenizers": round(seconds, 3),
@@ -341,11 +341,11 @@ def load_as_worker(
     }
 
 
-def compare(directory: Path, pipeline: Any) -> int:
+def compare(directory: Path, components: Mapping[str, Any]) -> int:
     """How many tensors, some of every file, are those of the files; all of them must be."""
     compared = 0
     for path in weight_files(directory):
-        network = pipeline.components[path.parent.name]
+        network = components[path.parent.name]
         names = {loader.canonical_name(name): name for name in network.state_dict()}
         with safe_open(path, framework="pt") as file:
             keys = list(file.keys())

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from benchmarks.random_model import report
-from worker.generation.engine import _dtypes, _hosted
+from worker.generation.engine import _dtypes, _hosted, load_pipeline
 from worker.generation.pipeline import Conditioning, HunyuanVideoAvatarPipeline, Step, _branches
 from worker.loading import loader
 from worker.loading.offload import DECODER_SCRATCH_BYTES, GIB, USABLE_SHARE, make_plan
@@ -92,7 +92,7 @@ def main() -> None:
     total = torch.cuda.get_device_properties(device).total_memory
     placement: dict[str, loader.Place] = {"default": "host", "audio_encoder": "device"}
     started = time.perf_counter()
-    pipeline, _ = loader.load(arguments.directory, device, dtypes, placement)
+    pipeline, _ = load_pipeline(arguments.directory, device, dtypes, placement)
     report(gpu=torch.cuda.get_device_name(), load_to_host=time.perf_counter() - started)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.transformer.set_attention_backend(fastest_backend(device))

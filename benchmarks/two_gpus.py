@@ -55,8 +55,8 @@ def load(settings: Settings, device: torch.device) -> Engine:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     transformer = build_transformer(device, dtype, **model["transformer"])
     transformer.set_attention_backend(model["backend"])
-    others, report_of_load = loader.load(demo.MODEL_DIR, device, {"default": torch.float32})
-    pipeline = HunyuanVideoAvatarPipeline(**others.components | {"transformer": transformer})
+    components, report_of_load = loader.load(demo.MODEL_DIR, device, {"default": torch.float32})
+    pipeline = HunyuanVideoAvatarPipeline(**components | {"transformer": transformer})
     pipeline.set_progress_bar_config(disable=True)
     return Engine(pipeline, device, time.monotonic() - started, report_of_load)
 

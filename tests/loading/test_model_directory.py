@@ -85,7 +85,7 @@ def test_the_choice_says_why_each_place_before_it_was_passed_over(tmp_path):
         "passed over: "
         "MODEL_DIR: is not set; "
         f"the image: {tmp_path / model_directory.BAKED_DIR}: model_index.json is missing; "
-        f"RunPod's model cache: {snapshot(tmp_path, 'x').parents[2]} has no snapshot"
+        f"RunPod's model cache: {snapshot(tmp_path, 'x').parents[1]} has no snapshot"
     )
 
 
@@ -110,7 +110,7 @@ def test_the_model_cache_gives_the_snapshot_that_main_stands_for(tmp_path):
         os.utime(path, (seconds, seconds))
     assert model_directory.find(settings, tmp_path).path == new  # the latest, if nothing says
 
-    refs = new.parents[2] / "refs"
+    refs = new.parents[1] / "refs"
     refs.mkdir()
     (refs / "main").write_text("a" * 40)
     assert model_directory.find(settings, tmp_path).path == old

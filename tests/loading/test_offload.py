@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from avatar_client.contract.job_errors import InputTooLargeError
-from worker.generation.engine import Engine, _hosted
-from worker.loading import loader
+from worker.generation.engine import Engine, _hosted, load_pipeline
 from worker.loading.offload import (
     DECODER_BYTES,
     GIB,
@@ -176,7 +175,7 @@ def test_a_video_of_networks_on_the_host_is_the_same(toy_model, resident_blocks)
     size = MemoryPlan(0, False, resident_blocks, 8, 10**6)
     frames = []
     for placement in ({"default": "device"}, {"default": "host", "audio_encoder": "device"}):
-        pipeline, _ = loader.load(toy_model, CPU, FLOAT32, placement)
+        pipeline, _ = load_pipeline(toy_model, CPU, FLOAT32, placement)
         pipeline.set_progress_bar_config(disable=True)
         if placement["default"] == "host":
             pipeline.hosted = _hosted(pipeline, CPU, size)

@@ -20,8 +20,7 @@ def load(settings, device):
     torch.set_num_threads(1)
     torch.accelerator.device_count = lambda: 1  # a CPU has 0, and diffusers divides by it
     started = time.monotonic()
-    loaded, report = loader.load(demo.MODEL_DIR, device, {"default": torch.float32})
-    components = loaded.components
+    components, report = loader.load(demo.MODEL_DIR, device, {"default": torch.float32})
     config = dict(components["transformer"].config) | {"num_attention_heads": 2}
     with torch.random.fork_rng():
         torch.manual_seed(1)

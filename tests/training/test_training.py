@@ -281,8 +281,8 @@ def test_the_training_makes_a_directory_that_the_worker_loads(tmp_path, monkeypa
     command.write(tmp_path, tmp_path / "model")
 
     require_whole(tmp_path / "model", hashes=True)
-    pipeline, _ = loader.load(tmp_path / "model", cpu, {"default": torch.float32})
+    components, _ = loader.load(tmp_path / "model", cpu, {"default": torch.float32})
     face = world.draw_person(np.random.default_rng(0))
     script = world.portrait(face, 64, 64)
-    latents = pipeline.vae.encode(script[None, :, None] * 2 - 1).latent_dist
+    latents = components["vae"].encode(script[None, :, None] * 2 - 1).latent_dist
     assert latents.std.max() < 0.1

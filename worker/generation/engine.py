@@ -8,7 +8,7 @@ import contextlib
 import ctypes
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from avatar_client.contract.presets import PRESETS, full_step_indices
 from avatar_client.contract.request import GenerationParams
 from worker import demo
 from worker.generation import sampling
+from worker.generation.face import TorchScriptFaceDetector
 from worker.generation.pipeline import Conditioning, HunyuanVideoAvatarPipeline
 from worker.generation.prefetch import ahead
 from worker.loading import loader, model_directory
@@ -339,17 +340,39 @@ def _load(
     dtypes = _dtypes(device)
     if device.type == "cpu":
         _keep_freed_memory()
-        return *loader.load(model_dir, device, dtypes), None
+        return *load_pipeline(model_dir, device, dtypes), None
     plan = plan_memory(model_dir, device, memory_gib)
     logger.info("memory plan: %s", plan)
     if plan.all_resident:
-        pipeline, report = loader.load(model_dir, device, dtypes)
+        pipeline, report = load_pipeline(model_dir, device, dtypes)
     else:
         placement: dict[str, loader.Place] = {"default": "host", "audio_encoder": "device"}
-        pipeline, report = loader.load(model_dir, device, dtypes, placement)
+        pipeline, report = load_pipeline(model_dir, device, dtypes, placement)
         pipeline.hosted = _hosted(pipeline, device, plan)
     pipeline.transformer.set_attention_backend(fastest_backend(device))
     return pipeline, report, plan
+
+
+def load_pipeline(
+    model_dir: Path,
+    device: torch.device,
+    dtypes: Mapping[str, torch.dtype],
+    placement: Mapping[str, loader.Place] | None = None,
+) -> tuple[HunyuanVideoAvatarPipeline, LoadReport]:
+    """The pipeline of what `loader.load` loads, and of the face detector where there is one.
+
+    Raises:
+        OSError, ValueError: as `loader.load`.
+    """
+
+    def load_others() -> dict[str, TorchScriptFaceDetector]:
+        directory = model_dir / "face_detector"
+        if not directory.is_dir():
+            return {}
+        return {"face_detector": TorchScriptFaceDetector.from_pretrained(directory).to(device)}
+
+    components, report = loader.load(model_dir, device, dtypes, placement, load_others=load_others)
+    return HunyuanVideoAvatarPipeline(**components), report
 
 
 def _keep_freed_memory() -> None:

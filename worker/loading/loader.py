@@ -1,4 +1,4 @@
-"""A model directory into a pipeline whose weights are on their device.
+"""A model directory into components whose weights are on their device.
 
 The one place that knows how bytes get there. Networks are made without storage. The weights of each
 of their blocks lie side by side in one storage, on the device or on the host, where a GPU can fetch
@@ -46,8 +46,6 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from worker.generation.face import TorchScriptFaceDetector
-from worker.generation.pipeline import HunyuanVideoAvatarPipeline
 from worker.loading import disk, model_directory
 from worker.loading.offload import NetworkSize
 from worker.model.encoders import Float8LlavaModel, canonical_name
@@ -148,8 +146,9 @@ def load(
     dtypes: Mapping[str, torch.dtype],
     placement: Mapping[str, Place] | None = None,
     reading: Reading | None = None,
-) -> tuple[HunyuanVideoAvatarPipeline, LoadReport]:
-    """The pipeline with its weights in their places, bit for bit as by `from_pretrained`.
+    load_others: Callable[[], Mapping[str, Any]] = dict,
+) -> tuple[dict[str, Any], LoadReport]:
+    """The pipeline's components by name, their weights bit for bit as by `from_pretrained`.
 
     All parameters and buffers of a block (see `blocks`) lie in one storage of the block's own, each
     at a multiple of 256 bytes; what a network has besides its blocks lies in one more. On the host
@@ -161,6 +160,8 @@ def load(
         dtypes: what floating-point weights are cast to, by component, and "default".
         placement: which components stay on the host, by component, and "default". None: all go to
             the device.
+        load_others: gives components that neither transformers nor diffusers loads. It is called
+            while the weights are being read.
 
     Raises:
         OSError: a file is missing, or ends before its last tensor does.
@@ -180,11 +181,8 @@ def load(
             place = placement.get(name, placement["default"])
             networks[name] = _without_storage(network_class, model_dir / name, dtype)
             transfer.fill(networks[name], model_dir / name, dtype, place)
-        if (model_dir / "face_detector").is_dir():
-            detector = TorchScriptFaceDetector.from_pretrained(model_dir / "face_detector")
-            others["face_detector"] = detector.to(device)
+        others |= load_others()
         blocks = transfer.finish()
-    pipeline = HunyuanVideoAvatarPipeline(**networks, **others)
     components = tuple(
         ComponentLoad(
             name,
@@ -193,7 +191,7 @@ def load(
         )
         for name, own in zip(networks, blocks, strict=True)
     )
-    return pipeline, LoadReport(
+    return networks | others, LoadReport(
         components=components,
         num_bytes=sum(component.num_bytes for component in components),
         cached_bytes=sum(block.num_bytes for own in blocks for block in own if block.was_cached),
