@@ -29,7 +29,7 @@ from diffusers import AutoencoderKLHunyuanVideo
 from torch import Tensor
 
 from worker.generation.engine import to_uint8
-from worker.generation.prefetch import ahead
+from worker.generation.prefetch import prefetch
 from worker.media.inputs import AudioSegment
 from worker.media.video import write_video
 from worker.model import autoencoder, kernels
@@ -178,7 +178,7 @@ def measure_video(vae: AutoencoderKLHunyuanVideo, latents: Tensor) -> Iterator[d
         with tempfile.TemporaryDirectory() as directory:
             write_video(
                 Path(directory) / "video.mp4",
-                ahead(chunks) if name == "mp4 ahead" else chunks,
+                prefetch(chunks) if name == "mp4 ahead" else chunks,
                 fps=FPS,
                 height=height,
                 width=width,

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLHunyuanVideo
 
-from avatar_client.contract.presets import PRESETS, full_step_indices
+from avatar_client.contract.presets import PRESETS, computed_step_indices
 from benchmarks import reference
 from benchmarks.random_model import (
     build_transformer,
@@ -31,7 +31,7 @@ from benchmarks.random_model import (
     report,
     synchronize,
 )
-from worker.generation.sampling import PROMPT_GUIDED_STEPS
+from worker.generation.cfg import PROMPT_GUIDED_STEPS
 from worker.model import autoencoder
 from worker.model.attention import attend, fastest_backend
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
@@ -64,7 +64,7 @@ def measure(device: torch.device, call: Callable[[], Any]) -> tuple[float, float
 def step_kinds(
     model: HunyuanVideoAvatarTransformer3DModel, size: FrameSize, num_latents: int
 ) -> dict[str, dict[str, Any]]:
-    """What the forward of each kind of step is given: both sides of the guidance."""
+    """What the forward of each kind of step is given: both CFG branches."""
     grid = (num_latents, *size.latent)
     both = random_inputs(model, 2, grid, TEXT_POSITIONS, TEXT_LENGTH)
     for name in set(both) - {"audio_embeds"}:
@@ -96,18 +96,20 @@ def measure_steps(
     for name, float8 in (("quality", False), ("8 bits", True)):
         call = kinds["early"] | {"float8": float8}
         record(f"{name}, early step", lambda call=call: model(**call))
-        call = kinds["late"] | {"float8": float8, "return_tail": True}
+        call = kinds["late"] | {"float8": float8, "return_cached_tokens": True}
         output = record(f"{name}, late step", lambda call=call: model(**call))
         late[name] = output.sample
-        call = kinds["late"] | {"float8": float8, "tail": output.tail}
+        call = kinds["late"] | {"float8": float8, "cached_tokens": output.cached_tokens}
         del output
         record(f"{name}, cached step", lambda call=call: model(**call))
         del call
     if device.type == "cuda":
         model.set_attention_backend(reference.FLASH_ATTENTION)
     both = kinds["both"]
-    published, tail = record("published, full step", lambda: reference.forward(model, both))
-    record("published, cached step", lambda: reference.forward(model, both, tail))
+    published, cached_tokens = record(
+        "published, full step", lambda: reference.forward(model, both)
+    )
+    record("published, cached step", lambda: reference.forward(model, both, cached_tokens))
     found["difference_from_published"] = relative_difference(late["quality"], published)
     found["difference_of_8_bits"] = relative_difference(late["8 bits"], late["quality"])
     return found
@@ -167,14 +169,14 @@ def jobs(steps: dict[str, float], stages: dict[str, float]) -> dict[str, dict[st
     """Seconds of a whole job of one window, by preset and by the published way."""
     found = {}
     for name, preset in PRESETS.items():
-        full = full_step_indices(STEPS, preset.schedule)
+        full = computed_step_indices(STEPS, preset.step_cache_schedule)
         early = sum(index < PROMPT_GUIDED_STEPS for index in full)
         arithmetic = "8 bits" if preset.float8 else "quality"
         denoise = early * steps[f"{arithmetic}, early step"]
         denoise += (len(full) - early) * steps[f"{arithmetic}, late step"]
         denoise += (STEPS - len(full)) * steps[f"{arithmetic}, cached step"]
         found[name] = {"denoise": denoise, "whole": denoise + stages["encode"] + stages["decode"]}
-    full = len(full_step_indices(STEPS))
+    full = len(computed_step_indices(STEPS))
     denoise = full * steps["published, full step"]
     denoise += (STEPS - full) * steps["published, cached step"]
     whole = denoise + stages["published encode"] + stages["published decode"]

@@ -17,11 +17,17 @@ import torch
 from PIL import Image
 
 from benchmarks.random_model import report
+from worker.generation.cfg import cfg_branches
+from worker.generation.conditioning import Conditioning
+from worker.generation.denoiser import Denoiser, Step
 from worker.generation.engine import _dtypes, _hosted, load_pipeline
-from worker.generation.pipeline import Conditioning, HunyuanVideoAvatarPipeline, Step, _branches
+from worker.generation.options import DenoiseOptions
+from worker.generation.pipeline import HunyuanVideoAvatarPipeline
+from worker.generation.sampling import prepare_latents
 from worker.loading import loader
 from worker.loading.offload import DECODER_SCRATCH_BYTES, GIB, USABLE_SHARE, make_plan
 from worker.model.attention import fastest_backend
+from worker.multi_gpu.process_group import Sharing
 from worker.shapes import SAMPLE_RATE_HZ, FrameSize
 
 PLANS = ["141:704x768", "24:704x768", "16:704x768", "12:512x512", "8:512x512", "6:384x384"]
@@ -39,7 +45,14 @@ def seconds_of(call: Any) -> tuple[float, Any]:
 
 def late_step(index: int, *, cached: bool) -> Step:
     timestep = torch.tensor([500.0], device="cuda")
-    return Step(index, timestep, reuses_tails=cached, keeps_tails=not cached)
+    return Step(
+        index=index,
+        timestep=timestep,
+        sigma_change=0.0,
+        guidance_weight=1.0,
+        reads_cache=cached,
+        writes_cache=not cached,
+    )
 
 
 @torch.no_grad()
@@ -59,14 +72,21 @@ def measure(pipeline: HunyuanVideoAvatarPipeline, size: FrameSize) -> dict[str, 
             width=size.width,
         )
     )
-    latents, reference = pipeline._prepare_latents(conditioning, None, None, None)
-    branches = _branches(conditioning, is_guided=True)
+    latents, reference = prepare_latents(conditioning, pipeline.vae.config.scaling_factor)
+    branches = cfg_branches(conditioning, uses_cfg=True)
+    denoiser = Denoiser(
+        transformer=pipeline.transformer,
+        conditioning=conditioning,
+        reference_latents=reference,
+        branches=branches,
+        options=DenoiseOptions(),
+        sharing=Sharing(),
+    )
 
     def step(index: int, *, cached: bool) -> Any:
-        chosen = late_step(index, cached=cached)
-        return pipeline._velocities(latents, 0, chosen, branches, conditioning, reference, False)
+        return denoiser.velocities(latents, 0, late_step(index, cached=cached))
 
-    with pipeline._in_use("transformer"):
+    with pipeline.in_use("transformer"):
         if size.tokens < 600:  # else it comes to less than the step's own noise
             step(20, cached=False)  # what stays has come now
         found["step"], velocities = seconds_of(lambda: step(20, cached=False))
@@ -74,7 +94,7 @@ def measure(pipeline: HunyuanVideoAvatarPipeline, size: FrameSize) -> dict[str, 
     if not all(torch.isfinite(velocity).all() for velocity in velocities):
         raise ArithmeticError("the velocity is not finite")
     for branch in branches:
-        branch.tails.clear()
+        branch.step_cache.clear()
     found["decode"], _ = seconds_of(
         lambda: [len(f) for f in pipeline.decode_frames(latents, 129, DECODER_SCRATCH_BYTES)]
     )
@@ -103,7 +123,7 @@ def main() -> None:
         limit = min(int(gib) * GIB, total)
         torch.cuda.set_per_process_memory_fraction(limit / total)
         torch.cuda.reset_peak_memory_stats()
-        pipeline._encoded.clear()
+        pipeline.prompt_cache.clear()
         line: dict[str, Any] = {"gib": int(gib), "size": frame}
         try:
             plan = make_plan(int(limit * USABLE_SHARE), sizes)

@@ -22,9 +22,9 @@ FRAMES = 129
 def forward(
     model: HunyuanVideoAvatarTransformer3DModel,
     inputs: dict[str, Tensor],  # as its own forward takes them, a batch of two
-    tail: tuple[Tensor, Tensor] | None = None,
+    cached_tokens: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Velocity (2, C, T, H, W) and tail of the worker's model by the published arithmetic."""
+    """Velocity (2, C, T, H, W) and cached tokens, by the published arithmetic."""
     latents = inputs["hidden_states"]
     num_frames, height, width = latents.shape[2:]
     grid = (num_frames, height // 2, width // 2)
@@ -37,7 +37,7 @@ def forward(
         model._embed_text(inputs["encoder_hidden_states"], inputs["timestep"], mask)
     )  # equally long
     audio_tokens = model.audio_proj(inputs["audio_embeds"].to(image.dtype))  # (2, T, A, D)
-    if tail is None:
+    if cached_tokens is None:
         gate = model._gate_audio(inputs["face_mask"], num_frames)[:, :, 1:]  # (2, S, T, 1)
         for block in model.transformer_blocks:
             image, text = HunyuanVideoTransformerBlock.forward(
@@ -52,12 +52,12 @@ def forward(
             image, text = HunyuanVideoSingleTransformerBlock.forward(
                 block, image, text, temb, None, rotary
             )
-        tail = (image, text)
+        cached_tokens = (image, text)
     image, _ = HunyuanVideoSingleTransformerBlock.forward(
-        model.single_transformer_blocks[-1], *tail, temb, None, rotary
+        model.single_transformer_blocks[-1], *cached_tokens, temb, None, rotary
     )
     patches = model.proj_out(model.norm_out(image, temb))
-    return model._unpatchify(patches, grid), tail
+    return model._unpatchify(patches, grid), cached_tokens
 
 
 def encode(vae: AutoencoderKLHunyuanVideo, portrait: Tensor) -> None:  # (1, 3, 1, H, W)

@@ -30,8 +30,9 @@ from benchmarks.random_model import (
     synchronize,
 )
 from worker import demo
+from worker.generation.conditioning import Conditioning
 from worker.generation.engine import Engine
-from worker.generation.pipeline import Conditioning, HunyuanVideoAvatarPipeline
+from worker.generation.pipeline import HunyuanVideoAvatarPipeline
 from worker.loading import loader
 from worker.multi_gpu import controller, rank_process
 from worker.settings import Settings

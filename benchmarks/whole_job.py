@@ -15,6 +15,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,11 @@ from avatar_client.contract.request import GenerationParams
 from benchmarks import reference
 from benchmarks.random_model import relative_difference, report
 from worker.generation import face
+from worker.generation.cfg import EARLY_FACE_MASK_SCALE
+from worker.generation.conditioning import POSITIVE
+from worker.generation.denoiser import Denoiser, Step
 from worker.generation.engine import Engine, to_uint8
 from worker.generation.image import to_pixels
-from worker.generation.pipeline import (
-    POSITIVE,
-    Branch,
-    Conditioning,
-    HunyuanVideoAvatarPipeline,
-    Step,
-)
 from worker.media.inputs import AudioSegment
 from worker.media.video import write_video
 from worker.settings import Settings
@@ -47,39 +44,36 @@ SEED = 7
 PORTRAIT = Path(__file__).parents[1] / "tests" / "data" / "astronaut.jpg"
 
 
-class PublishedPipeline(HunyuanVideoAvatarPipeline):
-    """The pipeline with the published arithmetic in its steps."""
+@dataclass(frozen=True, kw_only=True)
+class PublishedDenoiser(Denoiser):
+    """Steps by the published arithmetic."""
 
-    def _velocities(
-        self,
-        window: Tensor,
-        start: int,
-        step: Step,
-        branches: Sequence[Branch],
-        conditioning: Conditioning,
-        reference_latents: Tensor,
-        float8: bool,
-    ) -> list[Tensor]:
-        prompts = [branch.first_prompt if step.is_early else POSITIVE for branch in branches]
-        mask = conditioning.prompt_mask[prompts]
+    cached_tokens: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def velocities(self, window: Tensor, start: int, step: Step) -> list[Tensor]:
+        told, early = self.conditioning, step.is_prompt_guided
+        prompts = [branch.early_prompt if early else POSITIVE for branch in self.branches]
+        mask = told.prompt_mask[prompts]
         mask[:] = mask[mask.sum(dim=1).argmax()]  # equally long, as with pads
         motion = window.new_ones(2, 4)
-        gate = conditioning.face_mask * (0.6 if step.is_early else 1.0)
+        gate = told.face_mask * (EARLY_FACE_MASK_SCALE if early else 1.0)
+        audio = torch.cat([branch.audio_embeds[:, :FRAMES] for branch in self.branches])
         inputs = {
             "hidden_states": window.expand(2, -1, -1, -1, -1),
             "timestep": step.timestep.expand(2),
-            "encoder_hidden_states": conditioning.prompt_embeds[prompts],
+            "encoder_hidden_states": told.prompt_embeds[prompts],
             "encoder_attention_mask": mask,
-            "pooled_projections": conditioning.pooled_prompt_embeds[prompts],
-            "reference_latents": reference_latents.expand(2, -1, -1, -1, -1),
-            "audio_embeds": torch.cat([branch.audio_embeds[:, :FRAMES] for branch in branches]),
+            "pooled_projections": told.pooled_prompt_embeds[prompts],
+            "reference_latents": self.reference_latents.expand(2, -1, -1, -1, -1),
+            "audio_embeds": audio,
             "face_mask": gate.expand(2, -1, -1, -1, -1),
-            "motion_expression": motion * conditioning.motion_expression,
-            "motion_pose": motion * conditioning.motion_pose,
-            "fps": motion[:, 0] * conditioning.fps,
+            "motion_expression": motion * told.motion_expression,
+            "motion_pose": motion * told.motion_pose,
+            "fps": motion[:, 0] * told.fps,
         }
-        tail = self._tail if step.reuses_tails else None
-        velocity, self._tail = reference.forward(self.transformer, inputs, tail)
+        cached_tokens = self.cached_tokens[0] if step.reads_cache else None
+        velocity, cached_tokens = reference.forward(self.transformer, inputs, cached_tokens)
+        self.cached_tokens[:] = [cached_tokens]
         return list(velocity.float().split(1))
 
 
@@ -117,7 +111,7 @@ def run(
         frames = reference.decode(vae, latents.to(vae.dtype) / vae.config.scaling_factor)
         yield to_uint8((frames[0].transpose(0, 1).float() / 2 + 0.5).clamp(0, 1))
 
-    engine.pipeline._encoded.clear()
+    engine.pipeline.prompt_cache.clear()
     conditioning = timed("encode", lambda: engine.encode(portrait, samples, params))
     if published:
         pixels = to_pixels(portrait).to("cuda", engine.pipeline.vae.dtype)
@@ -190,7 +184,7 @@ def compare(engine: Engine, size: FrameSize) -> None:
             preset=preset, **jobs[preset], difference=difference, peak_gib=engine.peak_memory_gib
         )
     engine.pipeline.transformer.set_attention_backend(reference.FLASH_ATTENTION)
-    engine.pipeline.__class__ = PublishedPipeline
+    engine.pipeline.denoiser_class = PublishedDenoiser
     job, _ = run(engine, size, "quality", published=True)
     report(preset="published", **job)
     for preset, own in jobs.items():

@@ -5,15 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from avatar_client.contract.presets import full_step_indices
+from avatar_client.contract.presets import computed_step_indices
 from tests.support.golden_weights import GOLDENS
 from worker.shapes import (
-    REFERENCE_FULL_STEPS,
+    REFERENCE_COMPUTED_STEPS,
     FrameSize,
     VideoPlan,
     count_frames,
     fit_size,
-    resolve_full_steps,
+    resolve_computed_steps,
     window_tokens,
 )
 
@@ -77,13 +77,13 @@ def test_full_size_has_the_published_number_of_tokens():
 
 
 def test_fifty_steps_are_cached_as_in_the_reference():
-    assert full_step_indices(50) == REFERENCE_FULL_STEPS
-    assert len(REFERENCE_FULL_STEPS) == 30
+    assert computed_step_indices(50) == REFERENCE_COMPUTED_STEPS
+    assert len(REFERENCE_COMPUTED_STEPS) == 30
 
 
 @given(num_steps=st.integers(1, 200))
 def test_every_schedule_starts_and_ends_in_full_and_never_rests_for_long(num_steps):
-    steps = full_step_indices(num_steps)
+    steps = computed_step_indices(num_steps)
     assert sorted(set(steps)) == list(steps)
     assert steps[0] == 0
     assert steps[-1] == num_steps - 1
@@ -92,16 +92,16 @@ def test_every_schedule_starts_and_ends_in_full_and_never_rests_for_long(num_ste
 
 
 def test_the_reference_s_fixed_list_ends_early_with_fewer_steps():
-    assert resolve_full_steps("reference", 20) == frozenset(range(16))
-    assert resolve_full_steps("reference", 16) == frozenset(range(16))
-    assert 59 not in resolve_full_steps("reference", 60)
+    assert resolve_computed_steps("reference", 20) == frozenset(range(16))
+    assert resolve_computed_steps("reference", 16) == frozenset(range(16))
+    assert 59 not in resolve_computed_steps("reference", 60)
 
 
 def test_full_steps_can_be_given():
-    assert resolve_full_steps([0, 3], 5) == {0, 3}
+    assert resolve_computed_steps([0, 3], 5) == {0, 3}
 
 
-@pytest.mark.parametrize("full_steps", [[1, 2], [], [0, 5]])
-def test_full_steps_that_cannot_run_are_refused(full_steps):
-    with pytest.raises(ValueError, match="full_steps must"):
-        resolve_full_steps(full_steps, 5)
+@pytest.mark.parametrize("computed_steps", [[1, 2], [], [0, 5]])
+def test_full_steps_that_cannot_run_are_refused(computed_steps):
+    with pytest.raises(ValueError, match="computed_steps must"):
+        resolve_computed_steps(computed_steps, 5)

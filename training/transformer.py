@@ -24,8 +24,8 @@ from training import architecture, world
 from training.loop import steps_done, train
 from training.processes import made_ahead
 from training.scenes import EYES, WHOLE_FACE, Part, Pool, Scene, make_scene
-from worker.generation.sampling import EARLY_FACE_MASK, PROMPT_GUIDED_STEPS, guidance_weight
-from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel, Tail
+from worker.generation.cfg import EARLY_FACE_MASK_SCALE, PROMPT_GUIDED_STEPS, guidance_weight
+from worker.model.transformer import CachedTokens, HunyuanVideoAvatarTransformer3DModel
 from worker.shapes import WINDOW_LATENTS, FrameSize
 
 SIZES = (  # a wide and a tall one for three square ones
@@ -115,7 +115,7 @@ def loss_of(
     velocity = noise - scenes.latents
     sides = _Sides.draw(scenes, noise, levels, rng, is_guided=is_guided)
 
-    predicted, tail = sides.predict(transformer, sides.every, 1000 * levels)
+    predicted, cached_tokens = sides.predict(transformer, sides.every, 1000 * levels)
     heard, silent = predicted[:count], predicted[count:]
     earlier = rng.uniform(EARLIEST_CACHED, 1, count)
     later = levels * torch.tensor(earlier, dtype=torch.float32, device=levels.device)
@@ -123,7 +123,7 @@ def loss_of(
     chosen = sides.every[:cached_count]
     if is_guided:
         chosen = torch.cat([chosen, chosen + count])
-    cached, _ = sides.predict(transformer, chosen, 1000 * later, _rows_of(tail, chosen))
+    cached, _ = sides.predict(transformer, chosen, 1000 * later, _rows_of(cached_tokens, chosen))
 
     weight = (scenes.weight / scenes.weight.mean((1, 2), keepdim=True))[:, None, None]
     share_beside = scenes.beside.mean((1, 2), keepdim=True).clamp(min=1e-6)  # around the eyes: none
@@ -192,7 +192,7 @@ class _Sides:
             scenes=scenes,
             noisy=noisy,
             reference=reference,
-            mask=torch.where(is_early, EARLY_FACE_MASK * scenes.face_mask, scenes.face_mask),
+            mask=torch.where(is_early, EARLY_FACE_MASK_SCALE * scenes.face_mask, scenes.face_mask),
             guided_by=guided_by,
             windows=windows,
             is_heard=is_heard,
@@ -209,13 +209,13 @@ class _Sides:
         transformer: HunyuanVideoAvatarTransformer3DModel,
         rows: Tensor,
         timesteps: Tensor,
-        tail: Tail | None = None,
-    ) -> tuple[Tensor, Tail]:
-        """The velocity of these rows, and the tail."""
+        cached_tokens: CachedTokens | None = None,
+    ) -> tuple[Tensor, CachedTokens]:
+        """The velocity of these rows, and the tokens for the step cache."""
         scenes, seen = self.scenes, self.windows[rows]
         embeds = scenes.prompt_embeds[seen, self.prompts[rows]].float()
         with torch.autocast(embeds.device.type, torch.bfloat16):
-            predicted, tail = transformer(
+            predicted, cached_tokens = transformer(
                 hidden_states=self.noisy[seen],
                 timestep=timesteps[seen],
                 encoder_hidden_states=embeds,
@@ -227,12 +227,12 @@ class _Sides:
                 motion_expression=scenes.expression[seen, None].expand(-1, 4),
                 motion_pose=scenes.pose[seen, None].expand(-1, 4),
                 fps=torch.full((len(seen),), float(world.FPS), device=embeds.device),
-                tail=tail,
-                return_tail=True,
+                cached_tokens=cached_tokens,
+                return_cached_tokens=True,
                 return_dict=False,
             )
-        assert tail is not None
-        return predicted.float(), tail
+        assert cached_tokens is not None
+        return predicted.float(), cached_tokens
 
     def followed(self, predicted: Tensor, count: int) -> Tensor:
         """The velocity that the worker would follow in the first windows, from both sides of it."""
@@ -255,9 +255,10 @@ def _over_latents(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1, 1, 1)
 
 
-def _rows_of(tail: Tail, rows: Tensor) -> Tail:
-    return Tail(
-        image=tuple(tail.image[row] for row in rows), text=tuple(tail.text[row] for row in rows)
+def _rows_of(cached_tokens: CachedTokens, rows: Tensor) -> CachedTokens:
+    return CachedTokens(
+        image=tuple(cached_tokens.image[row] for row in rows),
+        text=tuple(cached_tokens.text[row] for row in rows),
     )
 
 

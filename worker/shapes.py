@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from avatar_client.contract.presets import full_step_indices
+from avatar_client.contract.presets import computed_step_indices
 
 SAMPLE_RATE_HZ = 16_000
 AUDIO_STATES_HZ = 50  # states of the speech encoder, two a frame of video at 25 frames a second
@@ -30,8 +30,8 @@ PADDING_FRAMES = 5  # silence after speech that is longer than one window
 LONG_SIDE = {704: 1216, 512: 768, 384: 576, 256: 384}  # px; other resolutions: 1.5 times as long
 
 
-REFERENCE_FULL_STEPS = (*range(15), 15, 20, 25, 30, 35, 40, *range(41, 50))
-FullSteps = Literal["reference"] | Sequence[int] | None
+REFERENCE_COMPUTED_STEPS = (*range(15), 15, 20, 25, 30, 35, 40, *range(41, 50))
+ComputedSteps = Literal["reference"] | Sequence[int] | None
 Box = tuple[float, float, float, float]  # x, y, width, height in pixels
 
 
@@ -144,7 +144,9 @@ def window_tokens(size: FrameSize) -> int:
     return (WINDOW_LATENTS + 1) * size.tokens
 
 
-def resolve_full_steps(full_steps: FullSteps, num_inference_steps: int) -> frozenset[int]:
+def resolve_computed_steps(
+    computed_steps: ComputedSteps, num_inference_steps: int
+) -> frozenset[int]:
     """The full steps of a run: by our rule (None), the reference's fixed list, or as given.
 
     The fixed list was made for 50 steps; with fewer it ends early, with more the rest is cached.
@@ -154,13 +156,13 @@ def resolve_full_steps(full_steps: FullSteps, num_inference_steps: int) -> froze
     """
     if num_inference_steps < 1:
         raise ValueError("num_inference_steps must be at least 1")
-    if full_steps is None:
-        return frozenset(full_step_indices(num_inference_steps))
-    if full_steps == "reference":
-        return frozenset(step for step in REFERENCE_FULL_STEPS if step < num_inference_steps)
-    steps = frozenset(int(step) for step in full_steps)
+    if computed_steps is None:
+        return frozenset(computed_step_indices(num_inference_steps))
+    if computed_steps == "reference":
+        return frozenset(step for step in REFERENCE_COMPUTED_STEPS if step < num_inference_steps)
+    steps = frozenset(int(step) for step in computed_steps)
     if 0 not in steps:
-        raise ValueError("full_steps must hold 0: the first step has no tokens to reuse")
+        raise ValueError("computed_steps must hold 0: the first step has no tokens to reuse")
     if not steps <= set(range(num_inference_steps)):
-        raise ValueError(f"full_steps must lie in 0..{num_inference_steps - 1}")
+        raise ValueError(f"computed_steps must lie in 0..{num_inference_steps - 1}")
     return steps

@@ -30,12 +30,12 @@ from PIL import Image
 from tests.demo import talking
 from training import world
 from worker.demo import MODEL_DIR
-from worker.generation import pipeline, sampling
+from worker.generation import cfg, pipeline, sampling
 from worker.generation.engine import Engine
 from worker.loading.model_directory import require_whole
 from worker.service.worker import Worker
 from worker.settings import Settings
-from worker.shapes import SAMPLE_RATE_HZ
+from worker.shapes import SAMPLE_RATE_HZ, VideoPlan
 
 RECORDINGS = Path(__file__).parents[1] / "data" / "talking"
 SIZE = 256  # px
@@ -264,7 +264,7 @@ def test_a_long_video_has_no_seams(long_video):
 
 def window_borders(num_steps: int, num_frames: int) -> np.ndarray:
     """The first frames of the windows of the last steps, which leave their mark the most."""
-    plan = pipeline.VideoPlan(num_frames)
+    plan = VideoPlan(num_frames)
     latents = {
         start % plan.sampled_latents
         for step in range(num_steps - 3, num_steps)
@@ -322,13 +322,13 @@ def no_face_mask(engine: Engine) -> Iterator[None]:
 @contextmanager
 def swapped_guidance(engine: Engine) -> Iterator[None]:
     """The guidance leads away from the audio."""
-    guide = sampling.guide
+    apply_cfg = cfg.apply_cfg
 
     def swapped(velocities: list[torch.Tensor], weight: float) -> torch.Tensor:
-        return guide(velocities[::-1], weight)
+        return apply_cfg(velocities[::-1], weight)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "guide", swapped)
+        patch.setattr(cfg, "apply_cfg", swapped)
         yield
 
 

@@ -13,8 +13,10 @@ from torch import Tensor
 from builder.convert import convert, load_official_transformer
 from tests.support.golden_transformer import relative_difference
 from tests.support.golden_weights import build_toy_checkpoint, load_case
+from worker.generation.conditioning import Conditioning
 from worker.generation.face import TorchScriptFaceDetector
-from worker.generation.pipeline import Conditioning, HunyuanVideoAvatarPipeline
+from worker.generation.options import DenoiseOptions
+from worker.generation.pipeline import HunyuanVideoAvatarPipeline
 from worker.generation.text import PROMPT_PREFIX
 from worker.shapes import VideoPlan
 
@@ -104,12 +106,14 @@ def test_the_loop_is_the_reference_s(name, state, pipeline):
     assert conditioning.plan.num_windows == case["windows"]
     latents = pipeline.denoise(
         conditioning,
-        num_inference_steps=case["steps"],
-        guidance_scale=case["cfg"],
-        flow_shift=LOOP["shift"],
+        DenoiseOptions(
+            num_inference_steps=case["steps"],
+            guidance_scale=case["cfg"],
+            flow_shift=LOOP["shift"],
+            computed_steps="reference",
+            latents_dtype=torch.float32 if state == "float32" else None,
+        ),
         generator=seeded(case["seed"]),
-        latents_dtype=torch.float32 if state == "float32" else None,
-        full_steps="reference",
     )
     reference = LOOP_TENSORS[case[f"latents_{state}"]]
     assert relative_difference(latents, reference) < LATENTS_TOLERANCE[state]
@@ -128,7 +132,7 @@ def end_to_end_arguments(case: Mapping[str, Any]) -> dict[str, Any]:
         "guidance_scale": case["guidance"],
         "generator": seeded(case["seed"]),
         "reference_noise": reference_noise,
-        "full_steps": "reference",
+        "computed_steps": "reference",
     }
 
 
@@ -163,7 +167,11 @@ def test_a_video_is_the_reference_s_from_end_to_end(name, state, pipeline):
 def test_the_published_8_bit_pair_makes_its_own_video_from_end_to_end(tmp_path, pipeline):
     ckpts = build_toy_checkpoint(tmp_path, plain=False, float8=True)
     convert(ckpts, tmp_path / "model")
-    arguments = {"num_inference_steps": 4, "full_steps": [0, 1, 3], "latents_dtype": torch.float32}
+    arguments = {
+        "num_inference_steps": 4,
+        "computed_steps": [0, 1, 3],
+        "latents_dtype": torch.float32,
+    }
     ours = load(tmp_path / "model")(**small(**arguments)).frames
     dequantized = load_official_transformer(ckpts / "hunyuan-video-t2v-720p" / "transformers")
     components = pipeline.components | {"transformer": dequantized}
@@ -186,6 +194,9 @@ def test_a_video_is_as_long_as_its_speech(seconds, fps, num_frames, pipeline):
     assert output.fps == fps
 
 
+TWO_STEPS = DenoiseOptions(num_inference_steps=2)
+
+
 def test_forty_seconds_are_generated_to_the_end(pipeline):
     conditioning = pipeline.encode(
         image=PORTRAIT, audio=speech(40.0), prompt="A person.", face_box=(0, 0, 128, 64),
@@ -193,13 +204,13 @@ def test_forty_seconds_are_generated_to_the_end(pipeline):
     )  # fmt: skip
     assert conditioning.num_frames == 1000
     assert conditioning.audio_embeds[:, 999].any()
-    latents = pipeline.denoise(conditioning, num_inference_steps=2, generator=seeded(0))
+    latents = pipeline.denoise(conditioning, TWO_STEPS, generator=seeded(0))
     assert latents.shape == (1, 4, 252, 4, 4)
     assert latents.isfinite().all()
     silent_end = conditioning.audio_embeds.clone()
     silent_end[:, 900:] = 0
     quiet = replace(conditioning, audio_embeds=silent_end)
-    other = pipeline.denoise(quiet, num_inference_steps=2, generator=seeded(0))
+    other = pipeline.denoise(quiet, TWO_STEPS, generator=seeded(0))
     assert not torch.equal(latents[:, :, -10:], other[:, :, -10:])
 
 
@@ -208,7 +219,7 @@ def test_any_number_of_steps_runs(num_steps, pipeline):
     assert pipeline(**small(num_inference_steps=num_steps)).frames.isfinite().all()
 
 
-def test_without_guidance_each_step_runs_for_one_side(pipeline):
+def test_without_guidance_each_step_runs_one_branch(pipeline):
     samples = []
     hook = pipeline.transformer.register_forward_hook(
         lambda _module, _inputs, output: samples.append(len(output.sample))
@@ -220,19 +231,19 @@ def test_without_guidance_each_step_runs_for_one_side(pipeline):
     assert samples[3:] == [2, 2, 2]
 
 
-def test_cached_steps_are_close_to_full_ones_and_cheaper(pipeline):
+def test_cached_steps_are_close_to_computed_ones_and_cheaper(pipeline):
     blocks = []
     hook = pipeline.transformer.transformer_blocks[0].register_forward_hook(
         lambda *_: blocks.append(1)
     )
     arguments = {"num_inference_steps": 6, "latents_dtype": torch.float32}
-    full = pipeline(**small(**arguments, full_steps=range(6))).frames
-    num_full = len(blocks)
-    cached = pipeline(**small(**arguments, full_steps=[0, 1, 2, 4])).frames
+    computed = pipeline(**small(**arguments, computed_steps=range(6))).frames
+    num_computed = len(blocks)
+    cached = pipeline(**small(**arguments, computed_steps=[0, 1, 2, 4])).frames
     hook.remove()
-    assert num_full == 12
-    assert len(blocks) - num_full == 8
-    assert 0 < relative_difference(cached, full) < 0.5
+    assert num_computed == 12
+    assert len(blocks) - num_computed == 8
+    assert 0 < relative_difference(cached, computed) < 0.5
 
 
 def test_prompts_and_portrait_are_encoded_once(toy_model):
@@ -285,7 +296,7 @@ def test_the_arguments_and_their_defaults_are_the_documented_ones():
         "latents": None,
         "reference_noise": None,
         "latents_dtype": None,
-        "full_steps": None,
+        "computed_steps": None,
         "float8": False,
         "output_type": "pt",
         "on_step": None,
@@ -304,7 +315,7 @@ def test_the_arguments_and_their_defaults_are_the_documented_ones():
         {"face_box": (200, 20, 16, 18)},
         {"latents": torch.zeros(1, 4, 33, 4, 4)},
         {"reference_noise": torch.zeros(1, 4, 1, 4, 4)},
-        {"full_steps": [1]},
+        {"computed_steps": [1]},
         {"num_inference_steps": 0},
         {"output_type": "mp4"},
     ],
@@ -371,7 +382,7 @@ def test_a_seed_repeats_the_video_and_the_global_generator_stays_untouched(pipel
 
 
 def test_two_videos_in_turns_do_not_disturb_one_another(pipeline):
-    arguments = {"num_inference_steps": 4, "full_steps": [0, 2]}
+    arguments = {"num_inference_steps": 4, "computed_steps": [0, 2]}
     alone = pipeline(**small(**arguments)).frames
 
     def make_another(step: int, num_steps: int) -> None:
@@ -398,11 +409,12 @@ def test_on_step_counts_finished_steps_and_can_stop_the_loop(pipeline):
 
 def test_the_three_stages_are_the_whole(pipeline):
     arguments = small()
-    stage = {name: arguments.pop(name) for name in ("num_inference_steps", "generator")}
+    options = DenoiseOptions(num_inference_steps=arguments.pop("num_inference_steps"))
+    generator = arguments.pop("generator")
     del arguments["output_type"]
     conditioning = pipeline.encode(**arguments)
     assert conditioning.plan == VideoPlan(5)
-    latents = pipeline.denoise(conditioning, **stage)
+    latents = pipeline.denoise(conditioning, options, generator)
     frames = list(pipeline.decode_frames(latents, num_frames=conditioning.num_frames))
     whole = pipeline(**small(output_type="pt")).frames
     assert torch.equal(torch.cat(frames)[None], whole)
@@ -483,7 +495,8 @@ def test_the_loop_does_not_wait_for_the_gpu(toy_model):
         torch.cuda.set_sync_debug_mode("error")  # from the second step on
 
     try:
-        pipeline.denoise(conditioning, num_inference_steps=12, on_step=refuse_to_wait)
+        options = DenoiseOptions(num_inference_steps=12)
+        pipeline.denoise(conditioning, options, on_step=refuse_to_wait)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

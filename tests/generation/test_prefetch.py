@@ -6,7 +6,7 @@ from contextlib import closing
 
 import pytest
 
-from worker.generation.prefetch import ahead
+from worker.generation.prefetch import prefetch
 
 DEADLINE_SECONDS = 30
 
@@ -34,13 +34,13 @@ class Maker:
 
 
 def test_the_items_are_the_iterator_s_in_order():
-    assert list(ahead(iter(range(100)))) == list(range(100))
-    assert list(ahead(iter(()))) == []
+    assert list(prefetch(iter(range(100)))) == list(range(100))
+    assert list(prefetch(iter(()))) == []
 
 
 def test_one_item_is_made_while_the_one_before_is_used_and_no_more():
     maker = Maker(3)
-    with closing(ahead(iter(maker))) as items:
+    with closing(prefetch(iter(maker))) as items:
         assert next(items) == 0
         assert maker.begun[1].wait(DEADLINE_SECONDS)
         assert not maker.begun[2].is_set()
@@ -51,7 +51,7 @@ def test_one_item_is_made_while_the_one_before_is_used_and_no_more():
 
 def test_a_failure_comes_out_unchanged_after_the_items_before_it():
     failure = ValueError("a fault of the GPU")
-    items = ahead(iter(Maker(2, failure)))
+    items = prefetch(iter(Maker(2, failure)))
     assert [next(items), next(items)] == [0, 1]
     with pytest.raises(ValueError, match="a fault of the GPU") as caught:
         next(items)
@@ -62,7 +62,7 @@ def test_a_user_that_stops_leaves_nothing_behind():
     maker = Maker(5)
 
     def stop_after(number: int) -> None:
-        with closing(ahead(iter(maker))) as items:
+        with closing(prefetch(iter(maker))) as items:
             for item in items:
                 if item == number:
                     raise InterruptedError
@@ -76,7 +76,7 @@ def test_a_user_that_stops_leaves_nothing_behind():
 
 def test_a_failure_that_nobody_waits_for_is_not_raised_when_the_user_stops():
     maker = Maker(1, ValueError("too late"))
-    items = ahead(iter(maker))
+    items = prefetch(iter(maker))
     assert next(items) == 0
     items.close()
     assert not any(thread.is_alive() for thread in maker.threads)

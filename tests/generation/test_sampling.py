@@ -4,15 +4,12 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from tests.support.golden_weights import load_case
 from worker.generation.sampling import (
-    TailRing,
-    add,
+    add_circular,
+    circular_indices,
     draw_noise,
-    guidance_weight,
-    guide,
+    gather_circular,
     noise_levels,
-    ring_audio,
-    ring_frames,
-    take,
+    pad_circular_audio,
     window_audio,
     window_starts,
 )
@@ -50,26 +47,11 @@ def test_an_euler_run_is_the_reference_s_to_the_bit(scheduler):
     assert torch.equal(latents, TENSORS[euler["final"]])
 
 
-def test_guidance_falls_and_after_ten_steps_is_the_audio_s_own():
-    weights = [guidance_weight(step, 50, 7.5) for step in range(50)]
-    assert weights[0] == 7.5
-    assert weights[9] == pytest.approx(6.51)
-    assert weights[10] == pytest.approx(5.9)
-    assert weights[49] == pytest.approx(3.56)
-    assert [guidance_weight(step, 50, 3.0) for step in range(10, 50)] == weights[10:]
-
-
-def test_guidance_goes_from_the_unconditional_velocity_past_the_conditional():
-    unconditional, conditional = torch.tensor([1.0]), torch.tensor([2.0])
-    assert guide([unconditional, conditional], 3.0).item() == 4.0
-    assert guide([conditional], 3.0) is conditional
-
-
 def test_the_windows_of_every_step_cover_the_ring():
     for step in range(8):
         seen = set()
         for start in window_starts(THREE_WINDOWS, step):
-            seen |= set(ring_frames(start, 33, THREE_WINDOWS.sampled_latents))
+            seen |= set(circular_indices(start, 33, THREE_WINDOWS.sampled_latents))
         assert seen == set(range(97))
 
 
@@ -85,36 +67,21 @@ def test_a_single_window_stays_where_it_is():
 
 def test_a_window_runs_over_the_end_of_the_ring():
     ring = torch.arange(6)
-    assert take(ring, 0, -2, 4).tolist() == [4, 5, 0, 1]
-    assert ring_frames(-2, 4, 6) == [4, 5, 0, 1]
-    add(ring, 0, 5, torch.tensor([10, 100]))
+    assert gather_circular(ring, 0, -2, 4).tolist() == [4, 5, 0, 1]
+    assert circular_indices(-2, 4, 6) == [4, 5, 0, 1]
+    add_circular(ring, 0, 5, torch.tensor([10, 100]))
     assert ring.tolist() == [100, 1, 2, 3, 4, 15]
 
 
 def test_a_window_hears_the_audio_of_its_own_frames():
     plan = VideoPlan(135)
     audio = torch.arange(plan.padded_audio_frames).float().view(1, -1, 1, 1, 1)
-    ring = ring_audio(audio + 1, plan)
+    ring = pad_circular_audio(audio + 1, plan)
     assert ring.shape[1] == 4 * 65
     heard = window_audio(ring, -10).flatten()
     assert len(heard) == 129
     assert heard[:40].any().item() is False  # the ring's silent end
     assert heard[40:].tolist() == list(range(1, 90))
-
-
-def window_tokens(value: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """A window of three frames with one token each; a frame's token is `value` and its place."""
-    return value + torch.arange(4.0).view(4, 1, 1), torch.full((2, 1), value)
-
-
-def test_cached_tokens_come_from_the_window_that_computed_a_frame_last():
-    tails = TailRing()
-    tails.store([0, 1, 2], *window_tokens(10))
-    tails.store([3, 4, 0], *window_tokens(20))
-    image, text = tails.gather([2, 3, 4])
-    assert image.flatten().tolist() == [10, 13, 21, 22]  # the reference frame, then the three
-    assert text.flatten().tolist() == [10, 10]
-    assert tails.gather([4, 0, 1])[0].flatten().tolist() == [20, 22, 23, 12]
 
 
 def test_noise_repeats_with_its_generator_and_leaves_the_global_one_alone():

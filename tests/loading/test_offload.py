@@ -187,7 +187,7 @@ def test_a_video_of_networks_on_the_host_is_the_same(toy_model, resident_blocks)
             height=64,
             width=64,
             num_inference_steps=12,
-            full_steps=(0, 1, 4, 11),
+            computed_steps=(0, 1, 4, 11),
             generator=torch.Generator().manual_seed(0),
         )
         frames.append(output.frames)

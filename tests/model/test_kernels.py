@@ -53,14 +53,14 @@ def test_norms_and_gates_are_exact_to_the_rounding(device, rows):
 
     total = x.float() + gate.float()[:, None] * y.float()
     assert (
-        relative_difference(kernels.modulated_norm(x, shift, scale, 1e-6), normed(x)) < 2 * ROUNDING
+        relative_difference(kernels.adaln_modulate(x, shift, scale, 1e-6), normed(x)) < 2 * ROUNDING
     )
-    found, found_norm = kernels.gated_sum_and_norm(x, y, gate, shift, scale, 1e-6)
+    found, found_norm = kernels.gated_residual_adaln(x, y, gate, shift, scale, 1e-6)
     assert relative_difference(found, total) < ROUNDING
     assert relative_difference(found_norm, normed(found)) < 2 * ROUNDING
-    assert relative_difference(kernels.gated_sum(x, y, gate), total) < ROUNDING
+    assert relative_difference(kernels.gated_residual(x, y, gate), total) < ROUNDING
     more = total + gate.float()[:, None] * z.float()
-    assert relative_difference(kernels.gated_sum(x, y, gate, z), more) < ROUNDING
+    assert relative_difference(kernels.gated_residual(x, y, gate, z), more) < ROUNDING
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -97,12 +97,15 @@ def test_rows_in_eight_bits_have_a_scale_each(device):
     apart = torch.zeros(6, 512, device=device, dtype=torch.bfloat16)
     apart[:, :256] = x
 
-    for values, scale in (kernels.quantized_rows(x), kernels.quantized_rows(apart[:, :256])):
+    for values, scale in (
+        kernels.quantize_per_token(x),
+        kernels.quantize_per_token(apart[:, :256]),
+    ):
         found = values.float() * scale
         assert (found - x.float()).abs().max() < x.abs().max() / 16
         assert relative_difference(found[2], x[2]) < 0.04
         assert not found[1].any()
-    values, scale = kernels.quantized_rows(x, of_gelu=True)
+    values, scale = kernels.quantize_per_token(x, of_gelu=True)
     assert relative_difference(values.float() * scale, gelu(x.float(), approximate="tanh")) < 0.04
     given = x.clone()
     exact = gelu(given.float(), approximate="tanh")

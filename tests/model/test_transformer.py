@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.support.golden_transformer import arguments, make_transformer, relative_difference
 from tests.support.golden_weights import load_case
 from worker.model.linear import Float8Linear
-from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel, Tail
+from worker.model.transformer import CachedTokens, HunyuanVideoAvatarTransformer3DModel
 
 TOLERANCE = 1e-6
 CASES = ("pad", "nopad", "b1", "llava_mask", "frames33", "t_edges", "face_ones")
@@ -98,26 +98,28 @@ def test_the_velocity_is_the_references(golden, case):
 
 
 @pytest.mark.parametrize("case", ["pad", "b1", "llava_mask", "frames33"])
-def test_the_tail_is_the_references(golden, case):
+def test_the_cached_tokens_are_the_references(golden, case):
     cases, tensors, model, inputs = golden
     reference = tensors[cases[case]["tail"]]
 
-    tail = model(**inputs(case), return_tail=True).tail
+    cached_tokens = model(**inputs(case), return_cached_tokens=True).cached_tokens
 
-    image = torch.stack(tail.image).flatten(1, 2)  # [reference frame; frames]
+    image = torch.stack(cached_tokens.image).flatten(1, 2)  # [reference frame; frames]
     num_tokens = image.shape[1]
     assert relative_difference(image, reference[:, :num_tokens]) < TOLERANCE
     lengths = inputs(case)["encoder_attention_mask"].sum(dim=1).tolist()
-    assert [len(text) for text in tail.text] == lengths
-    for text, row in zip(tail.text, reference[:, num_tokens:], strict=True):
+    assert [len(text) for text in cached_tokens.text] == lengths
+    for text, row in zip(cached_tokens.text, reference[:, num_tokens:], strict=True):
         assert relative_difference(text, row[: len(text)]) < TOLERANCE
 
 
 def test_a_cached_step_is_the_references(golden):
     cases, tensors, model, inputs = golden
-    tail = model(**inputs("is_cache", "first_inputs"), return_tail=True).tail
+    cached_tokens = model(
+        **inputs("is_cache", "first_inputs"), return_cached_tokens=True
+    ).cached_tokens
 
-    velocity = model(**inputs("is_cache"), tail=tail).sample
+    velocity = model(**inputs("is_cache"), cached_tokens=cached_tokens).sample
 
     assert relative_difference(velocity, tensors[cases["is_cache"]["output"]]) < TOLERANCE
 
@@ -171,7 +173,7 @@ def test_recordings_heard_by_one_sample_are_those_of_a_sample_each():
     both = {name: value[:1].expand_as(value) for name, value in both.items()} | {
         "audio_embeds": both["audio_embeds"]
     }
-    apart = model(**both, return_tail=True)
+    apart = model(**both, return_cached_tokens=True)
     once = {name: value[:1] for name, value in both.items()} | {
         "audio_embeds": both["audio_embeds"]
     }
@@ -179,13 +181,16 @@ def test_recordings_heard_by_one_sample_are_those_of_a_sample_each():
     for block in model.transformer_blocks:
         block.register_forward_hook(lambda *_: ran.append(1))
 
-    together = model(**once, return_tail=True)
+    together = model(**once, return_cached_tokens=True)
 
     assert len(ran) == 1 + 1 + 2 + 2  # until the first adapter they are one
     assert relative_difference(*together.sample) > 1e-3
     assert relative_difference(together.sample, apart.sample) < TOLERANCE
-    cached = model(**once, tail=together.tail).sample
-    assert relative_difference(cached, model(**both, tail=apart.tail).sample) < TOLERANCE
+    cached = model(**once, cached_tokens=together.cached_tokens).sample
+    assert (
+        relative_difference(cached, model(**both, cached_tokens=apart.cached_tokens).sample)
+        < TOLERANCE
+    )
 
 
 @pytest.mark.parametrize(("text_lengths", "passes"), [((5, 5, 5), 1), ((5, 5, 3), 3)])
@@ -200,8 +205,8 @@ def test_where_a_gradient_is_wanted_samples_of_one_size_go_through_the_blocks_to
 
     def descend(**inputs):
         model.zero_grad()
-        first = model(**inputs, return_tail=True)
-        cached = model(**inputs, tail=first.tail).sample
+        first = model(**inputs, return_cached_tokens=True)
+        cached = model(**inputs, cached_tokens=first.cached_tokens).sample
         (first.sample.square().sum() + cached.square().sum()).backward()
         gradient = torch.cat([value.grad.flatten() for value in model.parameters()])
         return first.sample.detach(), cached.detach(), gradient
@@ -230,37 +235,41 @@ def test_text_beyond_the_valid_length_changes_nothing():
     assert torch.equal(model(**inputs).sample, model(**other).sample)
 
 
-def test_a_tail_of_frames_from_several_calls_is_a_tail():
+def test_cached_tokens_may_be_frames_of_several_calls():
     model, inputs, later = tiny_transformer(), tiny_inputs(5), tiny_inputs(5, seed=2)
-    first = model(**inputs, return_tail=True).tail
-    second = model(**later, return_tail=True).tail
+    first = model(**inputs, return_cached_tokens=True).cached_tokens
+    second = model(**later, return_cached_tokens=True).cached_tokens
     frames = (first.image[0][:2], second.image[0][2:])  # reference frame and frame 0; the others
 
-    mixed = model(**later, tail=Tail((torch.cat(frames),), second.text)).sample
+    mixed = model(**later, cached_tokens=CachedTokens((torch.cat(frames),), second.text)).sample
 
     plain = model(**later).sample
     assert torch.isfinite(mixed).all()
     assert not torch.allclose(mixed, plain)
-    whole = model(**later, tail=Tail((second.image[0].clone(),), second.text)).sample
+    whole = model(
+        **later, cached_tokens=CachedTokens((second.image[0].clone(),), second.text)
+    ).sample
     assert relative_difference(whole, plain) < TOLERANCE
 
 
-def test_interleaved_calls_with_tails_are_those_of_each_alone():
+def test_interleaved_calls_with_cached_tokens_are_those_of_each_alone():
     model, ours, theirs = tiny_transformer(), tiny_inputs(5), tiny_inputs(3, seed=2)
     later = {name: value + 1 for name, value in ours.items() if name == "timestep"}
-    alone = model(**ours | later, tail=model(**ours, return_tail=True).tail).sample
+    alone = model(
+        **ours | later, cached_tokens=model(**ours, return_cached_tokens=True).cached_tokens
+    ).sample
 
-    our_tail = model(**ours, return_tail=True).tail
-    their_tail = model(**theirs, return_tail=True).tail
-    model(**theirs, tail=their_tail)
-    interleaved = model(**ours | later, tail=our_tail).sample
+    our_tokens = model(**ours, return_cached_tokens=True).cached_tokens
+    their_tokens = model(**theirs, return_cached_tokens=True).cached_tokens
+    model(**theirs, cached_tokens=their_tokens)
+    interleaved = model(**ours | later, cached_tokens=our_tokens).sample
 
     assert torch.equal(interleaved, alone)
 
 
-def test_with_a_tail_only_the_last_block_runs():
+def test_with_cached_tokens_only_the_last_block_runs():
     model, inputs = tiny_transformer(), tiny_inputs(5)
-    tail = model(**inputs, return_tail=True).tail
+    cached_tokens = model(**inputs, return_cached_tokens=True).cached_tokens
     unread = ("encoder_hidden_states", "encoder_attention_mask", "reference_latents")
     unread = dict.fromkeys((*unread, "audio_embeds", "face_mask"))
     ran = []
@@ -268,7 +277,7 @@ def test_with_a_tail_only_the_last_block_runs():
     for number, block in enumerate((model.context_embedder, model.audio_proj, *blocks)):
         block.register_forward_hook(lambda *_, number=number: ran.append(number))
 
-    model(**inputs | unread, tail=tail)
+    model(**inputs | unread, cached_tokens=cached_tokens)
 
     assert ran == [len(blocks) + 1]
 
@@ -277,14 +286,14 @@ def test_a_tuple_is_returned_on_request():
     model, inputs = tiny_transformer(), tiny_inputs(5)
 
     (sample,) = model(**inputs, return_dict=False)
-    sample_too, tail = model(**inputs, return_dict=False, return_tail=True)
+    sample_too, cached_tokens = model(**inputs, return_dict=False, return_cached_tokens=True)
 
     assert torch.equal(sample, sample_too)
-    assert isinstance(tail, Tail)
+    assert isinstance(cached_tokens, CachedTokens)
 
 
 def test_a_missing_input_is_refused():
-    with pytest.raises(ValueError, match="only a call with a tail"):
+    with pytest.raises(ValueError, match="only a call with cached_tokens"):
         tiny_transformer()(**tiny_inputs(5) | {"audio_embeds": None})
 
 
@@ -303,8 +312,10 @@ def test_a_face_mask_for_each_frame_is_that_frames():
     other[:, :, 1] = 0
 
     assert torch.equal(model(**inputs | {"face_mask": same}).sample, model(**inputs).sample)
-    changed = model(**inputs | {"face_mask": other}, return_tail=True).tail
-    assert not torch.equal(changed.image[0], model(**inputs, return_tail=True).tail.image[0])
+    changed = model(**inputs | {"face_mask": other}, return_cached_tokens=True).cached_tokens
+    assert not torch.equal(
+        changed.image[0], model(**inputs, return_cached_tokens=True).cached_tokens.image[0]
+    )
 
 
 # What diffusers does with the model
@@ -379,7 +390,7 @@ def test_what_a_cache_would_mix_up_is_refused():
     model.enable_cache(FirstBlockCacheConfig())
 
     with model.cache_context("cond"):
-        for call in (tiny_inputs(3, 5), tiny_inputs(5) | {"return_tail": True}):
+        for call in (tiny_inputs(3, 5), tiny_inputs(5) | {"return_cached_tokens": True}):
             with pytest.raises(ValueError, match="cache"):
                 model(**call)
 
@@ -401,8 +412,8 @@ def test_the_attention_backend_can_be_chosen():
 
 def test_two_ranks_together_compute_what_one_does(tmp_path: Path):
     model, inputs = tiny_transformer(), tiny_inputs(6, 6)
-    expected = model(**inputs, return_tail=True)
-    cached = model(**inputs, tail=expected.tail).sample
+    expected = model(**inputs, return_cached_tokens=True)
+    cached = model(**inputs, cached_tokens=expected.cached_tokens).sample
     torch.save({"inputs": inputs, "expected": expected.sample, "cached": cached}, tmp_path / "case")
 
     torch.multiprocessing.spawn(run_rank, args=(tmp_path, free_port()), nprocs=2)
@@ -419,9 +430,9 @@ def run_rank(rank: int, directory: Path, port: int) -> None:
     torch.accelerator.device_count = lambda: 1  # a CPU has 0, and the next line divides by it
     model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
     with torch.inference_mode():
-        output = model(**case["inputs"], return_tail=True)
-        cached = model(**case["inputs"], tail=output.tail).sample
-    assert output.tail.image[0].shape[1] == 4  # of 8 tokens a frame
+        output = model(**case["inputs"], return_cached_tokens=True)
+        cached = model(**case["inputs"], cached_tokens=output.cached_tokens).sample
+    assert output.cached_tokens.image[0].shape[1] == 4  # of 8 tokens a frame
     assert relative_difference(output.sample, case["expected"]) < TOLERANCE
     assert relative_difference(cached, case["cached"]) < TOLERANCE
     torch.distributed.destroy_process_group()

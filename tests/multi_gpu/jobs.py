@@ -5,8 +5,8 @@ import psutil
 from PIL import Image
 
 from avatar_client.contract.request import GenerationParams
+from worker.generation.conditioning import Conditioning
 from worker.generation.engine import Engine
-from worker.generation.pipeline import Conditioning
 from worker.settings import Settings
 
 TWO = Settings(avatar_model="demo", num_gpus=2)

@@ -128,9 +128,9 @@ def test_a_window_over_both_ends_hears_what_the_worker_lets_it_hear():
     scene = replace(scene, audio_embeds=audio)
     around = scene.around(ring - 20, 20, WINDOW_LATENTS - 20)
 
-    embeds = sampling.ring_audio(audio[None, : plan.padded_audio_frames], plan)
+    embeds = sampling.pad_circular_audio(audio[None, : plan.padded_audio_frames], plan)
     assert torch.equal(around.audio_embeds, sampling.window_audio(embeds, -20)[0])
-    latents = sampling.take(scene.latents[None], 2, -20, WINDOW_LATENTS)
+    latents = sampling.gather_circular(scene.latents[None], 2, -20, WINDOW_LATENTS)
     assert torch.equal(around.latents, latents[0])
 
 

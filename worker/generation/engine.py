@@ -17,13 +17,14 @@ import torch
 from PIL import Image
 
 from avatar_client.contract import job_errors
-from avatar_client.contract.presets import PRESETS, full_step_indices
 from avatar_client.contract.request import GenerationParams
 from worker import demo
-from worker.generation import sampling
+from worker.generation.cfg import uses_cfg
+from worker.generation.conditioning import Conditioning
 from worker.generation.face import TorchScriptFaceDetector
-from worker.generation.pipeline import Conditioning, HunyuanVideoAvatarPipeline
-from worker.generation.prefetch import ahead
+from worker.generation.options import DenoiseOptions
+from worker.generation.pipeline import HunyuanVideoAvatarPipeline
+from worker.generation.prefetch import prefetch
 from worker.loading import loader, model_directory
 from worker.loading.loader import LoadReport
 from worker.loading.offload import (
@@ -211,21 +212,13 @@ class Engine:
         With `sharing` this process follows the one that began the job; else it begins it.
         """
         generator = torch.Generator(self.device).manual_seed(seed)
-        preset = PRESETS[params.preset]
+        options = DenoiseOptions.from_params(params, has_float8=self.has_float8)
         with _failures_as_ours(), contextlib.ExitStack() as stack:
             if self.team is not None:
                 num_sides = _num_sides(params)
                 sharing = stack.enter_context(self.team.job(conditioning, params, seed, num_sides))
             return self.pipeline.denoise(
-                conditioning,
-                num_inference_steps=params.num_inference_steps,
-                guidance_scale=params.guidance_scale,
-                flow_shift=params.flow_shift,
-                generator=generator,
-                full_steps=full_step_indices(params.num_inference_steps, preset.schedule),
-                float8=preset.float8 and self.has_float8,
-                on_step=on_step,
-                sharing=sharing,
+                conditioning, options, generator=generator, on_step=on_step, sharing=sharing
             )
 
     def frames(self, conditioning: Conditioning, latents: torch.Tensor) -> Generator[np.ndarray]:
@@ -239,7 +232,7 @@ class Engine:
         decoded = self.pipeline.decode_frames(latents, conditioning.num_frames, scratch_bytes)
         chunks = map(to_uint8, decoded)  # keeps no chunk, as a loop would
         with _failures_as_ours(), contextlib.closing(decoded):
-            yield from ahead(chunks) if self.device.type == "cuda" else chunks
+            yield from prefetch(chunks) if self.device.type == "cuda" else chunks
 
     def num_gpus(self, params: GenerationParams) -> int:
         """How many GPUs (on a CPU: processes) generate such a video."""
@@ -319,7 +312,7 @@ def go_on(step: int, num_steps: int) -> None:
 
 def _num_sides(params: GenerationParams) -> int:
     """Sides of the guidance that such a video has."""
-    return NUM_SIDES if sampling.is_guided(params.guidance_scale) else 1
+    return NUM_SIDES if uses_cfg(params.guidance_scale) else 1
 
 
 def _dtypes(device: torch.device) -> dict[str, torch.dtype]:

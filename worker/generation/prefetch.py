@@ -7,7 +7,7 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 
-def ahead(items: Iterator[Item]) -> Generator[Item]:
+def prefetch(items: Iterator[Item]) -> Generator[Item]:
     """The same items in order; while one is used, the next is made in a thread.
 
     A thread, although a GPU works by itself: it accepts about a thousand kernels ahead, and whoever
@@ -17,7 +17,7 @@ def ahead(items: Iterator[Item]) -> Generator[Item]:
     and throws it away; no thread stays.
     """
     end = object()
-    with ThreadPoolExecutor(1, "ahead") as thread:
+    with ThreadPoolExecutor(1, "prefetch") as thread:
         following = thread.submit(next, items, end)
         while (item := following.result()) is not end:
             following = thread.submit(next, items, end)

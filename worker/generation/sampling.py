@@ -1,8 +1,8 @@
-"""The parts of the sampling loop: noise levels, guidance, windows on the ring of latents.
+"""The parts of the sampling loop: noise levels, noise, windows on the circular latents.
 
-Pure functions on tensors, and `TailRing`, which holds the tokens that cached steps reuse. Nothing
-here waits for the GPU. The latents of a long video are a ring: a window that runs over the end goes
-on at the start. Shape letters: B batch, C channels, T latent frames of the ring, h and w latents.
+Pure functions on tensors; nothing here waits for the GPU. The latents of a long video are circular:
+a window that runs over the end goes on at the start. Shape letters: B batch, C channels, T latent
+frames, h and w latents.
 """
 
 from collections.abc import Sequence
@@ -12,10 +12,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from torch.nn.functional import pad
 
+from worker.generation.conditioning import Conditioning
 from worker.shapes import TEMPORAL_COMPRESSION, WINDOW_FRAMES, WINDOW_LATENTS, VideoPlan
-
-PROMPT_GUIDED_STEPS = 10  # then both branches have the prompt, and guidance is by the audio alone
-EARLY_FACE_MASK = 0.6  # the face hears less in these steps
 
 
 def noise_levels(
@@ -44,29 +42,47 @@ def draw_noise(
     return noise.to(device, torch.float32)
 
 
-def guidance_weight(step: int, num_inference_steps: int, guidance_scale: float) -> float:
-    """How far to go from the unconditional to the conditional velocity in this step.
+def prepare_latents(
+    conditioning: Conditioning,
+    scaling_factor: float,
+    generator: torch.Generator | None = None,
+    latents: Tensor | None = None,
+    reference_noise: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # (1, C, T, h, w), (1, C, 33, h, w)
+    """Noise for the circular latents, and the portrait's latents with theirs.
 
-    Falls from `guidance_scale` towards 2 while the prompt guides, then from 6.5 to 3.5 whatever
-    the scale: the audio's weight is the model's own.
+    Args:
+        scaling_factor: of the autoencoder's latents.
+        generator: draws the noise, then the portrait's; None draws unrepeatable noise.
+        latents: the noise instead, (1, C, plan.noise_latents, h, w).
+        reference_noise: the noise in the portrait's latents instead, (1, C, 33, h, w).
+
+    Raises:
+        ValueError: noise of another shape.
     """
-    left = 1 - step / num_inference_steps
-    if step < PROMPT_GUIDED_STEPS:
-        return left * (guidance_scale - 2) + 2
-    return left * 3 + 3.5
+    if generator is None:
+        generator = torch.Generator()
+        generator.seed()  # from the system: the global generator stays untouched
+    plan = conditioning.plan
+    mean, std = conditioning.reference_mean, conditioning.reference_std
+    _, channels, _, *size = mean.shape
+    shape = (1, channels, plan.noise_latents, *size)
+    latents = _given_or_drawn(latents, "latents", shape, generator, like=mean)
+    shape = (1, channels, WINDOW_LATENTS, *size)
+    noise = _given_or_drawn(reference_noise, "reference_noise", shape, generator, like=mean)
+    reference_latents = (mean + std * noise) * scaling_factor
+    return latents[:, :, : plan.sampled_latents], reference_latents
 
 
-def is_guided(guidance_scale: float) -> bool:
-    """Whether there is an unconditional side to go away from."""
-    return guidance_scale > 1
-
-
-def guide(velocities: Sequence[Tensor], weight: float) -> Tensor:
-    """The velocity to follow, from [unconditional, conditional] or from the conditional alone."""
-    if len(velocities) == 1:
-        return velocities[0]
-    unconditional, conditional = velocities
-    return unconditional + weight * (conditional - unconditional)
+def _given_or_drawn(
+    given: Tensor | None, name: str, shape: Sequence[int], generator: torch.Generator, like: Tensor
+) -> Tensor:
+    """The noise that was given, if it has the right shape, or else drawn; float32."""
+    if given is None:
+        return draw_noise(shape, generator, like.device)
+    if tuple(given.shape) != tuple(shape):
+        raise ValueError(f"{name} must be of shape {tuple(shape)}, not {tuple(given.shape)}")
+    return given.to(like.device, torch.float32)
 
 
 def window_starts(plan: VideoPlan, step: int) -> list[int]:
@@ -75,66 +91,34 @@ def window_starts(plan: VideoPlan, step: int) -> list[int]:
     return [start - shift for start in range(0, plan.sampled_latents, WINDOW_LATENTS)]
 
 
-def ring_frames(start: int, length: int, ring: int) -> list[int]:
-    """The places on the ring of `length` frames from `start`."""
-    return [(start + offset) % ring for offset in range(length)]
+def circular_indices(start: int, length: int, size: int) -> list[int]:
+    """The indices of `length` frames from `start` on, of `size` that are circular."""
+    return [(start + offset) % size for offset in range(length)]
 
 
-def take(tensor: Tensor, dim: int, start: int, length: int) -> Tensor:
-    """`length` entries from `start` on, along a dimension that is a ring."""
-    return tensor.index_select(dim, _places(tensor, dim, start, length))
+def gather_circular(tensor: Tensor, dim: int, start: int, length: int) -> Tensor:
+    """`length` entries from `start` on, along a circular dimension."""
+    return tensor.index_select(dim, _indices(tensor, dim, start, length))
 
 
-def add(tensor: Tensor, dim: int, start: int, values: Tensor) -> None:
-    """Adds values from `start` on, along a dimension that is a ring, in place."""
-    tensor.index_add_(dim, _places(tensor, dim, start, values.shape[dim]), values)
+def add_circular(tensor: Tensor, dim: int, start: int, values: Tensor) -> None:
+    """Adds values from `start` on, along a circular dimension, in place."""
+    tensor.index_add_(dim, _indices(tensor, dim, start, values.shape[dim]), values)
 
 
-def _places(tensor: Tensor, dim: int, start: int, length: int) -> Tensor:
+def _indices(tensor: Tensor, dim: int, start: int, length: int) -> Tensor:
     return torch.arange(start, start + length, device=tensor.device) % tensor.shape[dim]
 
 
-def ring_audio(
+def pad_circular_audio(
     audio_embeds: Tensor,  # (B, padded audio frames, 10, 5, 384)
     plan: VideoPlan,
 ) -> Tensor:  # (B, 4T, 10, 5, 384)
-    """The audio with silence (zeros) for the rest of the ring."""
+    """The audio with silence (zeros) up to the end of the circular latents."""
     missing = TEMPORAL_COMPRESSION * plan.sampled_latents - audio_embeds.shape[1]
     return pad(audio_embeds, (0, 0, 0, 0, 0, 0, 0, missing))
 
 
 def window_audio(audio_embeds: Tensor, start: int) -> Tensor:
     """The 129 audio frames of the window that starts at latent frame `start`."""
-    return take(audio_embeds, 1, TEMPORAL_COMPRESSION * start, WINDOW_FRAMES)
-
-
-class TailRing:
-    """The last tokens of every latent frame, each from the window that computed it last.
-
-    They enter the last block again on cached steps. When the windows have moved on, a window is
-    put together from frames of several older ones; its reference frame and its text come from the
-    older window of its first frame, as in the reference.
-    """
-
-    def __init__(self) -> None:
-        # of each latent frame: a window's image tokens and text, and the frame's place among them
-        self._tokens: dict[int, tuple[Tensor, Tensor, int]] = {}
-
-    def clear(self) -> None:
-        """Forgets all tokens."""
-        self._tokens.clear()
-
-    def store(self, frames: Sequence[int], image: Tensor, text: Tensor) -> None:
-        """Keeps the tokens of a window of these latent frames: (1 + T, S, D) and (L, D)."""
-        for place, frame in enumerate(frames):
-            self._tokens[frame] = (image, text, 1 + place)
-
-    def gather(self, frames: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The same for a window of these latent frames."""
-        first, text, _ = self._tokens[frames[0]]
-        parts = [first[0], *(self._frame(frame) for frame in frames)]
-        return torch.stack(parts), text
-
-    def _frame(self, frame: int) -> Tensor:  # (S, D)
-        image, _, place = self._tokens[frame]
-        return image[place]
+    return gather_circular(audio_embeds, 1, TEMPORAL_COMPRESSION * start, WINDOW_FRAMES)

@@ -33,7 +33,7 @@ NEGATIVE_PROMPT = (
 )
 PROMPT_TEMPLATE: str = DEFAULT_PROMPT_TEMPLATE["template"]  # the reference's, letter for letter
 IMAGE_SUFFIX = "\nThe person looks like<image>"
-TEXT_TOKENS = 256  # of prompt and suffix, after the template's system part
+MAX_PROMPT_TOKENS = 256  # of prompt and suffix, after the template's system part
 CLIP_TOKENS = 77
 
 
@@ -47,7 +47,7 @@ class PromptTokens(NamedTuple):
     @property
     def max_length(self) -> int:
         """Text positions of the layout, pads included."""
-        return self.crop_start + TEXT_TOKENS
+        return self.crop_start + MAX_PROMPT_TOKENS
 
 
 def plain_text(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -71,7 +71,7 @@ def tokenize(prompt: str, tokenizer: PreTrainedTokenizerFast) -> PromptTokens:
     end = tokenizer(after + IMAGE_SUFFIX, add_special_tokens=False).input_ids
     text = before + plain_text(prompt, tokenizer) + after + IMAGE_SUFFIX
     ids = tokenizer(text).input_ids
-    max_length = crop_start + TEXT_TOKENS
+    max_length = crop_start + MAX_PROMPT_TOKENS
     was_cut = len(ids) > max_length
     if was_cut:
         ids = ids[: max_length - len(end)] + end

@@ -74,7 +74,7 @@ __device__ __forceinline__ void norm_and_modulate(const Eight& x, bool active, c
 }
 
 // out = norm(x) * (1 + scale) + shift
-extern "C" __global__ void modulated_norm(const uint4* x, const uint4* shift, const uint4* scale,
+extern "C" __global__ void adaln_modulate(const uint4* x, const uint4* shift, const uint4* scale,
                                           uint4* out, float eps) {
   const bool active = threadIdx.x < ACTIVE;
   const size_t at = (size_t)blockIdx.x * ACTIVE + threadIdx.x;
@@ -83,7 +83,7 @@ extern "C" __global__ void modulated_norm(const uint4* x, const uint4* shift, co
 }
 
 // sum = x + gate * y; out = norm(sum) * (1 + scale) + shift
-extern "C" __global__ void gated_sum_and_norm(const uint4* x, const uint4* y, const uint4* gate,
+extern "C" __global__ void gated_residual_adaln(const uint4* x, const uint4* y, const uint4* gate,
                                               const uint4* shift, const uint4* scale, uint4* sum,
                                               uint4* out, float eps) {
   const bool active = threadIdx.x < ACTIVE;
@@ -102,7 +102,7 @@ extern "C" __global__ void gated_sum_and_norm(const uint4* x, const uint4* y, co
 }
 
 // sum = x + gate * (y + z); z may be null
-extern "C" __global__ void gated_sum(const uint4* x, const uint4* y, const uint4* z,
+extern "C" __global__ void gated_residual(const uint4* x, const uint4* y, const uint4* z,
                                      const uint4* gate, uint4* sum) {
   if (threadIdx.x >= ACTIVE) return;
   const size_t at = (size_t)blockIdx.x * ACTIVE + threadIdx.x;
@@ -227,12 +227,12 @@ __device__ __forceinline__ void quantize(const uint4* x, long long stride, uint2
   }
 }
 
-extern "C" __global__ void quantized_rows(const uint4* x, long long stride, uint2* out,
+extern "C" __global__ void quantize_per_token(const uint4* x, long long stride, uint2* out,
                                           float* scale) {
   quantize<false>(x, stride, out, scale);
 }
 
-extern "C" __global__ void quantized_rows_of_gelu(const uint4* x, long long stride, uint2* out,
+extern "C" __global__ void quantize_gelu_per_token(const uint4* x, long long stride, uint2* out,
                                                   float* scale) {
   quantize<true>(x, stride, out, scale);
 }

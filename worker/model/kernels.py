@@ -26,7 +26,7 @@ WIDEST = 8 * 1024  # of a row: eight values a thread
 SUMMED_PIXELS = 1024  # by a block
 
 
-def modulated_norm(
+def adaln_modulate(
     x: Tensor,  # (B, N, D)
     shift: Tensor,  # (B, D), as is scale
     scale: Tensor,
@@ -37,11 +37,11 @@ def modulated_norm(
     if kernels is None:
         return layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale[:, None]) + shift[:, None]
     out = torch.empty_like(x)
-    kernels.launch("modulated_norm", x.shape[1], kernels.threads, x, shift, scale, out, eps)
+    kernels.launch("adaln_modulate", x.shape[1], kernels.threads, x, shift, scale, out, eps)
     return out
 
 
-def gated_sum_and_norm(
+def gated_residual_adaln(
     x: Tensor,  # (B, N, D), as is y
     y: Tensor,
     gate: Tensor,  # (B, D), as are shift and scale
@@ -53,14 +53,14 @@ def gated_sum_and_norm(
     kernels = _kernels_for_rows(x)
     if kernels is None:
         total = x + gate[:, None] * y
-        return total, modulated_norm(total, shift, scale, eps)
+        return total, adaln_modulate(total, shift, scale, eps)
     total, out = torch.empty_like(x), torch.empty_like(x)
     tensors = (x, y, gate, shift, scale, total, out)
-    kernels.launch("gated_sum_and_norm", x.shape[1], kernels.threads, *tensors, eps)
+    kernels.launch("gated_residual_adaln", x.shape[1], kernels.threads, *tensors, eps)
     return total, out
 
 
-def gated_sum(
+def gated_residual(
     x: Tensor,  # (B, N, D), as are y and z
     y: Tensor,
     gate: Tensor,  # (B, D)
@@ -71,7 +71,7 @@ def gated_sum(
     if kernels is None:
         return x + gate[:, None] * (y if z is None else y + z)
     out = torch.empty_like(x)
-    kernels.launch("gated_sum", x.shape[1], kernels.threads, x, y, z, gate, out)
+    kernels.launch("gated_residual", x.shape[1], kernels.threads, x, y, z, gate, out)
     return out
 
 
@@ -111,7 +111,7 @@ def gelu_in_place(x: Tensor) -> Tensor:  # of any shape
     return x
 
 
-def quantized_rows(
+def quantize_per_token(
     x: Tensor,  # (N, D); the rows may lie apart
     *,
     of_gelu: bool = False,
@@ -125,7 +125,7 @@ def quantized_rows(
         return (x / scale).to(FLOAT8), scale
     out = torch.empty(rows, width, dtype=FLOAT8, device=x.device)
     scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    name = "quantized_rows_of_gelu" if of_gelu else "quantized_rows"
+    name = "quantize_gelu_per_token" if of_gelu else "quantize_per_token"
     kernels.launch(name, rows, kernels.threads, x, x.stride(0) // 8, out, scale)
     return out, scale
 

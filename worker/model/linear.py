@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from worker.model.kernels import FLOAT8, gelu_in_place, quantized_rows
+from worker.model.kernels import FLOAT8, gelu_in_place, quantize_per_token
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Rows:
     @classmethod
     def of(cls, values: Tensor, *, float8: bool) -> "Rows":
         """The rows, with `float8` in 8 bits too."""
-        return cls(values, quantized_rows(values[0]) if float8 else None)
+        return cls(values, quantize_per_token(values[0]) if float8 else None)
 
     def parts(self, size: int) -> Iterator["Rows"]:
         """The same, some tokens at a time."""
@@ -117,7 +117,7 @@ def feed_forward(
     for part in rows.parts(FEED_FORWARD_TOKENS):
         wide = project(up, part)
         if part.quantized is not None and is_plain(down):
-            middle = Rows(wide, quantized_rows(wide[0], of_gelu=True))
+            middle = Rows(wide, quantize_per_token(wide[0], of_gelu=True))
         else:
             middle = Rows(gelu_in_place(wide))
         result = project(down, middle, columns, bias=bias)
@@ -169,7 +169,7 @@ def _float8_weight(layer: nn.Linear, columns: slice) -> tuple[Tensor, Tensor]:
     weight = layer.weight[:, columns]
     if isinstance(layer, Float8Linear):
         return weight.contiguous().view(FLOAT8), layer.weight_scale.float()
-    return quantized_rows(weight)
+    return quantize_per_token(weight)
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:

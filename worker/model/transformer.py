@@ -1,18 +1,19 @@
 """The denoiser: HunyuanVideo-Avatar's transformer, composed from diffusers' HunyuanVideo blocks.
 
-The reference reuses, on some denoising steps, what the early blocks computed on an earlier step,
-and runs the last single-stream block only. Here that is two arguments of `forward`, and the module
-keeps nothing between calls:
+The reference has a step cache: some denoising steps reuse what the early blocks computed on an
+earlier step, and run the last single-stream block only. Here that is two arguments of `forward`,
+and the module keeps nothing between calls:
 
-    output = transformer(latents, ..., return_tail=True)
-    output.tail.image  # B tensors (1 + T, S, D): [0] the reference frame, [1:] the latent frames
-    output.tail.text   # B tensors (L, D): the text, cut to the valid length of each sample
-    cached = transformer(later_latents, ..., tail=Tail(image, text)).sample
+    output = transformer(latents, ..., return_cached_tokens=True)
+    tokens = output.cached_tokens
+    tokens.image  # B tensors (1 + T, S, D): [0] the reference frame, [1:] the latent frames
+    tokens.text   # B tensors (L, D): the text, cut to the valid length of each sample
+    cached = transformer(later_latents, ..., cached_tokens=CachedTokens(image, text)).sample
 
-A tail is the input of the last single-stream block. It may be put together from the tails of
+Cached tokens are the input of the last single-stream block. They may be put together from those of
 several calls: any frames of the same size in any order (the last block gives the k-th one the
-position of latent frame k). With `tail` only `timestep`, `pooled_projections`, `motion_expression`,
-`motion_pose` and `fps` are read beside it, and of `hidden_states` only the shape.
+position of latent frame k). Beside them only `timestep`, `pooled_projections`,
+`motion_expression`, `motion_pose` and `fps` are read, and of `hidden_states` only the shape.
 
 Tokens run over the rows and columns of a frame first and over its frames last ("spatial-major":
 all frames of one patch, reference frame first, then the next patch), so that a contiguous share of
@@ -56,10 +57,10 @@ from worker.model.attention import attend
 from worker.model.audio_adapter import AudioAdapter, AudioProjection
 from worker.model.embeddings import SINUSOID_DIM, AvatarRotaryPosEmbed, Sinusoid
 from worker.model.kernels import (
-    gated_sum,
-    gated_sum_and_norm,
+    adaln_modulate,
+    gated_residual,
+    gated_residual_adaln,
     gelu_in_place,
-    modulated_norm,
     norm_and_rotate,
 )
 from worker.model.linear import (
@@ -76,7 +77,7 @@ NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class Tail:
+class CachedTokens:
     """The tokens that enter the last single-stream block.
 
     Under context parallel each rank holds its own share of S and of L.
@@ -88,10 +89,10 @@ class Tail:
 
 @dataclass
 class AvatarTransformerOutput(BaseOutput):
-    """The velocity `sample` (B, C, T, H, W), and the tail if it was asked for."""
+    """The velocity `sample` (B, C, T, H, W), and the tokens for the step cache if asked for."""
 
     sample: Tensor
-    tail: Tail | None = None
+    cached_tokens: CachedTokens | None = None
 
 
 class AvatarTransformerBlock(HunyuanVideoTransformerBlock):
@@ -209,7 +210,7 @@ class AvatarSingleTransformerBlock(HunyuanVideoSingleTransformerBlock):
         else:
             wide = gelu_in_place(project(self.proj_mlp, rows))
             update, more = self.proj_out(torch.cat([attended, wide], dim=2)), None
-        tokens = gated_sum(tokens, update, gate, more)
+        tokens = gated_residual(tokens, update, gate, more)
         return tokens[:, :num_image], tokens[:, num_image:]
 
 
@@ -226,7 +227,7 @@ def _modulated(
     """The rows after the adaptive norm, and what is left of the modulation, each (B, D)."""
     times = norm.linear.out_features // x.shape[-1]
     shift, scale, *later = norm.linear(norm.silu(temb)).chunk(times, dim=1)
-    return Rows.of(modulated_norm(x, shift, scale, norm.norm.eps), float8=float8), *later
+    return Rows.of(adaln_modulate(x, shift, scale, norm.norm.eps), float8=float8), *later
 
 
 def _norm_and_rotate(
@@ -249,9 +250,11 @@ def _fed_forward(
 ) -> Tensor:  # (B, N, D)
     """The tokens with the update, after the feed-forward network."""
     shift, scale, later_gate = later
-    x, normed = gated_sum_and_norm(x, update, gate, shift, scale, NORM_EPS)
+    x, normed = gated_residual_adaln(x, update, gate, shift, scale, NORM_EPS)
     up, _, down = network.net
-    return gated_sum(x, feed_forward(up.proj, down, Rows.of(normed, float8=float8)), later_gate)
+    return gated_residual(
+        x, feed_forward(up.proj, down, Rows.of(normed, float8=float8)), later_gate
+    )
 
 
 class HunyuanVideoAvatarTransformer3DModel(
@@ -380,11 +383,11 @@ class HunyuanVideoAvatarTransformer3DModel(
         fps: Tensor,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
-        tail: Tail | None = None,
-        return_tail: bool = False,
+        cached_tokens: CachedTokens | None = None,
+        return_cached_tokens: bool = False,
         float8: bool = False,
-    ) -> AvatarTransformerOutput | tuple[Tensor] | tuple[Tensor, Tail | None]:
-        """The velocity (B R, C, T, H, W); with `return_tail` also the tail, see the module.
+    ) -> AvatarTransformerOutput | tuple[Tensor] | tuple[Tensor, CachedTokens | None]:
+        """The velocity (B R, C, T, H, W); if asked for also the cached tokens, see the module.
 
         Inputs are cast to the model's dtype; the scalars only after their embedders.
 
@@ -402,18 +405,19 @@ class HunyuanVideoAvatarTransformer3DModel(
             motion_expression, motion_pose: (B, 4).
             fps: (B,), frames a second.
             attention_kwargs: `{"scale": ...}` is the strength of the LoRAs.
-            tail: B R samples; runs the last single-stream block on these tokens and nothing before
-                it. The inputs that may be None are then not read.
+            cached_tokens: of B R samples; runs the last single-stream block on them and nothing
+                before it. The inputs that may be None are then not read.
+            return_cached_tokens: whether the tokens that enter the last block are returned too.
             float8: computes the blocks' linear layers in 8 bits, see `worker.model.linear.project`.
 
         Raises:
-            ValueError: a half-precision timestep; a missing input; a tail, or several samples,
-                while a cache is enabled.
+            ValueError: a half-precision timestep; a missing input; cached tokens, or several
+                samples, while a cache of diffusers is enabled.
         """
         if timestep.dtype in (torch.float16, torch.bfloat16):
             raise ValueError(f"timestep must be float32, not {timestep.dtype}")
-        if self.is_cache_enabled and (tail is not None or return_tail):
-            raise ValueError("a cache may skip the blocks around the tail; use one or the other")
+        if self.is_cache_enabled and (cached_tokens is not None or return_cached_tokens):
+            raise ValueError("a cache of diffusers may skip blocks; use it or the cached tokens")
         num_frames, height, width = hidden_states.shape[2:]
         patch_size = self.config.patch_size
         grid = (num_frames, height // patch_size, width // patch_size)
@@ -422,8 +426,8 @@ class HunyuanVideoAvatarTransformer3DModel(
             timestep, pooled_projections, motion_expression, motion_pose, fps
         )
 
-        if tail is not None:
-            streams = self._streams_of(tail, temb)
+        if cached_tokens is not None:
+            streams = self._streams_of(cached_tokens, temb)
         elif (
             encoder_hidden_states is None
             or encoder_attention_mask is None
@@ -431,7 +435,7 @@ class HunyuanVideoAvatarTransformer3DModel(
             or audio_embeds is None
             or face_mask is None
         ):
-            raise ValueError("only a call with a tail may leave an input out")
+            raise ValueError("only a call with cached_tokens may leave an input out")
         else:
             streams = self._run_early_blocks(
                 [
@@ -448,10 +452,10 @@ class HunyuanVideoAvatarTransformer3DModel(
 
         tokens = self._run_last_block(streams, rotary, float8)
         sample = self._unpatchify(tokens, grid)
-        returned_tail = _tail_of(streams, num_frames) if return_tail else None
+        returned_tokens = _cached_tokens_of(streams, num_frames) if return_cached_tokens else None
         if return_dict:
-            return AvatarTransformerOutput(sample=sample, tail=returned_tail)
-        return (sample, returned_tail) if return_tail else (sample,)
+            return AvatarTransformerOutput(sample=sample, cached_tokens=returned_tokens)
+        return (sample, returned_tokens) if return_cached_tokens else (sample,)
 
     @property
     def _compute_dtype(self) -> torch.dtype:
@@ -552,11 +556,14 @@ class HunyuanVideoAvatarTransformer3DModel(
                 )
         return streams
 
-    def _streams_of(self, tail: Tail, temb: Tensor) -> list["_Stream"]:
-        """The samples of a tail, for the last block."""
-        recordings = len(tail.image) // len(temb)
+    def _streams_of(self, cached_tokens: CachedTokens, temb: Tensor) -> list["_Stream"]:
+        """The samples of the cached tokens, for the last block."""
+        recordings = len(cached_tokens.image) // len(temb)
         samples = zip(
-            tail.image, tail.text, temb.repeat_interleave(recordings, 0).split(1), strict=True
+            cached_tokens.image,
+            cached_tokens.text,
+            temb.repeat_interleave(recordings, 0).split(1),
+            strict=True,
         )
         return _as_few(
             [
@@ -575,7 +582,7 @@ class HunyuanVideoAvatarTransformer3DModel(
                 stream.image, stream.text, stream.temb, rotary, float8
             )
             scale, shift = norm.linear(norm.silu(stream.temb)).chunk(2, dim=1)
-            patches.append(self.proj_out(modulated_norm(image, shift, scale, NORM_EPS)))
+            patches.append(self.proj_out(adaln_modulate(image, shift, scale, NORM_EPS)))
         return torch.cat(patches)
 
     def _unpatchify(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
@@ -618,9 +625,9 @@ def _as_few(streams: list[_Stream]) -> list[_Stream]:
     return [_Stream(**joined)]
 
 
-def _tail_of(streams: Sequence[_Stream], num_frames: int) -> Tail:
+def _cached_tokens_of(streams: Sequence[_Stream], num_frames: int) -> CachedTokens:
     images = (image for stream in streams for image in stream.image)
-    return Tail(
+    return CachedTokens(
         image=tuple(image.unflatten(0, (-1, 1 + num_frames)).transpose(0, 1) for image in images),
         text=tuple(text for stream in streams for text in stream.text),
     )

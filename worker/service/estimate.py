@@ -6,7 +6,7 @@ learned from the jobs that it has finished.
 
 from dataclasses import dataclass
 
-from avatar_client.contract.presets import Schedule, full_step_indices
+from avatar_client.contract.presets import StepCacheSchedule, computed_step_indices
 from worker.shapes import FrameSize, VideoPlan, window_tokens
 
 TEXT_TOKENS = 400  # typical valid length of the prompt, with the portrait's 576 tokens cut in
@@ -21,7 +21,7 @@ RATES = {"H200": 5.7e14, "H100": 5.7e14}
 
 
 def job_flops(
-    plan: VideoPlan, size: FrameSize, num_inference_steps: int, schedule: Schedule
+    plan: VideoPlan, size: FrameSize, num_inference_steps: int, schedule: StepCacheSchedule
 ) -> float:
     """Floating-point operations of the denoising loop, both guidance branches."""
     tokens = window_tokens(size) + TEXT_TOKENS
@@ -30,15 +30,15 @@ def job_flops(
     return 2 * forward * plan.num_windows * steps
 
 
-def work_share(step: int, num_inference_steps: int, schedule: Schedule) -> float:
+def work_share(step: int, num_inference_steps: int, schedule: StepCacheSchedule) -> float:
     """How much of the denoising loop's work is done after `step` steps, 0 to 1."""
     whole = _cost(num_inference_steps, num_inference_steps, schedule)
     return _cost(step, num_inference_steps, schedule) / whole
 
 
-def _cost(step: int, num_inference_steps: int, schedule: Schedule) -> float:
+def _cost(step: int, num_inference_steps: int, schedule: StepCacheSchedule) -> float:
     """The first `step` steps, in full steps."""
-    full = sum(index < step for index in full_step_indices(num_inference_steps, schedule))
+    full = sum(index < step for index in computed_step_indices(num_inference_steps, schedule))
     return full + CACHED_SHARE * (step - full)
 
 

@@ -31,7 +31,7 @@ from avatar_client.contract.job_errors import (
     InvalidInputError,
     WorkerError,
 )
-from avatar_client.contract.presets import PRESETS, full_step_indices
+from avatar_client.contract.presets import PRESETS, computed_step_indices
 from avatar_client.version import __version__
 from worker import import_guard, logs
 from worker.media.inputs import Speech, load_portrait, load_speech
@@ -265,7 +265,7 @@ class Worker:
         params = run.request.input
         size = fit_size(portrait.height, portrait.width, params.resolution)
         video = VideoPlan(count_frames(len(speech.waveform), params.fps))
-        steps, schedule = params.num_inference_steps, PRESETS[params.preset].schedule
+        steps, schedule = params.num_inference_steps, PRESETS[params.preset].step_cache_schedule
         flops = job_flops(video, size, steps, schedule)
         return {
             "dry_run": True,
@@ -277,7 +277,7 @@ class Worker:
                 "duration_seconds": round(speech.duration_seconds, 3),
                 "num_windows": video.num_windows,
                 "num_inference_steps": steps,
-                "num_full_steps": len(full_step_indices(steps, schedule)),
+                "num_full_steps": len(computed_step_indices(steps, schedule)),
                 **delivery.describe(),
             },
             "estimate_seconds": self._speed.estimate_seconds(flops),
@@ -306,7 +306,7 @@ class Worker:
             engine.num_gpus(params),
         )
         size = fit_size(portrait.height, portrait.width, params.resolution)
-        schedule = PRESETS[params.preset].schedule
+        schedule = PRESETS[params.preset].step_cache_schedule
         flops = job_flops(conditioning.plan, size, params.num_inference_steps, schedule)
         self._speed.record(flops, run.stage_seconds["denoise_seconds"])
 
@@ -392,7 +392,7 @@ def _load_metrics(engine: "Engine | None") -> dict[str, float | None]:
 def _step_report(run: Run) -> Callable[[int, int], None]:
     """Reports each denoising step, and ends the loop when the job must not go on."""
 
-    schedule = PRESETS[run.request.input.preset].schedule
+    schedule = PRESETS[run.request.input.preset].step_cache_schedule
 
     def on_step(step: int, num_steps: int) -> None:
         run.check()

@@ -1,0 +1,45 @@
+"""How a video is computed: one value from the request to the sampling loop."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+from avatar_client.contract.presets import PRESETS, computed_step_indices
+from avatar_client.contract.request import GenerationParams
+from worker.generation.cfg import uses_cfg
+from worker.shapes import ComputedSteps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenoiseOptions:
+    """How the latents of one video are computed, whatever it shows."""
+
+    num_inference_steps: int = 50  # from noise to video
+    guidance_scale: float = 7.5  # weight of the prompt in the first steps; 1 or less: no CFG
+    flow_shift: float = 5.0  # how much of the steps is spent at high noise
+    # The steps that run all blocks, as `worker.shapes.resolve_computed_steps` takes them; the
+    # others read the step cache.
+    computed_steps: ComputedSteps = None
+    float8: bool = False  # the transformer's linear layers in 8 bits; compute capability 8.9
+    # What the latents are rounded to after each step; None: bfloat16, as in the reference.
+    latents_dtype: torch.dtype | None = None
+
+    @classmethod
+    def from_params(cls, params: GenerationParams, *, has_float8: bool) -> Self:
+        """What the request and its preset ask for, on a device that has 8 bits or has not."""
+        preset = PRESETS[params.preset]
+        return cls(
+            num_inference_steps=params.num_inference_steps,
+            guidance_scale=params.guidance_scale,
+            flow_shift=params.flow_shift,
+            computed_steps=computed_step_indices(
+                params.num_inference_steps, preset.step_cache_schedule
+            ),
+            float8=preset.float8 and has_float8,
+        )
+
+    @property
+    def uses_cfg(self) -> bool:
+        """Whether each step has an unconditional branch."""
+        return uses_cfg(self.guidance_scale)
