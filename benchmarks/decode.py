@@ -50,14 +50,14 @@ class Way:
 
     def __call__(self, vae: AutoencoderKLHunyuanVideo, latents: Tensor) -> Iterator[Tensor]:
         """The frames in chunks."""
-        usual = autoencoder.MEMORY_FORMAT, kernels._kernels_for_chunk
+        usual = autoencoder.MEMORY_FORMAT, kernels.kernels_for_chunk
         autoencoder.MEMORY_FORMAT = self.memory_format
         if not self.by_kernels:
-            kernels._kernels_for_chunk = lambda chunk: None
+            kernels.kernels_for_chunk = lambda chunk: None
         try:
             yield from self.decode(vae, latents)
         finally:
-            autoencoder.MEMORY_FORMAT, kernels._kernels_for_chunk = usual
+            autoencoder.MEMORY_FORMAT, kernels.kernels_for_chunk = usual
 
 
 def theirs(vae: AutoencoderKLHunyuanVideo, latents: Tensor) -> Iterator[Tensor]:

@@ -107,7 +107,7 @@ def measure_steps(
         model.set_attention_backend(reference.FLASH_ATTENTION)
     both = kinds["both"]
     published, cached_tokens = record(
-        "published, full step", lambda: reference.forward(model, both)
+        "published, computed step", lambda: reference.forward(model, both)
     )
     record("published, cached step", lambda: reference.forward(model, both, cached_tokens))
     found["difference_from_published"] = relative_difference(late["quality"], published)
@@ -139,7 +139,7 @@ def measure_autoencoder(
 def roofline(
     model: HunyuanVideoAvatarTransformer3DModel, size: FrameSize, num_latents: int
 ) -> dict[str, float]:
-    """Seconds of a full step's products and attention alone, each as fast as it runs here."""
+    """Seconds of a computed step's products and attention alone, each as fast as it runs here."""
     config, device = model.config, model.device
     dim = config.num_attention_heads * config.attention_head_dim
     tokens = window_tokens(size) * (1 + num_latents) // (1 + WINDOW_LATENTS) + TEXT_LENGTH
@@ -177,7 +177,7 @@ def jobs(steps: dict[str, float], stages: dict[str, float]) -> dict[str, dict[st
         denoise += (STEPS - len(full)) * steps[f"{arithmetic}, cached step"]
         found[name] = {"denoise": denoise, "whole": denoise + stages["encode"] + stages["decode"]}
     full = len(computed_step_indices(STEPS))
-    denoise = full * steps["published, full step"]
+    denoise = full * steps["published, computed step"]
     denoise += (STEPS - full) * steps["published, cached step"]
     whole = denoise + stages["published encode"] + stages["published decode"]
     found["published"] = {"denoise": denoise, "whole": whole}
@@ -192,7 +192,8 @@ def print_table(results: list[dict[str, Any]]) -> None:
         height, width = result["size"]
         bound = result["roofline"]["step"]
         write(
-            f"\n{height} x {width}, {result['frames']} frames; roofline of a full step {bound} s\n"
+            f"\n{height} x {width}, {result['frames']} frames; "
+            f"roofline of a computed step {bound} s\n"
         )
         for name, seconds in result["steps"]["seconds"].items():
             peak = result["steps"]["peak_gib"][name] or 0

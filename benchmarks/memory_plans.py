@@ -3,7 +3,7 @@
     python -m benchmarks.memory_plans --directory /tmp/model [--plans 141:704x768 24:704x768 ...]
 
 Takes the model directory that `python -m benchmarks.loading` writes. The process is kept to the
-size of each plan; each plan encodes, takes a full and a cached step, and decodes 129 frames.
+size of each plan; each plan encodes, takes a computed and a cached step, and decodes 129 frames.
 "Reserved" is what the process took of the GPU for tensors, the gaps between them included.
 """
 

@@ -1,6 +1,6 @@
 """The published arithmetic, rebuilt from diffusers' parts, to be measured beside the worker's.
 
-Both sides of the guidance in one batch, operator after operator, FlashAttention 2, the autoencoder
+Both CFG branches in one batch, operator after operator, FlashAttention 2, the autoencoder
 on 129 copies of the portrait twice, and diffusers' own tiled decode. Where the published code does
 more (float32 parts, padded text, a wait for the GPU in each step) it is given less to do here.
 """
@@ -30,23 +30,23 @@ def forward(
     grid = (num_frames, height // 2, width // 2)
     rotary = model.rope(*grid, latents.device)
     scalars = ("timestep", "pooled_projections", "motion_expression", "motion_pose", "fps")
-    temb = model._embed_conditions(*(inputs[name] for name in scalars))
-    image = model._embed_latents(latents, inputs["reference_latents"])
+    temb = model.embed_conditions(*(inputs[name] for name in scalars))
+    image = model.embed_latents(latents, inputs["reference_latents"])
     mask = inputs["encoder_attention_mask"]
     text = torch.cat(
-        model._embed_text(inputs["encoder_hidden_states"], inputs["timestep"], mask)
+        model.embed_text(inputs["encoder_hidden_states"], inputs["timestep"], mask)
     )  # equally long
     audio_tokens = model.audio_proj(inputs["audio_embeds"].to(image.dtype))  # (2, T, A, D)
     if cached_tokens is None:
-        gate = model._gate_audio(inputs["face_mask"], num_frames)[:, :, 1:]  # (2, S, T, 1)
+        gate = model.gate_audio(inputs["face_mask"], num_frames)[:, :, 1:]  # (2, S, T, 1)
         for block in model.transformer_blocks:
             image, text = HunyuanVideoTransformerBlock.forward(
                 block, image, text, temb, None, rotary
             )
             if block.audio_adapter is not None:
                 columns = image.unflatten(1, (-1, 1 + num_frames))
-                heard = gate * block.audio_adapter(columns[:, :, 1:], audio_tokens)
-                columns = torch.cat([columns[:, :, :1], columns[:, :, 1:] + heard], dim=2)
+                audio_delta = gate * block.audio_adapter(columns[:, :, 1:], audio_tokens)
+                columns = torch.cat([columns[:, :, :1], columns[:, :, 1:] + audio_delta], dim=2)
                 image = columns.flatten(1, 2)
         for block in model.single_transformer_blocks[:-1]:
             image, text = HunyuanVideoSingleTransformerBlock.forward(
@@ -57,7 +57,7 @@ def forward(
         model.single_transformer_blocks[-1], *cached_tokens, temb, None, rotary
     )
     patches = model.proj_out(model.norm_out(image, temb))
-    return model._unpatchify(patches, grid), cached_tokens
+    return model.unpatchify(patches, grid), cached_tokens
 
 
 def encode(vae: AutoencoderKLHunyuanVideo, portrait: Tensor) -> None:  # (1, 3, 1, H, W)

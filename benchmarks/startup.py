@@ -55,7 +55,6 @@ MODULES = {
     "diffusers.models.modeling_utils": [],
     "diffusers.models.transformers": [],
     "diffusers.pipelines.pipeline_utils": [],
-    "peft": [],
     "accelerate": [],
     "runpod": [],
     "cpuinfo.cpuinfo": ["get_cpu_info"],

@@ -5,8 +5,8 @@
         --num-single-layers 2 --num-attention-heads 2
 
 The processes are the worker's own, and so is the loop; the weights are random, from the same seed
-in each process. Prints one JSON object a size: the median seconds of a guided full step alone and
-together, their ratio, and how far apart the latents are.
+in each process. Prints one JSON object a size: the median seconds of a computed step with both
+CFG branches, alone and together, their ratio, and how far apart the latents are.
 """
 
 import argparse
@@ -111,7 +111,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--num-gpus", type=int, default=2)
     parser.add_argument("--sizes", nargs="+", default=["384x384", "704x768"], help="height x width")
-    parser.add_argument("--num-steps", type=int, default=3, help="up to 3 all are full steps")
+    parser.add_argument("--num-steps", type=int, default=3, help="up to 3 all are computed steps")
     parser.add_argument("--backend", default="_native_cudnn")
     parser.add_argument("--num-layers", type=int, default=20)
     parser.add_argument("--num-single-layers", type=int, default=40)

@@ -83,8 +83,8 @@ def count_frames(num_samples: int, fps: float) -> int:
 class VideoPlan:
     """Everything that the number of video frames decides.
 
-    Up to 129 frames are one window of 33 latents that stays where it is. More are sampled as a
-    ring of latents: each step covers it with windows of 33, and shifts them by 10 for the next.
+    Up to 129 frames are one window of 33 latents that stays where it is. More are sampled as
+    circular latents: each step covers them with windows of 33, and shifts those by 10 for the next.
 
     Raises:
         ValueError: no frames.
@@ -115,7 +115,7 @@ class VideoPlan:
 
     @property
     def sampled_latents(self) -> int:
-        """Latent frames that are sampled: the ring, or the one window."""
+        """Latent frames that are sampled: the circular latents, or the one window."""
         return WINDOW_LATENTS if self.single_window else self.noise_latents
 
     @property
@@ -125,12 +125,12 @@ class VideoPlan:
 
     @property
     def num_windows(self) -> int:
-        """Windows a step, and so forward passes a step and guidance branch."""
+        """Windows a step, and so forward passes a step and CFG branch."""
         return -(-self.sampled_latents // WINDOW_LATENTS)
 
     @property
     def kept_latents(self) -> int:
-        """Latent frames that are decoded; the surplus of the ring is dropped."""
+        """Latent frames that are decoded; the surplus of the circular ones is dropped."""
         return self.padded_audio_frames // TEMPORAL_COMPRESSION + 1
 
     @property
@@ -147,12 +147,12 @@ def window_tokens(size: FrameSize) -> int:
 def resolve_computed_steps(
     computed_steps: ComputedSteps, num_inference_steps: int
 ) -> frozenset[int]:
-    """The full steps of a run: by our rule (None), the reference's fixed list, or as given.
+    """The computed steps of a run: by our rule (None), the reference's fixed list, or as given.
 
     The fixed list was made for 50 steps; with fewer it ends early, with more the rest is cached.
 
     Raises:
-        ValueError: no steps; step 0 is not among the full ones, or one is not a step of the run.
+        ValueError: no steps; step 0 is not among them, or one is not a step of the run.
     """
     if num_inference_steps < 1:
         raise ValueError("num_inference_steps must be at least 1")
@@ -162,7 +162,7 @@ def resolve_computed_steps(
         return frozenset(step for step in REFERENCE_COMPUTED_STEPS if step < num_inference_steps)
     steps = frozenset(int(step) for step in computed_steps)
     if 0 not in steps:
-        raise ValueError("computed_steps must hold 0: the first step has no tokens to reuse")
+        raise ValueError("computed_steps must hold 0: the first step has no cache to read")
     if not steps <= set(range(num_inference_steps)):
         raise ValueError(f"computed_steps must lie in 0..{num_inference_steps - 1}")
     return steps

@@ -97,7 +97,7 @@ def test_speech_is_padded_with_silence(feature_extractor, audio_encoder):
     assert not embeds[:, 25:].any()
 
 
-def test_all_of_a_long_recording_is_heard(feature_extractor, audio_encoder):
+def test_all_of_a_long_recording_is_encoded(feature_extractor, audio_encoder):
     speech = tone(40.0)
     embeds = encode_audio(speech, 25, feature_extractor, audio_encoder)
     assert embeds.shape[1] == 1000 + 5
@@ -109,7 +109,7 @@ def test_all_of_a_long_recording_is_heard(feature_extractor, audio_encoder):
     assert torch.equal(embeds[:, 750, :4], first[:, 749, 2:6])  # the join, where nothing is missing
 
 
-def test_half_the_frame_rate_hears_every_second_window(feature_extractor, audio_encoder):
+def test_half_the_frame_rate_takes_every_second_window(feature_extractor, audio_encoder):
     speech = tone(10.0)
     embeds = encode_audio(speech, 25, feature_extractor, audio_encoder)
     half_rate = encode_audio(speech, 12.5, feature_extractor, audio_encoder)

@@ -47,7 +47,7 @@ def test_an_euler_run_is_the_reference_s_to_the_bit(scheduler):
     assert torch.equal(latents, TENSORS[euler["final"]])
 
 
-def test_the_windows_of_every_step_cover_the_ring():
+def test_the_windows_of_every_step_cover_the_circular_latents():
     for step in range(8):
         seen = set()
         for start in window_starts(THREE_WINDOWS, step):
@@ -65,23 +65,23 @@ def test_a_single_window_stays_where_it_is():
     assert [window_starts(VideoPlan(75), step) for step in range(5)] == [[0]] * 5
 
 
-def test_a_window_runs_over_the_end_of_the_ring():
-    ring = torch.arange(6)
-    assert gather_circular(ring, 0, -2, 4).tolist() == [4, 5, 0, 1]
+def test_a_window_runs_over_the_end_of_circular_latents():
+    circular = torch.arange(6)
+    assert gather_circular(circular, 0, -2, 4).tolist() == [4, 5, 0, 1]
     assert circular_indices(-2, 4, 6) == [4, 5, 0, 1]
-    add_circular(ring, 0, 5, torch.tensor([10, 100]))
-    assert ring.tolist() == [100, 1, 2, 3, 4, 15]
+    add_circular(circular, 0, 5, torch.tensor([10, 100]))
+    assert circular.tolist() == [100, 1, 2, 3, 4, 15]
 
 
-def test_a_window_hears_the_audio_of_its_own_frames():
+def test_a_window_has_the_audio_of_its_own_frames():
     plan = VideoPlan(135)
     audio = torch.arange(plan.padded_audio_frames).float().view(1, -1, 1, 1, 1)
-    ring = pad_circular_audio(audio + 1, plan)
-    assert ring.shape[1] == 4 * 65
-    heard = window_audio(ring, -10).flatten()
-    assert len(heard) == 129
-    assert heard[:40].any().item() is False  # the ring's silent end
-    assert heard[40:].tolist() == list(range(1, 90))
+    circular = pad_circular_audio(audio + 1, plan)
+    assert circular.shape[1] == 4 * 65
+    audio_frames = window_audio(circular, -10).flatten()
+    assert len(audio_frames) == 129
+    assert audio_frames[:40].any().item() is False  # the silent end
+    assert audio_frames[40:].tolist() == list(range(1, 90))
 
 
 def test_noise_repeats_with_its_generator_and_leaves_the_global_one_alone():

@@ -18,7 +18,7 @@ def projection():
     return AudioProjection((10, 5, 4), 16, WIDTH, tokens_per_frame=4).double()
 
 
-def test_a_frame_hears_only_its_own_audio(adapter):
+def test_a_frame_attends_only_to_its_own_audio(adapter):
     tokens = torch.randn(1, 4, 3, WIDTH).double()  # 4 tokens in each of 3 frames
     audio = torch.randn(1, 3, 16, WIDTH).double()
     other = audio.clone()
@@ -37,8 +37,8 @@ def test_the_attention_has_one_head_of_the_full_width(adapter):
         query = adapter.to_q(adapter.norm2(tokens[:, :, frame]))  # (2, 5, 16)
         key, value = adapter.to_kv(adapter.norm1(audio[:, frame])).chunk(2, dim=-1)
         weights = (query @ key.transpose(1, 2) / 16**0.5).softmax(dim=-1)
-        heard = adapter.to_out(weights @ value)
-        torch.testing.assert_close(adapter(tokens, audio)[:, :, frame], heard)
+        audio_delta = adapter.to_out(weights @ value)
+        torch.testing.assert_close(adapter(tokens, audio)[:, :, frame], audio_delta)
 
 
 def test_a_latent_frame_gets_the_tokens_of_its_four_video_frames(projection):
@@ -48,14 +48,14 @@ def test_a_latent_frame_gets_the_tokens_of_its_four_video_frames(projection):
 
     assert tokens.shape == (1, 3, 16, WIDTH)
     by_video_frame = tokens.unflatten(2, (4, 4))  # 4 tokens of each of 4 video frames
-    hearing = {0: (0, 0, 0, 0), 1: (1, 2, 3, 4), 2: (5, 6, 7, 8)}
-    for latent_frame, video_frames in hearing.items():
+    sources = {0: (0, 0, 0, 0), 1: (1, 2, 3, 4), 2: (5, 6, 7, 8)}
+    for latent_frame, video_frames in sources.items():
         for place, video_frame in enumerate(video_frames):
             alone = projection(windows[:, [video_frame]])[0, 0, :4]  # 4 tokens, four times over
             torch.testing.assert_close(by_video_frame[0, latent_frame, place], alone)
 
 
-def test_silence_is_heard_too(projection):
+def test_silence_has_tokens_too(projection):
     tokens = projection(torch.zeros(1, 5, 10, 5, 4).double())
 
     assert tokens.norm() > 1

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from tests.support.golden_transformer import relative_difference
 from tests.support.golden_weights import load_case
 from worker.model import kernels
-from worker.model.autoencoder import _affine, decode_frames, set_tiles, tile_bytes
+from worker.model.autoencoder import decode_frames, group_norm_affine, set_tiles, tile_bytes
 
 TOLERANCE = 3e-6
 LAST_BIT = 2**-23  # of a frame's float32, after the same sums in another order in float64
@@ -174,7 +174,7 @@ def test_the_statistics_of_a_full_size_tile_are_exact():
     chunk = torch.randn(1, 8, 4, 256, 256, generator=torch.Generator().manual_seed(3)) + 1
     groups = chunk.double().view(4, -1)
     deviation = (groups.var(1, correction=0) + norm.eps).sqrt().repeat_interleave(2)
-    affine = _affine(norm, chunk.split(3, 2))
+    affine = group_norm_affine(norm, chunk.split(3, 2))
     assert relative_difference(affine.scale.flatten(), 1 / deviation) < 1e-7
 
 

@@ -9,7 +9,7 @@ from worker.shapes import FrameSize, VideoPlan
 ONE_WINDOW, TWO_WINDOWS = VideoPlan(129), VideoPlan(150)
 
 
-def test_a_full_step_costs_what_was_counted_on_the_published_model():
+def test_a_computed_step_costs_what_was_counted_on_the_published_model():
     # 704 x 768 with 831 text tokens: 9.75 PFLOP, counted layer by layer
     per_step = job_flops(ONE_WINDOW, FrameSize(704, 768), 50, REFERENCE_SCHEDULE) / (30 + 20 / 60)
     assert per_step == pytest.approx(9.75e15, rel=0.03)

@@ -318,7 +318,7 @@ def _num_sides(params: GenerationParams) -> int:
 def _dtypes(device: torch.device) -> dict[str, torch.dtype]:
     if device.type == "cpu":
         return {"default": torch.float32}
-    # as the reference runs: the denoiser in bfloat16, the ear in float32, the rest in float16
+    # as the reference runs: denoiser in bfloat16, audio encoder in float32, the rest in float16
     return {
         "transformer": torch.bfloat16,
         "audio_encoder": torch.float32,

@@ -13,7 +13,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from diffusers import AutoencoderKLHunyuanVideo, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from diffusers.loaders import HunyuanVideoLoraLoaderMixin
 from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
@@ -67,12 +66,12 @@ class HunyuanVideoAvatarPipelineOutput(BaseOutput):
     warnings: tuple[str, ...]
 
 
-class HunyuanVideoAvatarPipeline(DiffusionPipeline, HunyuanVideoLoraLoaderMixin):
+class HunyuanVideoAvatarPipeline(DiffusionPipeline):
     """Talking-avatar video from a portrait, speech and a prompt.
 
     The default arguments and the bfloat16 latent state are the reference's; `docs/reference.md`
     names each deviation. Each component runs in its own dtype. Without `face_detector` a frontal
-    face is found by OpenCV. LoRAs made for HunyuanVideo load with `load_lora_weights`.
+    face is found by OpenCV.
     """
 
     # Networks that lie on the host; they come to the GPU while they are in use.

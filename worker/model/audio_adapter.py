@@ -1,4 +1,4 @@
-"""Speech into the video tokens: audio windows to audio tokens, and the attention that hears them.
+"""Speech into the video tokens: audio windows to audio tokens, and cross-attention to them.
 
 Shape letters: B batch, F video frames, T latent frames (F = 4(T - 1) + 1), S video tokens a latent
 frame, A audio tokens a latent frame, D width of the transformer, E width of the attention.
@@ -34,8 +34,8 @@ class AudioProjection(nn.Module):
         self,
         audio_embeds: Tensor,  # (B, F, 10, 5, 384)
     ) -> Tensor:  # (B, T, A, D)
-        """Audio tokens by latent frame: latent frame 0 hears video frame 0 four times, latent
-        frame k hears video frames 4k - 3 to 4k."""
+        """Audio tokens by latent frame: of frame 0 those of video frame 0 four times, of frame k
+        those of video frames 4k - 3 to 4k."""
         hidden = relu(self.proj1(audio_embeds.flatten(2)))
         hidden = relu(self.proj2(hidden))
         tokens = self.norm(self.proj3(hidden).unflatten(2, (self.tokens_per_frame, -1)))
@@ -45,7 +45,7 @@ class AudioProjection(nn.Module):
 
 
 class AudioAdapter(nn.Module):
-    """What the video tokens of each latent frame hear of that frame's audio.
+    """Audio cross-attention: the video tokens of each latent frame attend to that frame's audio.
 
     One attention head of the full width E, no residual, no biases in its projections.
 
@@ -65,10 +65,10 @@ class AudioAdapter(nn.Module):
         tokens: Tensor,  # (B, S, T, D)
         audio_tokens: Tensor,  # (B, T, A, D)
     ) -> Tensor:  # (B, S, T, D)
-        """What to add to the tokens, before the face mask."""
+        """The audio delta: what to add to the tokens, before the face mask."""
         query = self.to_q(self.norm2(tokens)).transpose(1, 2)  # (B, T, S, E)
         key, value = self.to_kv(self.norm1(audio_tokens)).chunk(2, dim=-1)  # 2 x (B, T, A, E)
         # Latent frames stand where heads usually do. Not through the attention backend that the
         # user chooses: flash kernels do not take heads this wide.
-        heard = scaled_dot_product_attention(query, key, value)  # (B, T, S, E)
-        return self.to_out(heard.transpose(1, 2))  # (B, S, T, D)
+        attended = scaled_dot_product_attention(query, key, value)  # (B, T, S, E)
+        return self.to_out(attended.transpose(1, 2))  # (B, S, T, D)

@@ -14,6 +14,7 @@ Shape letters: C channels, f frames of a chunk, F frames, H and W pixels, T, h a
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -126,11 +127,12 @@ def _decode_step(
 
     Of a tile that is done only what a later one is blended with is kept.
     """
+    decode = _TileDecoder(vae, scratch_bytes)
     ratio = vae.spatial_compression_ratio
     height, width = latents.shape[3:]
     tile_height, tile_width = vae.tile_sample_min_height, vae.tile_sample_min_width
     if height * ratio <= tile_height and width * ratio <= tile_width:
-        return _decode_tile(vae, latents, scratch_bytes)
+        return decode(latents)
     stride_height, stride_width = vae.tile_sample_stride_height, vae.tile_sample_stride_width
     overlap_height, overlap_width = tile_height - stride_height, tile_width - stride_width
     num_frames = vae.temporal_compression_ratio * (latents.shape[2] - 1) + 1
@@ -143,7 +145,7 @@ def _decode_step(
         before = None  # the last columns of the tile to the left
         for index, left in enumerate(range(0, size[4], stride_width)):
             columns = slice(left // ratio, (left + tile_width) // ratio)
-            tile = _decode_tile(vae, latents[..., rows, columns], scratch_bytes)
+            tile = decode(latents[..., rows, columns])
             if above:
                 tile = _blend(above[index], tile, 3, overlap_height)
             if before is not None:
@@ -168,51 +170,60 @@ def _blend(before: Tensor, tile: Tensor, dim: int, overlap: int) -> Tensor:
     return tile
 
 
-def _decode_tile(
-    vae: AutoencoderKLHunyuanVideo,
-    latents: Tensor,  # (1, C, T, h, w)
-    scratch_bytes: int,
-) -> Tensor:  # (1, 3, F, H, W)
-    """What the autoencoder's decoder makes of the latents."""
-    decoder = vae.decoder
-    chunks: Chunks = deque([vae.post_quant_conv(latents)])
-    chunks = deque(_Convolution(decoder.conv_in.conv, scratch_bytes).over(chunks))
-    first, *others = decoder.mid_block.resnets
-    chunks = _resnet(first, chunks, scratch_bytes)
-    for attention, resnet in zip(decoder.mid_block.attentions, others, strict=True):
-        if attention is not None:
-            chunks = _attend(attention, chunks)
-        chunks = _resnet(resnet, chunks, scratch_bytes)
-    for block in decoder.up_blocks:
-        for resnet in block.resnets:
-            chunks = _resnet(resnet, chunks, scratch_bytes)
-        for upsampler in block.upsamplers or ():
-            chunks = _upsample(upsampler, chunks, scratch_bytes)
-    affine = _affine(decoder.conv_norm_out, chunks)
-    last = _Convolution(decoder.conv_out.conv, scratch_bytes, affine)
-    return torch.cat(list(last.over(chunks)), 2)
+@dataclass(frozen=True)
+class _TileDecoder:
+    """The autoencoder's decoder, as it passes one tile through."""
 
+    vae: AutoencoderKLHunyuanVideo
+    scratch_bytes: int
 
-def _resnet(block: HunyuanVideoResnetBlockCausal3D, chunks: Chunks, scratch_bytes: int) -> Chunks:
-    """Two convolutions of the normalised input, added to it; takes the chunks."""
-    convolution = _Convolution(block.conv1.conv, scratch_bytes, _affine(block.norm1, chunks))
-    hidden: Chunks = deque()
-    residual: Chunks = deque()
-    for piece in convolution.pieces(chunks):
-        hidden.append(convolution(piece))
-        residual.append(piece if block.conv_shortcut is None else block.conv_shortcut.conv(piece))
-        del piece
-    convolution = _Convolution(block.conv2.conv, scratch_bytes, _affine(block.norm2, hidden))
-    return deque(output.add_(residual.popleft()) for output in convolution.over(hidden))
+    def __call__(self, latents: Tensor) -> Tensor:  # (1, C, T, h, w) -> (1, 3, F, H, W)
+        """What the decoder makes of the latents."""
+        decoder = self.vae.decoder
+        chunks: Chunks = deque([self.vae.post_quant_conv(latents)])
+        chunks = deque(self._convolution(decoder.conv_in.conv).over(chunks))
+        first, *others = decoder.mid_block.resnets
+        chunks = self._resnet(first, chunks)
+        for attention, resnet in zip(decoder.mid_block.attentions, others, strict=True):
+            if attention is not None:
+                chunks = _attend(attention, chunks)
+            chunks = self._resnet(resnet, chunks)
+        for block in decoder.up_blocks:
+            for resnet in block.resnets:
+                chunks = self._resnet(resnet, chunks)
+            for upsampler in block.upsamplers or ():
+                chunks = self._upsample(upsampler, chunks)
+        affine = group_norm_affine(decoder.conv_norm_out, chunks)
+        last = self._convolution(decoder.conv_out.conv, affine)
+        return torch.cat(list(last.over(chunks)), 2)
 
+    def _resnet(self, block: HunyuanVideoResnetBlockCausal3D, chunks: Chunks) -> Chunks:
+        """Two convolutions of the normalised input, added to it; takes the chunks."""
+        affine = group_norm_affine(block.norm1, chunks)
+        convolution = self._convolution(block.conv1.conv, affine)
+        hidden: Chunks = deque()
+        residual: Chunks = deque()
+        for piece in convolution.pieces(chunks):
+            hidden.append(convolution(piece))
+            shortcut = block.conv_shortcut
+            residual.append(piece if shortcut is None else shortcut.conv(piece))
+            del piece
+        affine = group_norm_affine(block.norm2, hidden)
+        convolution = self._convolution(block.conv2.conv, affine)
+        return deque(output.add_(residual.popleft()) for output in convolution.over(hidden))
 
-def _upsample(
-    upsampler: HunyuanVideoUpsampleCausal3D, chunks: Chunks, scratch_bytes: int
-) -> Chunks:
-    """A convolution of the input enlarged; takes the chunks."""
-    factor = upsampler.upsample_factor
-    convolution = _Convolution(upsampler.conv.conv, scratch_bytes, factor=factor)
-    return deque(convolution.over(chunks))
+    def _upsample(self, upsampler: HunyuanVideoUpsampleCausal3D, chunks: Chunks) -> Chunks:
+        """A convolution of the input enlarged; takes the chunks."""
+        convolution = self._convolution(upsampler.conv.conv, factor=upsampler.upsample_factor)
+        return deque(convolution.over(chunks))
+
+    def _convolution(
+        self,
+        conv: nn.Conv3d,
+        affine: "GroupNormAffine | None" = None,
+        factor: tuple[int, int, int] = (1, 1, 1),
+    ) -> "_Convolution":
+        return _Convolution(conv, self.scratch_bytes, affine, factor)
 
 
 def _attend(attention: Attention, chunks: Chunks) -> Chunks:
@@ -222,7 +233,7 @@ def _attend(attention: Attention, chunks: Chunks) -> Chunks:
     """
     hidden = torch.cat(list(chunks), 2)
     num_frames, height, width = hidden.shape[2:]
-    shift, scale = _affine(attention.group_norm, [hidden])
+    shift, scale = group_norm_affine(attention.group_norm, [hidden])
     tokens = torch.addcmul(shift, hidden, scale).to(hidden.dtype)
     tokens = tokens.permute(0, 2, 3, 4, 1).flatten(1, 3)  # (1, F*H*W, C)
     query, key, value = (
@@ -240,14 +251,14 @@ def _attend(attention: Attention, chunks: Chunks) -> Chunks:
     return deque([hidden.add_(joined.permute(0, 4, 1, 2, 3))])
 
 
-class _Affine(NamedTuple):
+class GroupNormAffine(NamedTuple):
     """What a group normalisation does to each channel: its `shift` plus its `scale` times it."""
 
     shift: Tensor  # (1, C, 1, 1, 1), float32 or the model's own precision if that is higher
     scale: Tensor
 
 
-def _affine(norm: nn.GroupNorm, chunks: Sequence[Tensor] | Chunks) -> _Affine:
+def group_norm_affine(norm: nn.GroupNorm, chunks: Sequence[Tensor] | Chunks) -> GroupNormAffine:
     """The normalisation by the statistics of all chunks together.
 
     Sums are per frame and channel, so that they do not depend on where the chunks end.
@@ -265,7 +276,7 @@ def _affine(norm: nn.GroupNorm, chunks: Sequence[Tensor] | Chunks) -> _Affine:
     variance = mean(squares.double()) - center.square()
     scale = norm.weight * (variance + norm.eps).rsqrt()
     shift = norm.bias - center * scale
-    return _Affine(*(values.to(precise).view(1, -1, 1, 1, 1) for values in (shift, scale)))
+    return GroupNormAffine(*(values.to(precise).view(1, -1, 1, 1, 1) for values in (shift, scale)))
 
 
 class _Convolution:
@@ -280,7 +291,7 @@ class _Convolution:
         self,
         conv: nn.Conv3d,
         scratch_bytes: int,
-        affine: _Affine | None = None,
+        affine: GroupNormAffine | None = None,
         factor: tuple[int, int, int] = (1, 1, 1),
     ) -> None:
         self._conv = conv

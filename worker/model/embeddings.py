@@ -1,4 +1,4 @@
-"""Where and when a token is: rotary positions of the image tokens, sinusoids of scalars.
+"""Where and when a token is: rotary positions (RoPE) of image tokens, sinusoids of scalars.
 
 Both start from small tables that are made on the CPU, so that every device works from the same
 bits.
@@ -44,7 +44,10 @@ class Sinusoid(nn.Module):
 
 
 class AvatarRotaryPosEmbed(nn.Module):
-    """Rotary tables of all image tokens; the reference frame stands at -1, before frame 0."""
+    """RoPE tables of all image tokens; the reference frame stands at -1, before frame 0.
+
+    Source: arXiv 2104.09864; one axis each for frames, rows and columns as in HunyuanVideo.
+    """
 
     def __init__(self, axes_dim: tuple[int, int, int], theta: float) -> None:
         super().__init__()

@@ -73,7 +73,7 @@ __device__ __forceinline__ void norm_and_modulate(const Eight& x, bool active, c
   *out = pack(y);
 }
 
-// out = norm(x) * (1 + scale) + shift
+// Adaptive layer norm (adaLN): out = norm(x) * (1 + scale) + shift
 extern "C" __global__ void adaln_modulate(const uint4* x, const uint4* shift, const uint4* scale,
                                           uint4* out, float eps) {
   const bool active = threadIdx.x < ACTIVE;
@@ -118,8 +118,8 @@ extern "C" __global__ void gated_residual(const uint4* x, const uint4* y, const 
   sum[at] = pack(row);
 }
 
-// RMS norm of each head of queries and keys, then their rotation by the token's position; cosines
-// null: no rotation. A warp works on one head, (HEAD / 32) values a thread.
+// RMS norm of each head of queries and keys, then their rotation by the token's position (RoPE);
+// cosines null: no rotation. A warp works on one head, (HEAD / 32) values a thread.
 extern "C" __global__ void norm_and_rotate(const bits32* query, const bits32* key,
                                            const bits32* query_weight, const bits32* key_weight,
                                            const float2* cosines, const float2* sines,

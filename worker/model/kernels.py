@@ -32,7 +32,7 @@ def adaln_modulate(
     scale: Tensor,
     eps: float,
 ) -> Tensor:  # (B, N, D)
-    """Layer norm, then `* (1 + scale) + shift`."""
+    """Adaptive layer norm (adaLN): layer norm, then `* (1 + scale) + shift`."""
     kernels = _kernels_for_rows(x)
     if kernels is None:
         return layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale[:, None]) + shift[:, None]
@@ -49,7 +49,7 @@ def gated_residual_adaln(
     scale: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:  # 2 x (B, N, D)
-    """`x + gate * y`, and its modulated norm."""
+    """`x + gate * y`, and adaLN of it."""
     kernels = _kernels_for_rows(x)
     if kernels is None:
         total = x + gate[:, None] * y
@@ -84,7 +84,7 @@ def norm_and_rotate(
     query_out: Tensor,  # (B, N, h, D/h), as is key_out
     key_out: Tensor,
 ) -> None:
-    """Normalises each head and turns it by its token's position, into the given tensors."""
+    """Normalises each head and rotates it by its token's position (RoPE), into given tensors."""
     _, tokens, heads, head = query.shape
     kernels = None
     if query.is_contiguous() and query_out.is_contiguous():
@@ -141,7 +141,7 @@ def padded_chunk(
     Its border of one pixel repeats the edge.
     """
     time, down, across = factor
-    kernels = _kernels_for_chunk(chunk)
+    kernels = kernels_for_chunk(chunk)
     if kernels is not None:
         _, channels, _, height, width = chunk.shape
         blocks = target.shape[2] * target.shape[3]
@@ -165,7 +165,7 @@ def padded_chunk(
 
 def channel_sums(chunk: Tensor) -> tuple[Tensor, Tensor]:  # (1, C, f, H, W) -> 2 x (C, f)
     """The sum of each channel in each frame, and that of its squares, in float32 at least."""
-    kernels = _kernels_for_chunk(chunk)
+    kernels = kernels_for_chunk(chunk)
     if kernels is None:
         precise = torch.promote_types(chunk.dtype, torch.float32)
         pixels = chunk.permute(0, 2, 3, 4, 1)  # as they lie: over other strides a CPU sums slowly
@@ -204,7 +204,7 @@ def _kernels_for(x: Tensor, width: int = 256, head: int = 128) -> "_Kernels | No
     return _compiled(x.device.index, width, head)
 
 
-def _kernels_for_chunk(chunk: Tensor) -> "_Kernels | None":
+def kernels_for_chunk(chunk: Tensor) -> "_Kernels | None":
     """The kernels for the autoencoder's chunks; None where torch has to do."""
     eighths, rest = divmod(chunk.shape[1], 8)
     fits = rest == 0 and eighths > 0 and ELEMENTWISE_THREADS % eighths == 0

@@ -150,7 +150,7 @@ def float8_works(device: torch.device) -> bool:
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether the layer is its weight and bias alone: no LoRA, and no hook of a library."""
+    """Whether the layer is its weight and bias alone: no adapter, and no hook of a library."""
     return type(layer) in (nn.Linear, Float8Linear) and "forward" not in vars(layer)
 
 

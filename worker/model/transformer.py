@@ -17,12 +17,13 @@ position of latent frame k). Beside them only `timestep`, `pooled_projections`,
 
 Tokens run over the rows and columns of a frame first and over its frames last ("spatial-major":
 all frames of one patch, reference frame first, then the next patch), so that a contiguous share of
-them holds whole columns in time and context parallel leaves the audio adapter local to each rank.
+them holds whole columns in time, and context parallelism (Ulysses: arXiv 2309.14509) leaves the
+audio cross-attention local to each rank.
 
 The blocks take one sample at a time: on a GPU a batch gains nothing, and takes memory. Only where a
 gradient is wanted do they take all at once, for the sake of small models. Samples that differ in
-nothing but what they hear are given once, with several recordings; they part where the first
-adapter hears.
+nothing but their audio, as the branches of classifier-free guidance do, are given once, with
+several recordings; they part at the first audio cross-attention.
 
 Shape letters: B batch, R recordings a sample, C latent channels, T latent frames, H and W latent
 height and width, S = (H/2)(W/2) tokens a frame, L valid text tokens, D width, A audio tokens a
@@ -35,8 +36,6 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
-from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
@@ -46,34 +45,16 @@ from diffusers.models.normalization import AdaLayerNormContinuous
 from diffusers.models.transformers.transformer_hunyuan_video import (
     HunyuanVideoConditionEmbedding,
     HunyuanVideoPatchEmbed,
-    HunyuanVideoSingleTransformerBlock,
     HunyuanVideoTokenRefiner,
-    HunyuanVideoTransformerBlock,
 )
-from diffusers.utils import BaseOutput, apply_lora_scale
+from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from worker.model.attention import attend
 from worker.model.audio_adapter import AudioAdapter, AudioProjection
+from worker.model.blocks import NORM_EPS, AvatarSingleTransformerBlock, AvatarTransformerBlock
 from worker.model.embeddings import SINUSOID_DIM, AvatarRotaryPosEmbed, Sinusoid
-from worker.model.kernels import (
-    adaln_modulate,
-    gated_residual,
-    gated_residual_adaln,
-    gelu_in_place,
-    norm_and_rotate,
-)
-from worker.model.linear import (
-    Float8Linear,
-    Float32Linear,
-    Rows,
-    feed_forward,
-    is_plain,
-    project,
-    replace_linears,
-)
-
-NORM_EPS = 1e-6
+from worker.model.kernels import adaln_modulate
+from worker.model.linear import Float8Linear, Float32Linear, replace_linears
 
 
 @dataclass(frozen=True)
@@ -95,176 +76,12 @@ class AvatarTransformerOutput(BaseOutput):
     cached_tokens: CachedTokens | None = None
 
 
-class AvatarTransformerBlock(HunyuanVideoTransformerBlock):
-    """A double-stream block; one with an adapter hears the audio after its feed-forward.
-
-    The adapter is part of the block, so that a cache that skips the block skips the audio too.
-    """
-
-    def __init__(
-        self,
-        num_attention_heads: int,
-        attention_head_dim: int,
-        mlp_ratio: float,
-        audio_adapter: AudioAdapter | None,
-    ) -> None:
-        super().__init__(num_attention_heads, attention_head_dim, mlp_ratio)
-        self.audio_adapter = audio_adapter
-
-    def forward(
-        self,
-        hidden_states: Tensor,  # (B, S(1 + T), D)
-        encoder_hidden_states: Tensor,  # (B, L, D)
-        temb: Tensor,  # (B, D)
-        image_rotary_emb: tuple[Tensor, Tensor],  # 2 x (S(1 + T), head dim)
-        audio_tokens: Tensor,  # (B R, 1 + T, A, D)
-        audio_gate: Tensor,  # (B, S, 1 + T, 1)
-        float8: bool = False,
-    ) -> tuple[Tensor, Tensor]:  # (B, S(1 + T), D), of a block with an adapter B R; (B, L, D)
-        image, text, attn = hidden_states, encoder_hidden_states, self.attn
-        image_rows, image_gate, *image_later = _modulated(image, temb, self.norm1, float8)
-        text_rows, text_gate, *text_later = _modulated(text, temb, self.norm1_context, float8)
-
-        batch, num_image, dim = image.shape
-        shape = (batch, num_image + text.shape[1], attn.heads, dim // attn.heads)
-        query, key = image.new_empty(shape), image.new_empty(shape)
-        _norm_and_rotate(
-            project(attn.to_q, image_rows),
-            project(attn.to_k, image_rows),
-            (attn.norm_q, attn.norm_k),
-            image_rotary_emb,
-            (query[:, :num_image], key[:, :num_image]),
-        )
-        _norm_and_rotate(
-            project(attn.add_q_proj, text_rows),
-            project(attn.add_k_proj, text_rows),
-            (attn.norm_added_q, attn.norm_added_k),
-            None,
-            (query[:, num_image:], key[:, num_image:]),
-        )
-        values = (project(attn.to_v, image_rows), project(attn.add_v_proj, text_rows))
-        value = torch.cat(values, dim=1).view(shape)
-        del image_rows, text_rows, values
-        attended = attend(query, key, value, attn.processor)
-        del query, key, value
-
-        rows = Rows.of(attended[:, :num_image], float8=float8)
-        image_update = project(attn.to_out[0], rows)
-        rows = Rows.of(attended[:, num_image:], float8=float8)
-        text_update = project(attn.to_add_out, rows)
-        del attended, rows
-        image = _fed_forward(image, image_update, image_gate, image_later, self.ff, float8)
-        text = _fed_forward(text, text_update, text_gate, text_later, self.ff_context, float8)
-        return self._hear(image, audio_tokens, audio_gate), text
-
-    def _hear(self, image: Tensor, audio_tokens: Tensor, audio_gate: Tensor) -> Tensor:
-        """The image tokens after each recording, (B R, S(1 + T), D); else the same."""
-        if self.audio_adapter is None:
-            return image
-        columns = image.unflatten(1, (-1, audio_tokens.shape[1]))  # (B, S, 1 + T, D)
-        after = [  # several recordings are of one sample
-            torch.addcmul(columns, audio_gate, self.audio_adapter(columns, tokens))
-            for tokens in audio_tokens.split(len(columns))
-        ]
-        return (after[0] if len(after) == 1 else torch.cat(after)).flatten(1, 2)
-
-
-class AvatarSingleTransformerBlock(HunyuanVideoSingleTransformerBlock):
-    """A single-stream block: attention and feed-forward side by side on image and text."""
-
-    def forward(
-        self,
-        hidden_states: Tensor,  # (B, S(1 + T), D)
-        encoder_hidden_states: Tensor,  # (B, L, D)
-        temb: Tensor,  # (B, D)
-        image_rotary_emb: tuple[Tensor, Tensor],  # 2 x (S(1 + T), head dim)
-        float8: bool = False,
-    ) -> tuple[Tensor, Tensor]:  # (B, S(1 + T), D), (B, L, D)
-        attn, num_image = self.attn, hidden_states.shape[1]
-        tokens = torch.cat([hidden_states, encoder_hidden_states], dim=1)
-        rows, gate = _modulated(tokens, temb, self.norm, float8)
-
-        shape = (*tokens.shape[:2], attn.heads, -1)
-        query, key, value = (
-            project(layer, rows).view(shape) for layer in (attn.to_q, attn.to_k, attn.to_v)
-        )
-        norms = (attn.norm_q, attn.norm_k)
-        turned = (query, key)  # in place, but where a gradient has to come back
-        if torch.is_grad_enabled():
-            turned = (torch.empty_like(query), torch.empty_like(key))
-        for part, rotary in (
-            (slice(num_image), image_rotary_emb),
-            (slice(num_image, None), None),
-        ):
-            out = (turned[0][:, part], turned[1][:, part])
-            _norm_and_rotate(query[:, part], key[:, part], norms, rotary, out)
-        attended = attend(*turned, value, attn.processor)
-        del query, key, value, turned
-
-        # The last layer sees both side by side; they are never put together.
-        if is_plain(self.proj_out):
-            attended_columns, wide_columns = slice(tokens.shape[2]), slice(tokens.shape[2], None)
-            update = project(self.proj_out, Rows.of(attended, float8=float8), attended_columns)
-            del attended
-            more = feed_forward(self.proj_mlp, self.proj_out, rows, wide_columns, bias=False)
-        else:
-            wide = gelu_in_place(project(self.proj_mlp, rows))
-            update, more = self.proj_out(torch.cat([attended, wide], dim=2)), None
-        tokens = gated_residual(tokens, update, gate, more)
-        return tokens[:, :num_image], tokens[:, num_image:]
-
-
-for block_class in (AvatarTransformerBlock, AvatarSingleTransformerBlock):
-    TransformerBlockRegistry.register(block_class, TransformerBlockMetadata(0, 1))
-
-
-def _modulated(
-    x: Tensor,  # (B, N, D)
-    temb: Tensor,  # (B, D)
-    norm: Any,  # diffusers' adaptive norm, of which three or six parts are one projection
-    float8: bool,
-) -> tuple[Any, ...]:
-    """The rows after the adaptive norm, and what is left of the modulation, each (B, D)."""
-    times = norm.linear.out_features // x.shape[-1]
-    shift, scale, *later = norm.linear(norm.silu(temb)).chunk(times, dim=1)
-    return Rows.of(adaln_modulate(x, shift, scale, norm.norm.eps), float8=float8), *later
-
-
-def _norm_and_rotate(
-    query: Tensor,  # (B, N, D) or (B, N, h, D/h), as is key
-    key: Tensor,
-    norms: tuple[nn.Module, nn.Module],
-    rotary: tuple[Tensor, Tensor] | None,
-    out: tuple[Tensor, Tensor],  # (B, N, h, D/h) each
-) -> None:
-    norm_and_rotate(query.view_as(out[0]), key.view_as(out[1]), *norms, rotary, *out)
-
-
-def _fed_forward(
-    x: Tensor,  # (B, N, D), as is update
-    update: Tensor,
-    gate: Tensor,  # (B, D)
-    later: list[Tensor],  # shift, scale and gate of the feed-forward, (B, D)
-    network: Any,  # diffusers' FeedForward
-    float8: bool,
-) -> Tensor:  # (B, N, D)
-    """The tokens with the update, after the feed-forward network."""
-    shift, scale, later_gate = later
-    x, normed = gated_residual_adaln(x, update, gate, shift, scale, NORM_EPS)
-    up, _, down = network.net
-    return gated_residual(
-        x, feed_forward(up.proj, down, Rows.of(normed, float8=float8)), later_gate
-    )
-
-
-class HunyuanVideoAvatarTransformer3DModel(
-    ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin, CacheMixin
-):
+class HunyuanVideoAvatarTransformer3DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin):
     """The velocity of noisy video latents, given a portrait, a prompt and speech.
 
     The modules that HunyuanVideo has too carry the names of diffusers'
-    `HunyuanVideoTransformer3DModel`, so its LoRAs load. The defaults are the published model, of
-    13 billion parameters. With `float8_blocks` the linear layers of the blocks are `Float8Linear`,
+    `HunyuanVideoTransformer3DModel`. The defaults are the published model, of 13 billion
+    parameters. With `float8_blocks` the linear layers of the blocks are `Float8Linear`,
     those of the audio adapters left out.
 
     Source: Tencent-Hunyuan/HunyuanVideo-Avatar@fd59436; arXiv 2505.20156.
@@ -367,7 +184,6 @@ class HunyuanVideoAvatarTransformer3DModel(
         self.norm_out = AdaLayerNormContinuous(dim, dim, elementwise_affine=False, eps=1e-6)
         self.proj_out = nn.Linear(dim, patch_size * patch_size * out_channels)
 
-    @apply_lora_scale("attention_kwargs")
     def forward(
         self,
         hidden_states: Tensor,
@@ -381,7 +197,6 @@ class HunyuanVideoAvatarTransformer3DModel(
         motion_expression: Tensor,
         motion_pose: Tensor,
         fps: Tensor,
-        attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
         cached_tokens: CachedTokens | None = None,
         return_cached_tokens: bool = False,
@@ -401,10 +216,9 @@ class HunyuanVideoAvatarTransformer3DModel(
             reference_latents: (B, C, T, H, W), the portrait's latents.
             audio_embeds: (B R, 4(T - 1) + 1, 10, 5, 384), a window of speech states a video frame;
                 the R recordings of a sample one after the other.
-            face_mask: (B, 1, 1 or T, H, W), how much of the audio each latent pixel hears.
+            face_mask: (B, 1, 1 or T, H, W), how much of the audio each latent pixel gets.
             motion_expression, motion_pose: (B, 4).
             fps: (B,), frames a second.
-            attention_kwargs: `{"scale": ...}` is the strength of the LoRAs.
             cached_tokens: of B R samples; runs the last single-stream block on them and nothing
                 before it. The inputs that may be None are then not read.
             return_cached_tokens: whether the tokens that enter the last block are returned too.
@@ -422,47 +236,36 @@ class HunyuanVideoAvatarTransformer3DModel(
         patch_size = self.config.patch_size
         grid = (num_frames, height // patch_size, width // patch_size)
         rotary = self.rope(*grid, hidden_states.device)
-        temb = self._embed_conditions(
+        temb = self.embed_conditions(
             timestep, pooled_projections, motion_expression, motion_pose, fps
         )
-
         if cached_tokens is not None:
             streams = self._streams_of(cached_tokens, temb)
-        elif (
-            encoder_hidden_states is None
-            or encoder_attention_mask is None
-            or reference_latents is None
-            or audio_embeds is None
-            or face_mask is None
-        ):
-            raise ValueError("only a call with cached_tokens may leave an input out")
         else:
-            streams = self._run_early_blocks(
-                [
-                    self._embed_latents(*each)
-                    for each in zip(hidden_states.split(1), reference_latents.split(1), strict=True)
-                ],
-                self._embed_text(encoder_hidden_states, timestep, encoder_attention_mask),
+            streams = self._embed_streams(
+                hidden_states,
+                timestep,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                reference_latents,
+                audio_embeds,
+                face_mask,
                 temb,
-                rotary,
-                self._embed_audio(audio_embeds, len(hidden_states)),
-                self._gate_audio(face_mask, num_frames),
-                float8,
             )
-
+            self._run_early_blocks(streams, rotary, float8)
         tokens = self._run_last_block(streams, rotary, float8)
-        sample = self._unpatchify(tokens, grid)
-        returned_tokens = _cached_tokens_of(streams, num_frames) if return_cached_tokens else None
+        sample = self.unpatchify(tokens, grid)
+        returned = _tokens_to_cache(streams, num_frames) if return_cached_tokens else None
         if return_dict:
-            return AvatarTransformerOutput(sample=sample, cached_tokens=returned_tokens)
-        return (sample, returned_tokens) if return_cached_tokens else (sample,)
+            return AvatarTransformerOutput(sample=sample, cached_tokens=returned)
+        return (sample, returned) if return_cached_tokens else (sample,)
 
     @property
     def _compute_dtype(self) -> torch.dtype:
         """The dtype to work in: that of a layer which no storage in 8 bits touches."""
         return self.x_embedder.proj.weight.dtype
 
-    def _embed_conditions(
+    def embed_conditions(
         self,
         timestep: Tensor,
         pooled_projections: Tensor,
@@ -481,7 +284,7 @@ class HunyuanVideoAvatarTransformer3DModel(
         temb = temb + embed(self.fps_embedder, fps)
         return temb.to(self._compute_dtype)
 
-    def _embed_latents(self, latents: Tensor, reference_latents: Tensor) -> Tensor:
+    def embed_latents(self, latents: Tensor, reference_latents: Tensor) -> Tensor:
         """Image tokens (B, S(1 + T), D); only the noisy frames pass the reference's projection."""
         latents, reference_latents = (
             x.to(self._compute_dtype) for x in (latents, reference_latents)
@@ -493,7 +296,7 @@ class HunyuanVideoAvatarTransformer3DModel(
         columns = frames.unflatten(1, (num_frames, -1)).transpose(1, 2)  # (B, S, T, D)
         return torch.cat([reference[:, :, None], columns], dim=2).flatten(1, 2)
 
-    def _embed_text(self, embeds: Tensor, timestep: Tensor, mask: Tensor) -> list[Tensor]:
+    def embed_text(self, embeds: Tensor, timestep: Tensor, mask: Tensor) -> list[Tensor]:
         """The refined text, (1, L, D) for each sample.
 
         Cutting the text is exact, since no token that is kept attends to one that is not; and it
@@ -504,39 +307,58 @@ class HunyuanVideoAvatarTransformer3DModel(
         text = self.context_embedder(embeds.to(self._compute_dtype), timestep, mask)
         return [sample[:, :length] for sample, length in zip(text.split(1), lengths, strict=True)]
 
-    def _embed_audio(self, audio_embeds: Tensor, batch: int) -> Tensor:
-        """Audio tokens (B, R, 1 + T, A, D); the reference frame's are there and are not heard."""
+    def embed_audio(self, audio_embeds: Tensor, batch: int) -> Tensor:
+        """Audio tokens (B, R, 1 + T, A, D); the gate leaves the reference frame's out."""
         tokens = self.audio_proj(audio_embeds.to(self._compute_dtype))
         tokens = torch.cat([tokens[:, :1], tokens], dim=1)
         return tokens.unflatten(0, (batch, -1))
 
-    def _gate_audio(self, face_mask: Tensor, num_frames: int) -> Tensor:
-        """How much of the audio each token hears, (B, S, 1 + T, 1)."""
+    def gate_audio(self, face_mask: Tensor, num_frames: int) -> Tensor:
+        """How much of the audio each token gets, (B, S, 1 + T, 1)."""
         patch_size = self.config.patch_size
         # Nearest-neighbour to the size of the tokens: the first row and column of each patch.
         gate = face_mask[:, 0, :, ::patch_size, ::patch_size].expand(-1, num_frames, -1, -1)
         gate = torch.cat([torch.zeros_like(gate[:, :1]), gate], dim=1)  # the reference frame: none
         return gate.to(self._compute_dtype).flatten(2).transpose(1, 2).unsqueeze(-1)
 
-    def _run_early_blocks(
+    def _embed_streams(
         self,
-        images: Sequence[Tensor],  # B of (1, S(1 + T), D)
-        texts: Sequence[Tensor],  # B of (1, L, D)
-        temb: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        audio_tokens: Tensor,
-        audio_gate: Tensor,
-        float8: bool,
+        latents: Tensor,  # (B, C, T, H, W)
+        timestep: Tensor,
+        text_embeds: Tensor | None,
+        text_mask: Tensor | None,
+        reference_latents: Tensor | None,
+        audio_embeds: Tensor | None,
+        face_mask: Tensor | None,
+        temb: Tensor,  # (B, D)
     ) -> list["_Stream"]:
-        """Image and text tokens that enter the last block, for each of B R samples.
+        """What enters the first block, for each of B samples."""
+        if (
+            text_embeds is None
+            or text_mask is None
+            or reference_latents is None
+            or audio_embeds is None
+            or face_mask is None
+        ):
+            raise ValueError("only a call with cached_tokens may leave an input out")
+        pairs = zip(latents.split(1), reference_latents.split(1), strict=True)
+        images = [self.embed_latents(*pair) for pair in pairs]
+        texts = self.embed_text(text_embeds, timestep, text_mask)
+        audio_tokens = self.embed_audio(audio_embeds, len(latents))
+        audio_gate = self.gate_audio(face_mask, latents.shape[2])
+        if self.is_cache_enabled and audio_tokens.shape[:2].numel() > 1:
+            raise ValueError("with a cache, give one sample a call, each in its own cache_context")
+        parts = (images, texts, temb.split(1), audio_tokens, audio_gate.split(1))
+        return _as_few([_Stream(*each) for each in zip(*parts, strict=True)])
+
+    def _run_early_blocks(
+        self, streams: list["_Stream"], rotary: tuple[Tensor, Tensor], float8: bool
+    ) -> None:
+        """Takes B samples to the last block, in place; there they are B R.
 
         Each block runs for all samples before the next one does, so that weights which are not on
         the GPU have to come only once.
         """
-        if self.is_cache_enabled and audio_tokens.shape[:2].numel() > 1:
-            raise ValueError("with a cache, give one sample a call, each in its own cache_context")
-        parts = (images, texts, temb.split(1), audio_tokens, audio_gate.split(1))
-        streams = _as_few([_Stream(*each) for each in zip(*parts, strict=True)])
         for block in self.transformer_blocks:
             for stream in streams:
                 stream.image, stream.text = block(
@@ -548,13 +370,12 @@ class HunyuanVideoAvatarTransformer3DModel(
                     stream.audio_gate,
                     float8,
                 )
-            streams = [part for stream in streams for part in stream.by_recording()]
+            streams[:] = [part for stream in streams for part in stream.by_recording()]
         for block in self.single_transformer_blocks[:-1]:
             for stream in streams:
                 stream.image, stream.text = block(
                     stream.image, stream.text, stream.temb, rotary, float8
                 )
-        return streams
 
     def _streams_of(self, cached_tokens: CachedTokens, temb: Tensor) -> list["_Stream"]:
         """The samples of the cached tokens, for the last block."""
@@ -585,7 +406,7 @@ class HunyuanVideoAvatarTransformer3DModel(
             patches.append(self.proj_out(adaln_modulate(image, shift, scale, NORM_EPS)))
         return torch.cat(patches)
 
-    def _unpatchify(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    def unpatchify(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """(B, S(1 + T), C p p) -> (B, C, T, H, W), without the reference frame."""
         num_frames, rows, columns = grid
         patch_size = self.config.patch_size
@@ -625,7 +446,7 @@ def _as_few(streams: list[_Stream]) -> list[_Stream]:
     return [_Stream(**joined)]
 
 
-def _cached_tokens_of(streams: Sequence[_Stream], num_frames: int) -> CachedTokens:
+def _tokens_to_cache(streams: Sequence[_Stream], num_frames: int) -> CachedTokens:
     images = (image for stream in streams for image in stream.image)
     return CachedTokens(
         image=tuple(image.unflatten(0, (-1, 1 + num_frames)).transpose(0, 1) for image in images),

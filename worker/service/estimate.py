@@ -15,8 +15,9 @@ BLOCKS = 60
 BLOCK_PARAMETERS = 12.46e9
 CACHED_SHARE = 1 / BLOCKS  # a cached step runs one block of 60
 
-# Sustained bfloat16 rate of this worker, in FLOP/s: a guided full step at 704 x 768, 9.75e15, in
-# 16.9 s on an H200 (benchmarks/generation.py). The H100 has the same arithmetic.
+# Sustained bfloat16 rate of this worker, in FLOP/s: a computed step with both CFG branches at
+# 704 x 768, 9.75e15, in 16.9 s on an H200 (benchmarks/generation.py). The H100 has the same
+# arithmetic.
 RATES = {"H200": 5.7e14, "H100": 5.7e14}
 
 
@@ -37,7 +38,7 @@ def work_share(step: int, num_inference_steps: int, schedule: StepCacheSchedule)
 
 
 def _cost(step: int, num_inference_steps: int, schedule: StepCacheSchedule) -> float:
-    """The first `step` steps, in full steps."""
+    """The first `step` steps, in computed steps."""
     full = sum(index < step for index in computed_step_indices(num_inference_steps, schedule))
     return full + CACHED_SHARE * (step - full)
 

@@ -1,0 +1,196 @@
+"""The transformer's blocks: HunyuanVideo's two kinds, some of them with audio cross-attention.
+
+The modules and their names are diffusers'; the forward passes are our own, in fewer passes over
+memory. Adaptive layer norm (adaLN; arXiv 2212.09748) modulates each block: shifts, scales and gates
+of its normalised tokens are projections of one vector a sample. Queries and keys of image tokens
+are rotated by their positions (RoPE; arXiv 2104.09864).
+
+Shape letters: B batch, R recordings a sample, S tokens a frame, T latent frames, N tokens, L valid
+text tokens, A audio tokens a latent frame, D width, h heads.
+"""
+
+from typing import Any
+
+import torch
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.models.transformers.transformer_hunyuan_video import (
+    HunyuanVideoSingleTransformerBlock,
+    HunyuanVideoTransformerBlock,
+)
+from torch import Tensor, nn
+
+from worker.model.attention import attend
+from worker.model.audio_adapter import AudioAdapter
+from worker.model.kernels import (
+    adaln_modulate,
+    gated_residual,
+    gated_residual_adaln,
+    gelu_in_place,
+    norm_and_rotate,
+)
+from worker.model.linear import Rows, feed_forward, is_plain, project
+
+NORM_EPS = 1e-6
+
+
+class AvatarTransformerBlock(HunyuanVideoTransformerBlock):
+    """A double-stream block, with an adapter followed by audio cross-attention.
+
+    The adapter is part of the block, so that a cache of diffusers that skips the block skips the
+    audio too.
+    """
+
+    def __init__(
+        self,
+        num_attention_heads: int,
+        attention_head_dim: int,
+        mlp_ratio: float,
+        audio_adapter: AudioAdapter | None,
+    ) -> None:
+        super().__init__(num_attention_heads, attention_head_dim, mlp_ratio)
+        self.audio_adapter = audio_adapter
+
+    def forward(
+        self,
+        hidden_states: Tensor,  # (B, S(1 + T), D)
+        encoder_hidden_states: Tensor,  # (B, L, D)
+        temb: Tensor,  # (B, D)
+        image_rotary_emb: tuple[Tensor, Tensor],  # 2 x (S(1 + T), head dim)
+        audio_tokens: Tensor,  # (B R, 1 + T, A, D)
+        audio_gate: Tensor,  # (B, S, 1 + T, 1)
+        float8: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # (B, S(1 + T), D), of a block with an adapter B R; (B, L, D)
+        image, text, attn = hidden_states, encoder_hidden_states, self.attn
+        image_rows, image_gate, *image_later = _adaln(image, temb, self.norm1, float8)
+        text_rows, text_gate, *text_later = _adaln(text, temb, self.norm1_context, float8)
+
+        batch, num_image, dim = image.shape
+        shape = (batch, num_image + text.shape[1], attn.heads, dim // attn.heads)
+        query, key = image.new_empty(shape), image.new_empty(shape)
+        _norm_and_rotate(
+            project(attn.to_q, image_rows),
+            project(attn.to_k, image_rows),
+            (attn.norm_q, attn.norm_k),
+            image_rotary_emb,
+            (query[:, :num_image], key[:, :num_image]),
+        )
+        _norm_and_rotate(
+            project(attn.add_q_proj, text_rows),
+            project(attn.add_k_proj, text_rows),
+            (attn.norm_added_q, attn.norm_added_k),
+            None,
+            (query[:, num_image:], key[:, num_image:]),
+        )
+        values = (project(attn.to_v, image_rows), project(attn.add_v_proj, text_rows))
+        value = torch.cat(values, dim=1).view(shape)
+        del image_rows, text_rows, values
+        attended = attend(query, key, value, attn.processor)
+        del query, key, value
+
+        rows = Rows.of(attended[:, :num_image], float8=float8)
+        image_update = project(attn.to_out[0], rows)
+        rows = Rows.of(attended[:, num_image:], float8=float8)
+        text_update = project(attn.to_add_out, rows)
+        del attended, rows
+        image = _fed_forward(image, image_update, image_gate, image_later, self.ff, float8)
+        text = _fed_forward(text, text_update, text_gate, text_later, self.ff_context, float8)
+        return self._attend_to_audio(image, audio_tokens, audio_gate), text
+
+    def _attend_to_audio(self, image: Tensor, audio_tokens: Tensor, audio_gate: Tensor) -> Tensor:
+        """The image tokens with each recording's audio, (B R, S(1 + T), D); else the same."""
+        if self.audio_adapter is None:
+            return image
+        columns = image.unflatten(1, (-1, audio_tokens.shape[1]))  # (B, S, 1 + T, D)
+        after = [  # several recordings are of one sample
+            torch.addcmul(columns, audio_gate, self.audio_adapter(columns, tokens))
+            for tokens in audio_tokens.split(len(columns))
+        ]
+        return (after[0] if len(after) == 1 else torch.cat(after)).flatten(1, 2)
+
+
+class AvatarSingleTransformerBlock(HunyuanVideoSingleTransformerBlock):
+    """A single-stream block: attention and feed-forward side by side on image and text."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,  # (B, S(1 + T), D)
+        encoder_hidden_states: Tensor,  # (B, L, D)
+        temb: Tensor,  # (B, D)
+        image_rotary_emb: tuple[Tensor, Tensor],  # 2 x (S(1 + T), head dim)
+        float8: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # (B, S(1 + T), D), (B, L, D)
+        attn, num_image = self.attn, hidden_states.shape[1]
+        tokens = torch.cat([hidden_states, encoder_hidden_states], dim=1)
+        rows, gate = _adaln(tokens, temb, self.norm, float8)
+
+        shape = (*tokens.shape[:2], attn.heads, -1)
+        query, key, value = (
+            project(layer, rows).view(shape) for layer in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        norms = (attn.norm_q, attn.norm_k)
+        turned = (query, key)  # in place, but where a gradient has to come back
+        if torch.is_grad_enabled():
+            turned = (torch.empty_like(query), torch.empty_like(key))
+        for part, rotary in (
+            (slice(num_image), image_rotary_emb),
+            (slice(num_image, None), None),
+        ):
+            out = (turned[0][:, part], turned[1][:, part])
+            _norm_and_rotate(query[:, part], key[:, part], norms, rotary, out)
+        attended = attend(*turned, value, attn.processor)
+        del query, key, value, turned
+
+        # The last layer sees both side by side; they are never put together.
+        if is_plain(self.proj_out):
+            attended_columns, wide_columns = slice(tokens.shape[2]), slice(tokens.shape[2], None)
+            update = project(self.proj_out, Rows.of(attended, float8=float8), attended_columns)
+            del attended
+            more = feed_forward(self.proj_mlp, self.proj_out, rows, wide_columns, bias=False)
+        else:
+            wide = gelu_in_place(project(self.proj_mlp, rows))
+            update, more = self.proj_out(torch.cat([attended, wide], dim=2)), None
+        tokens = gated_residual(tokens, update, gate, more)
+        return tokens[:, :num_image], tokens[:, num_image:]
+
+
+for block_class in (AvatarTransformerBlock, AvatarSingleTransformerBlock):
+    TransformerBlockRegistry.register(block_class, TransformerBlockMetadata(0, 1))
+
+
+def _adaln(
+    x: Tensor,  # (B, N, D)
+    temb: Tensor,  # (B, D)
+    norm: Any,  # diffusers' adaptive norm, of which three or six parts are one projection
+    float8: bool,
+) -> tuple[Any, ...]:
+    """The rows after adaLN, and what is left of the modulation, each (B, D)."""
+    times = norm.linear.out_features // x.shape[-1]
+    shift, scale, *later = norm.linear(norm.silu(temb)).chunk(times, dim=1)
+    return Rows.of(adaln_modulate(x, shift, scale, norm.norm.eps), float8=float8), *later
+
+
+def _norm_and_rotate(
+    query: Tensor,  # (B, N, D) or (B, N, h, D/h), as is key
+    key: Tensor,
+    norms: tuple[nn.Module, nn.Module],
+    rotary: tuple[Tensor, Tensor] | None,
+    out: tuple[Tensor, Tensor],  # (B, N, h, D/h) each
+) -> None:
+    norm_and_rotate(query.view_as(out[0]), key.view_as(out[1]), *norms, rotary, *out)
+
+
+def _fed_forward(
+    x: Tensor,  # (B, N, D), as is update
+    update: Tensor,
+    gate: Tensor,  # (B, D)
+    later: list[Tensor],  # shift, scale and gate of the feed-forward, (B, D)
+    network: Any,  # diffusers' FeedForward
+    float8: bool,
+) -> Tensor:  # (B, N, D)
+    """The tokens with the update, after the feed-forward network."""
+    shift, scale, later_gate = later
+    x, normed = gated_residual_adaln(x, update, gate, shift, scale, NORM_EPS)
+    up, _, down = network.net
+    return gated_residual(
+        x, feed_forward(up.proj, down, Rows.of(normed, float8=float8)), later_gate
+    )
