@@ -142,7 +142,7 @@ def test_a_dry_run_plans_without_generating(worker, make_input):
         "duration_seconds": 0.4,
         "num_windows": 1,
         "num_inference_steps": 50,
-        "num_full_steps": 30,
+        "num_computed_steps": 30,
         "delivery": "inline",
     }
 

@@ -277,7 +277,7 @@ class Worker:
                 "duration_seconds": round(speech.duration_seconds, 3),
                 "num_windows": video.num_windows,
                 "num_inference_steps": steps,
-                "num_full_steps": len(computed_step_indices(steps, schedule)),
+                "num_computed_steps": len(computed_step_indices(steps, schedule)),
                 **delivery.describe(),
             },
             "estimate_seconds": self._speed.estimate_seconds(flops),
