@@ -157,7 +157,7 @@ def test_the_kernels_give_what_torch_s_operators_give(channels, factor):
     time, down, across = factor
     size = (1, channels, 3 * time, 33 * down + 2, 47 * across + 2)
     target = torch.empty(size, dtype=torch.float16, memory_format=torch.channels_last_3d)
-    assert kernels._kernels_for_chunk(chunk.cuda()) is not None
+    assert kernels.kernels_for_chunk(chunk.cuda()) is not None
     affine = [torch.randn(1, channels, 1, 1, 1, generator=generator) for _ in range(2)]
     for given in (None, affine) if factor == (1, 1, 1) else (None,):
         on_gpu = target.cuda()

@@ -1,40 +1,19 @@
-"""The blocks' point-wise work and products: what a GPU's kernels give, beside torch's operators."""
+"""The blocks' point-wise work: what a GPU's kernels give, beside torch's operators."""
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import gelu, linear, rms_norm
+from torch.nn.functional import gelu, rms_norm
 
+from tests.model.values import DEVICES, ROUNDING, normal
+from tests.support.golden_transformer import relative_difference
 from worker.model import kernels
-from worker.model.attention import LARGEST_ERROR, _error, fastest_backend
-from worker.model.linear import (
-    FEED_FORWARD_TOKENS,
-    Float8Linear,
-    Rows,
-    feed_forward,
-    float8_works,
-    project,
-    quantize,
-)
 
 
 @pytest.fixture(autouse=True)
 def inference():
     with torch.no_grad():
         yield
-
-
-ROUNDING = 3e-3  # of bfloat16, in relative norm
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-def relative_difference(value, expected):
-    return ((value.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
-def normal(*shape, device, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator).to(device, torch.bfloat16)
 
 
 @pytest.fixture(params=[(37, 3072), (5, 256), (1, 64)], ids=str)
@@ -112,50 +91,6 @@ def test_rows_in_eight_bits_have_a_scale_each(device):
     assert relative_difference(kernels.gelu_in_place(given), exact) < ROUNDING
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_products_in_eight_bits_are_near_the_exact_ones(device):
-    layer = nn.Linear(512, 256, device=device, dtype=torch.bfloat16)
-    stored = Float8Linear(512, 256).to(device)
-    stored.weight.data, scale = quantize(layer.weight.data)
-    stored.weight_scale.data, stored.bias.data = scale.float(), layer.bias.data
-    x = normal(1, 40, 512, device=device)
-    rows, exact_rows = Rows.of(x, float8=True), Rows.of(x, float8=False)
-
-    with torch.no_grad():
-        for each in (layer, stored):
-            exact = linear(x.float(), layer.weight.float(), layer.bias.float())
-            assert relative_difference(project(each, exact_rows), exact) < 0.04
-            assert 1e-3 < relative_difference(project(each, rows), exact) < 0.06
-            part = slice(128, None)
-            half = linear(x[..., part].float(), layer.weight[:, part].float())
-            for float8 in (False, True):
-                rows_of_part = Rows.of(x[..., part].contiguous(), float8=float8)
-                found = project(each, rows_of_part, part, bias=False)
-                assert relative_difference(found, half) < 0.06
-    assert float8_works(torch.device(device))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("float8", [False, True])
-def test_a_feed_forward_of_many_tokens_is_that_of_few_at_a_time(device, float8):
-    up = nn.Linear(32, 128, device=device, dtype=torch.bfloat16)
-    down = nn.Linear(128, 32, device=device, dtype=torch.bfloat16)
-    x = normal(1, FEED_FORWARD_TOKENS + 100, 32, device=device)
-    with torch.no_grad():
-        whole = feed_forward(up, down, Rows.of(x, float8=float8))
-        last = feed_forward(up, down, Rows.of(x[:, -50:], float8=float8))
-        exact = down(gelu(up(x), approximate="tanh"))
-    assert relative_difference(whole[:, -50:], last) < ROUNDING
-    assert relative_difference(whole, exact) < (0.1 if float8 else 2 * ROUNDING)
-
-
 @pytest.mark.gpu
 def test_the_kernels_compile_here():
-    assert kernels._compiled(0, 3072, 128) is not None
-
-
-@pytest.mark.gpu
-def test_the_attention_kernel_of_this_gpu_is_right():
-    device = torch.device("cuda")
-    assert _error(fastest_backend(device), device) < LARGEST_ERROR
-    assert _error("_native_flash", device) < LARGEST_ERROR
+    assert kernels.compiled(0, 3072, 128) is not None

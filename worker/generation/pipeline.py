@@ -6,14 +6,12 @@ a job calls them one by one, to time them and to write frames while later ones a
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKLHunyuanVideo, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 from transformers import (
@@ -38,6 +36,12 @@ from worker.generation.denoiser import Denoiser, denoising_steps
 from worker.generation.face import TorchScriptFaceDetector, largest_face
 from worker.generation.image import face_mask, resize, scale_box, to_llava_pixels, to_pixels
 from worker.generation.options import DenoiseOptions
+from worker.generation.pipeline_output import (
+    HunyuanVideoAvatarPipelineOutput,
+    OutputType,
+    as_output,
+    require_output_type,
+)
 from worker.generation.sampling import prepare_latents
 from worker.generation.text import (
     NEGATIVE_PROMPT,
@@ -51,19 +55,9 @@ from worker.model import autoencoder
 from worker.model import encoders as encoders  # diffusers loads from modules that are there already
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
 from worker.multi_gpu.process_group import Sharing
-from worker.shapes import Box, ComputedSteps, FrameSize, count_frames
+from worker.shapes import ComputedSteps, FrameSize, count_frames
 
 OnStep = Callable[[int, int], None]
-
-
-@dataclass
-class HunyuanVideoAvatarPipelineOutput(BaseOutput):
-    """The frames, and what the user should know about them."""
-
-    frames: Any  # as output_type says
-    fps: float
-    face_box: Box | None
-    warnings: tuple[str, ...]
 
 
 class HunyuanVideoAvatarPipeline(DiffusionPipeline):
@@ -132,7 +126,7 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
         latents_dtype: torch.dtype | None = None,
         computed_steps: ComputedSteps = None,
         float8: bool = False,
-        output_type: Literal["pt", "np", "pil", "latent"] = "pt",
+        output_type: OutputType = "pt",
         on_step: OnStep | None = None,
     ) -> HunyuanVideoAvatarPipelineOutput:
         """A video of the pictured person speaking the recording: encode, denoise, decode in a row.
@@ -145,10 +139,7 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
         Raises:
             ValueError: an argument that the model cannot serve, by name.
         """
-        if output_type not in ("pt", "np", "pil", "latent"):
-            raise ValueError(
-                f'output_type must be "pt", "np", "pil" or "latent", not {output_type!r}'
-            )
+        require_output_type(output_type)
         conditioning = self.encode(
             image=image,
             audio=audio,
@@ -180,7 +171,7 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
         frames: Any = result
         if output_type != "latent":
             chunks = [chunk.cpu() for chunk in self.decode_frames(result, conditioning.num_frames)]
-            frames = _as_output(torch.cat(chunks), output_type)
+            frames = as_output(torch.cat(chunks), output_type)
         return HunyuanVideoAvatarPipelineOutput(
             frames=frames,
             fps=conditioning.fps,
@@ -363,13 +354,3 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
         hosted = self.hosted.get(name)
         with hosted.in_use() if hosted else nullcontext():
             yield
-
-
-def _as_output(frames: Tensor, output_type: str) -> Any:
-    """Frames (F, 3, H, W) as diffusers lays them out, a batch of one."""
-    if output_type == "pt":
-        return frames[None]
-    pixels = frames.permute(0, 2, 3, 1)  # (F, H, W, 3)
-    if output_type == "np":
-        return pixels[None].numpy()
-    return [[Image.fromarray(frame) for frame in (pixels * 255).byte().numpy()]]

@@ -55,13 +55,13 @@ def fastest_backend(device: torch.device) -> str:
     names = dict.fromkeys([BY_CAPABILITY.get(major, "native"), "native"])
     errors = {}
     for name in names:
-        errors[name] = _error(name, device)
+        errors[name] = backend_error(name, device)
         if errors[name] < LARGEST_ERROR:
             return name
     raise RuntimeError(f"no attention kernel is right on this GPU: {errors}")
 
 
-def _error(name: str, device: torch.device) -> float:
+def backend_error(name: str, device: torch.device) -> float:
     """How far the kernel is from float32, for a length that no tile divides."""
     generator = torch.Generator(device).manual_seed(0)
     shape = (3, 1, 4243, 24, 128)

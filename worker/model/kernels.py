@@ -189,22 +189,22 @@ def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     return (x.float() * cosines[:, None] + across * sines[:, None]).to(x.dtype)
 
 
-def _kernels_for_rows(x: Tensor) -> "_Kernels | None":
+def _kernels_for_rows(x: Tensor) -> "CompiledKernels | None":
     """The kernels that take a block of threads for each token of one sample."""
     return _kernels_for(x, x.shape[-1]) if len(x) == 1 and x.is_contiguous() else None
 
 
-def _kernels_for(x: Tensor, width: int = 256, head: int = 128) -> "_Kernels | None":
+def _kernels_for(x: Tensor, width: int = 256, head: int = 128) -> "CompiledKernels | None":
     """The kernels for rows of that width; None where torch has to do."""
     fits = width % 8 == 0 and width <= WIDEST and head % 64 == 0
     if not (fits and x.is_cuda and x.dtype == torch.bfloat16) or torch.is_grad_enabled():
         return None
     if x.data_ptr() % 16 or any(stride % 8 for stride in x.stride()[:-1]):
         return None  # they read 16 bytes at a time
-    return _compiled(x.device.index, width, head)
+    return compiled(x.device.index, width, head)
 
 
-def kernels_for_chunk(chunk: Tensor) -> "_Kernels | None":
+def kernels_for_chunk(chunk: Tensor) -> "CompiledKernels | None":
     """The kernels for the autoencoder's chunks; None where torch has to do."""
     eighths, rest = divmod(chunk.shape[1], 8)
     fits = rest == 0 and eighths > 0 and ELEMENTWISE_THREADS % eighths == 0
@@ -213,19 +213,20 @@ def kernels_for_chunk(chunk: Tensor) -> "_Kernels | None":
     is_last = chunk.is_contiguous(memory_format=torch.channels_last_3d)
     if not is_last or chunk.data_ptr() % 16:
         return None
-    return _compiled(chunk.device.index, 256, 128)
+    return compiled(chunk.device.index, 256, 128)
 
 
 @functools.cache
-def _compiled(device: int, width: int, head: int) -> "_Kernels | None":
+def compiled(device: int, width: int, head: int) -> "CompiledKernels | None":
+    """The kernels for that GPU, rows of that width and heads of that; None: they do not compile."""
     try:
-        return _Kernels(device, width, head)
+        return CompiledKernels(device, width, head)
     except Exception as error:
         logger.warning("the kernels could not be compiled, torch's operators serve: %s", error)
         return None
 
 
-class _Kernels:
+class CompiledKernels:
     """The compiled kernels for one GPU and width."""
 
     def __init__(self, device: int, width: int, head: int) -> None:
