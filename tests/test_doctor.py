@@ -6,7 +6,7 @@ import pytest
 
 from tests.import_guard.real_packages import run_python
 from worker import doctor
-from worker.doctor import Check, examine, page_entry
+from worker.doctor import Check, Finding, examine, page_entry
 
 
 def raise_a_chain() -> str:
@@ -36,6 +36,13 @@ def test_the_page_shows_a_failure_as_its_cause_its_place_and_what_people_see():
     assert state.endswith("OSError: libcudart.so.12: cannot open shared object file")
     assert place.strip().startswith(f"at {__file__}:")
     assert seen_as.strip() == "seen as ModuleNotFoundError: Could not import module 'CLIPTextModel'"
+
+
+def test_the_place_of_a_failure_stays_in_one_line_however_long_its_path_is():
+    path = f"{'/a long path' * 20}/worker.py:7"
+    finding = Finding(name="torch", state="failed", text="OSError: broken", where=path)
+
+    assert page_entry(finding).splitlines()[1] == f"          at {path}"
 
 
 def test_a_part_that_this_installation_leaves_out_is_skipped():

@@ -291,9 +291,6 @@ def main(*, as_json: bool, imports_only: bool) -> int:
 def page_entry(finding: Finding) -> str:
     """The finding for a reader: its state, name and seconds, then its text, beside and below."""
     lines = finding.text.splitlines()
-    if finding.state == "failed":
-        lines.append(f"at {finding.where}")
-        lines += [f"seen as {finding.chain[0]}"] if len(finding.chain) > 1 else []
     lines[0] = f"{finding.state:8}{finding.name:17}{finding.seconds:5.1f} s  {lines[0]}"
     indent = " " * 10
     wrap = functools.partial(
@@ -303,7 +300,12 @@ def page_entry(finding: Finding) -> str:
         break_long_words=False,
         break_on_hyphens=False,
     )
-    return "\n".join([wrap(lines[0]), *(wrap(line, initial_indent=indent) for line in lines[1:])])
+    entry = [wrap(lines[0]), *(wrap(line, initial_indent=indent) for line in lines[1:])]
+    if finding.state == "failed":
+        entry.append(f"{indent}at {finding.where}")  # not wrapped: a path is copied as a whole
+        if len(finding.chain) > 1:
+            entry.append(wrap(f"seen as {finding.chain[0]}", initial_indent=indent))
+    return "\n".join(entry)
 
 
 def _print(text: str) -> None:
