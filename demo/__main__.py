@@ -25,8 +25,11 @@ def main() -> int:
     arguments = _arguments()
     output_path = Path(arguments.output)
     output_path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="avatar-demo-") as scratch, LocalEndpoint() as local:
-        environment = {"AVATAR_MODEL": "demo", **local.bucket_environment}
+    with (
+        tempfile.TemporaryDirectory(prefix="avatar-demo-") as scratch,
+        LocalEndpoint(with_object_store=True) as local,
+    ):
+        environment = {"AVATAR_MODEL": "demo", **local.object_store.environment}
         with (
             WorkerProcess(local, Path(scratch, "worker"), environment=environment) as worker,
             AvatarEndpoint(local.url, local.api_key) as endpoint,

@@ -21,23 +21,25 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs whole addresses
     given_key = settings.runpod_api_key
+    environment = worker_environment()
+    with_object_store = "BUCKET_ENDPOINT_URL" not in environment
     endpoint = LocalEndpoint(
         arguments.state.absolute(),
         port=arguments.port,
         api_key=given_key.get_secret_value() if given_key else None,
+        with_object_store=with_object_store,
     )
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     try:
         endpoint.start()
-    except OSError as error:
+    except (OSError, ModuleNotFoundError) as error:
         print(f"the endpoint cannot start: {error}", file=sys.stderr)  # noqa: T201
         return 1
     try:
-        environment = worker_environment()
-        if "BUCKET_ENDPOINT_URL" not in environment:
-            environment |= endpoint.bucket_environment
+        if with_object_store:
+            environment |= endpoint.object_store.environment
         environment.setdefault("RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS", "true")  # of its own store
         with Fleet(endpoint, arguments.workers, environment=environment):
             where = "RUNPOD_API_KEY" if given_key else endpoint.directory / "api-key"

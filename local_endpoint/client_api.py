@@ -26,6 +26,7 @@ MAX_DRAINED_BYTES = 64 * 2**20  # of a request that is too large: read on, so th
 MAX_STREAM_BYTES = 10**6
 MAX_WAITING_JOBS = 1000
 SYNC_WAIT_MILLISECONDS = 90_000
+BEARER = HTTPBearer(auto_error=False, description="The endpoint's API key.")
 
 
 class Policy(BaseModel):
@@ -37,8 +38,8 @@ class Policy(BaseModel):
     ttl: int = Field(86_400_000, ge=10_000, le=604_800_000)
 
 
-class JobRequest(BaseModel):
-    """A job. Keys beside these reach the worker as they are."""
+class JobSubmission(BaseModel):
+    """A new job. Keys beside these reach the worker as they are."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -134,7 +135,7 @@ class JsonResponse(JSONResponse):
         return json.dumps(content, separators=(",", ":")).encode()
 
 
-class _JobRequest(Request):
+class _BoundedRequest(Request):
     """A request whose body is bounded, and strict JSON."""
 
     async def body(self) -> bytes:
@@ -147,12 +148,12 @@ class _JobRequest(Request):
         return parse_strict(await self.body())
 
 
-class _JobRoute(APIRoute):
+class _BoundedRoute(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
 
         async def handle_bounded(request: Request) -> Response:
-            return await handle(_JobRequest(request.scope, request.receive))
+            return await handle(_BoundedRequest(request.scope, request.receive))
 
         return handle_bounded
 
@@ -196,129 +197,137 @@ def parse_strict(text: bytes) -> Any:
         raise json.JSONDecodeError(str(error), "", 0) from None
 
 
-def client_routes(
-    queue: JobQueue,
-    changes: Changes,
-    *,
-    endpoint_id: str,
-    api_key: str,
-    count_workers: Callable[[], dict[str, int]],
-    is_closing: Callable[[], bool],
-) -> APIRouter:
+class ClientApi:
     """The routes below `/v2/{endpoint_id}` that clients call, each behind the key."""
-    bearer = HTTPBearer(auto_error=False, description="The endpoint's API key.")
 
-    def authorize(
+    def __init__(
+        self,
+        queue: JobQueue,
+        changes: Changes,
+        *,
+        endpoint_id: str,
+        api_key: str,
+        count_workers: Callable[[], dict[str, int]],
+        is_closing: Callable[[], bool],
+    ) -> None:
+        self._queue = queue
+        self._changes = changes
+        self._api_key = api_key.encode()
+        self._count_workers = count_workers
+        self._is_closing = is_closing
+        self.routes = APIRouter(
+            prefix=f"/v2/{endpoint_id}",
+            dependencies=[Depends(self._authorize)],
+            default_response_class=JsonResponse,
+            responses=_failure(401, "The API key is missing or wrong."),
+        )
+        self._add_routes()
+
+    def _add_routes(self) -> None:
+        new_job = (
+            _failure(400, "The body is not a job.")
+            | _failure(413, "The body is too large.")
+            | _failure(429, "Too many jobs wait.")
+        )
+        known_job = _failure(404, "No such job, or no longer.")
+        failed_job = known_job | _failure(400, "The job has not failed.")
+
+        submissions = APIRouter(route_class=_BoundedRoute)
+        submit, post, get = submissions.post, self.routes.post, self.routes.get
+        submit("/run", responses=new_job, response_model=Accepted)(self.run)
+        submit("/runsync", responses=new_job, response_model=JobState)(self.runsync)
+        get("/status/{job_id}", responses=known_job, response_model=JobState)(self.status)
+        get("/stream/{job_id}", responses=known_job, response_model=StreamState)(self.stream)
+        get("/health", response_model=Health)(self.health)
+        post("/cancel/{job_id}", responses=known_job, response_model=Accepted)(self.cancel)
+        post("/retry/{job_id}", responses=failed_job, response_model=Accepted)(self.retry)
+        post("/purge-queue", response_model=Purged)(self.purge_queue)
+        self.routes.include_router(submissions)
+
+    async def run(self, job: JobSubmission) -> Response:
+        """Puts a job into the queue."""
+        return JsonResponse({"id": self._add(job, is_sync=False), "status": "IN_QUEUE"})
+
+    async def runsync(
+        self,
         request: Request,
-        credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
+        job: JobSubmission,
+        wait: Annotated[int, Query(ge=1000, le=300_000)] = SYNC_WAIT_MILLISECONDS,
+    ) -> Response:
+        """Puts a job into the queue and waits up to `wait` milliseconds for its result."""
+        job_id = self._add(job, is_sync=True)
+        gone = asyncio.create_task(hang_up(request))
+        gone.add_done_callback(lambda _: self._changes.notify())
+
+        def is_over() -> bool:
+            found = self._queue.get(job_id)
+            return found is None or found.is_over or gone.done() or self._is_closing()
+
+        await self._changes.until(is_over, wait / 1000)
+        gone.cancel()
+        return JsonResponse(self._find(job_id).state())
+
+    async def status(self, job_id: str) -> Response:
+        """Where a job stands, with its newest progress or its result."""
+        return JsonResponse(self._find(job_id).state())
+
+    async def stream(self, job_id: str) -> Response:
+        """What the job's handler has yielded since the last call."""
+        job = self._find(job_id)
+        items = self._queue.read_stream(job_id, MAX_STREAM_BYTES)
+        stream = [{"output": item} for item in items]
+        return JsonResponse({"status": job.status, "stream": stream})
+
+    async def cancel(self, job_id: str) -> Response:
+        """Ends a job that waits or runs; one that is over stays as it is."""
+        self._find(job_id)
+        self._queue.cancel(job_id)
+        self._changes.notify()
+        return JsonResponse({"id": job_id, "status": self._find(job_id).status})
+
+    async def retry(self, job_id: str) -> Response:
+        """Runs a failed or timed out job again, under its id."""
+        self._find(job_id)
+        if not self._queue.retry(job_id):
+            raise HTTPException(400, "only a failed or timed out job can be retried")
+        self._changes.notify()
+        return JsonResponse({"id": job_id, "status": "IN_QUEUE"})
+
+    async def health(self) -> Response:
+        """How many jobs and workers there are, by where they stand."""
+        return JsonResponse({"jobs": self._queue.counts(), "workers": self._count_workers()})
+
+    async def purge_queue(self) -> Response:
+        """Removes every waiting job; running ones go on."""
+        removed = self._queue.purge()
+        self._changes.notify()
+        return JsonResponse({"removed": removed, "status": "completed"})
+
+    def _authorize(
+        self,
+        request: Request,
+        credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)],
     ) -> None:
         given = credentials.credentials if credentials else request.headers.get("authorization", "")
-        if not hmac.compare_digest(given.encode(), api_key.encode()):
+        if not hmac.compare_digest(given.encode(), self._api_key):
             raise HTTPException(401, "the API key is missing or wrong")
 
-    failures: dict[int | str, dict[str, Any]] = {
-        401: {"model": Failure, "description": "The API key is missing or wrong."}
-    }
-    router = APIRouter(
-        prefix=f"/v2/{endpoint_id}",
-        dependencies=[Depends(authorize)],
-        default_response_class=JsonResponse,
-        responses=failures,
-    )
-    job_routes = APIRouter(route_class=_JobRoute)
-    bad_request: dict[int | str, dict[str, Any]] = {
-        400: {"model": Failure, "description": "The body is not a job."},
-        413: {"model": Failure, "description": "The body is too large."},
-        429: {"model": Failure, "description": "Too many jobs wait."},
-    }
-    bad_id: dict[int | str, dict[str, Any]] = {
-        404: {"model": Failure, "description": "No such job, or no longer."}
-    }
-
-    def find(job_id: str) -> Job:
-        job = queue.get(job_id)
+    def _find(self, job_id: str) -> Job:
+        job = self._queue.get(job_id)
         if job is None:
             raise HTTPException(404, "no such job, or its result is no longer kept")
         return job
 
-    def add(job: JobRequest, *, is_sync: bool) -> str:
-        if queue.counts()["inQueue"] >= MAX_WAITING_JOBS:
+    def _add(self, job: JobSubmission, *, is_sync: bool) -> str:
+        if self._queue.counts()["inQueue"] >= MAX_WAITING_JOBS:
             raise HTTPException(429, f"{MAX_WAITING_JOBS} jobs wait", {"Retry-After": "10"})
-        job_id = queue.add(job.model_dump(exclude_unset=True), is_sync=is_sync)
-        changes.notify()
+        job_id = self._queue.add(job.model_dump(exclude_unset=True), is_sync=is_sync)
+        self._changes.notify()
         return job_id
 
-    @job_routes.post("/run", responses=bad_request, response_model=Accepted)
-    async def run(job: JobRequest) -> Response:
-        """Puts a job into the queue."""
-        return JsonResponse({"id": add(job, is_sync=False), "status": "IN_QUEUE"})
 
-    @job_routes.post("/runsync", responses=bad_request, response_model=JobState)
-    async def runsync(
-        request: Request,
-        job: JobRequest,
-        wait: Annotated[int, Query(ge=1000, le=300_000)] = SYNC_WAIT_MILLISECONDS,
-    ) -> Response:
-        """Puts a job into the queue and waits up to `wait` milliseconds for its result."""
-        job_id = add(job, is_sync=True)
-        gone = asyncio.create_task(hang_up(request))
-        gone.add_done_callback(lambda _: changes.notify())
-
-        def is_over() -> bool:
-            found = queue.get(job_id)
-            return found is None or found.is_over or gone.done() or is_closing()
-
-        await changes.until(is_over, wait / 1000)
-        gone.cancel()
-        return JsonResponse(find(job_id).state())
-
-    @router.get("/status/{job_id}", responses=bad_id, response_model=JobState)
-    async def status(job_id: str) -> Response:
-        """Where a job stands, with its newest progress or its result."""
-        return JsonResponse(find(job_id).state())
-
-    @router.get("/stream/{job_id}", responses=bad_id, response_model=StreamState)
-    async def stream(job_id: str) -> Response:
-        """What the job's handler has yielded since the last call."""
-        job = find(job_id)
-        items = [{"output": item} for item in queue.read_stream(job_id, MAX_STREAM_BYTES)]
-        return JsonResponse({"status": job.status, "stream": items})
-
-    @router.post("/cancel/{job_id}", responses=bad_id, response_model=Accepted)
-    async def cancel(job_id: str) -> Response:
-        """Ends a job that waits or runs; one that is over stays as it is."""
-        find(job_id)
-        queue.cancel(job_id)
-        changes.notify()
-        return JsonResponse({"id": job_id, "status": find(job_id).status})
-
-    not_failed: dict[int | str, dict[str, Any]] = {
-        400: {"model": Failure, "description": "The job has not failed."}
-    }
-
-    @router.post("/retry/{job_id}", responses=bad_id | not_failed, response_model=Accepted)
-    async def retry(job_id: str) -> Response:
-        """Runs a failed or timed out job again, under its id."""
-        find(job_id)
-        if not queue.retry(job_id):
-            raise HTTPException(400, "only a failed or timed out job can be retried")
-        changes.notify()
-        return JsonResponse({"id": job_id, "status": "IN_QUEUE"})
-
-    @router.get("/health", response_model=Health)
-    async def health() -> Response:
-        """How many jobs and workers there are, by where they stand."""
-        return JsonResponse({"jobs": queue.counts(), "workers": count_workers()})
-
-    @router.post("/purge-queue", response_model=Purged)
-    async def purge_queue() -> Response:
-        """Removes every waiting job; running ones go on."""
-        removed = queue.purge()
-        changes.notify()
-        return JsonResponse({"removed": removed, "status": "completed"})
-
-    router.include_router(job_routes)
-    return router
+def _failure(status: int, description: str) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": Failure, "description": description}}
 
 
 def answer_failures_alike(app: FastAPI) -> None:

@@ -16,16 +16,17 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self, TextIO, TypeVar
+from urllib.parse import urlsplit
 
 import uvicorn
 from fastapi import FastAPI
 
-from avatar_client.contract.bucket import SEVEN_DAYS_SECONDS, BucketSettings
 from local_endpoint import webhooks
 from local_endpoint.changes import Changes
-from local_endpoint.client_api import answer_failures_alike, client_routes
+from local_endpoint.client_api import ClientApi, answer_failures_alike
 from local_endpoint.job_queue import JobQueue, JobRecord, Webhook
 from local_endpoint.object_store import ObjectStore
 from local_endpoint.worker_api import Heartbeat, WorkerApi
@@ -34,11 +35,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 ENDPOINT_ID = "local"
-BUCKET = "avatars"
-REGION = "us-east-1"
-BUCKET_KEY_ID = "local"
 SWEEP_SECONDS = 0.5
-OBJECT_SWEEP_SECONDS = 600.0
 FORGOTTEN_SECONDS = 60.0  # after this a silent worker is no longer counted
 
 
@@ -46,9 +43,10 @@ class LocalEndpoint:
     """RunPod's endpoint on this machine, entered as a context or started and stopped by hand.
 
     Args:
-        directory: holds the state: jobs, objects, keys. None: a temporary one.
+        directory: holds the state: jobs, results, keys. None: a temporary one.
         port: of the loopback interface; 0: a free one, which `url` names.
         api_key: what clients must send; None: one that is kept in the directory.
+        with_object_store: starts a store of its own beside it, which ends with it.
         hold_seconds: how long an empty long poll is held open.
         lost_after_seconds: how long a worker may be silent before its job goes to another one.
         webhook_retry_seconds: between the attempts to call a webhook.
@@ -62,6 +60,7 @@ class LocalEndpoint:
         *,
         port: int = 0,
         api_key: str | None = None,
+        with_object_store: bool = False,
         hold_seconds: float = 30.0,
         lost_after_seconds: float = 10.0,
         webhook_retry_seconds: float = 10.0,
@@ -71,7 +70,7 @@ class LocalEndpoint:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.api_key = api_key or kept_secret(self.directory / "api-key")
         self._worker_key = kept_secret(self.directory / "worker-key")
-        self._bucket_secret = kept_secret(self.directory / "bucket-key")
+        self._with_object_store = with_object_store
         self._port = port
         self._hold_seconds = hold_seconds
         self._lost_after_seconds = lost_after_seconds
@@ -94,25 +93,17 @@ class LocalEndpoint:
 
         Raises:
             OSError: the port is taken, or another endpoint uses the directory.
+            ModuleNotFoundError: the object store's packages are not installed.
         """
-        listener = socket.create_server(("127.0.0.1", self._port))
-        try:
-            self._lock = lock(self.directory / "lock")
-        except OSError:
-            listener.close()
-            raise
+        with ExitStack() as undo:
+            listener = undo.enter_context(socket.create_server(("127.0.0.1", self._port)))
+            self._lock = undo.enter_context(lock(self.directory / "lock"))
+            self._object_store = self._started_object_store()
+            undo.pop_all()
         # asyncio does so only for sockets that it has made; without it an answer takes 40 ms
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.origin = f"http://127.0.0.1:{listener.getsockname()[1]}"
         self.url = f"{self.origin}/v2/{self.endpoint_id}"
-        self._store = ObjectStore(
-            self.directory / "objects",
-            access_key_id=BUCKET_KEY_ID,
-            secret_access_key=self._bucket_secret,
-            region=REGION,
-            bucket=BUCKET,
-        )
-        write_private(self.directory / "bucket.json", json.dumps(self._bucket()))
         ready = threading.Event()
         self._thread = threading.Thread(
             target=asyncio.run, args=(self._serve(listener, ready),), daemon=True
@@ -121,9 +112,15 @@ class LocalEndpoint:
         ready.wait()
 
     def stop(self) -> None:
-        """Ends every open poll and the server. The jobs stay in the directory, unless temporary."""
+        """Ends every open poll, the server and the object store.
+
+        The jobs stay in the directory, unless it is temporary.
+        """
         self._on_loop(self._close)
         self._thread.join()
+        if self._object_store:
+            self._object_store.stop()
+            self._bucket_path.unlink()
         self._lock.close()
         if self._is_temporary:
             shutil.rmtree(self.directory)
@@ -131,10 +128,9 @@ class LocalEndpoint:
     async def _serve(self, listener: socket.socket, ready: threading.Event) -> None:
         self._loop = asyncio.get_running_loop()
         self._changes = Changes()
-        self._queue = JobQueue(self.directory / "jobs.sqlite")
+        self._queue = JobQueue(self.directory / "queue.sqlite")
         self._started_at_seconds = time.time()
         self._server = uvicorn.Server(uvicorn.Config(self._app(), log_level="critical"))
-        self._server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
         keeping = asyncio.create_task(self._keep_house())
         ready.set()
         with listener:
@@ -164,7 +160,7 @@ class LocalEndpoint:
             hold_seconds=self._hold_seconds,
             is_closing=self._is_closing,
         )
-        clients = client_routes(
+        clients = ClientApi(
             self._queue,
             self._changes,
             endpoint_id=self.endpoint_id,
@@ -172,9 +168,8 @@ class LocalEndpoint:
             count_workers=self._workers.counts,
             is_closing=self._is_closing,
         )
-        app.include_router(clients)
+        app.include_router(clients.routes)
         app.include_router(self._workers.routes)
-        app.mount("/s3", self._store.app)
         return app
 
     def _is_closing(self) -> bool:
@@ -182,13 +177,9 @@ class LocalEndpoint:
 
     async def _keep_house(self) -> None:
         """What happens by itself: lost workers, time limits, retention, webhooks."""
-        next_object_sweep = 0.0
         while True:
             if self._sweep():
                 self._changes.notify()
-            if time.monotonic() > next_object_sweep:
-                await asyncio.to_thread(self._store.delete_older_than, SEVEN_DAYS_SECONDS)
-                next_object_sweep = time.monotonic() + OBJECT_SWEEP_SECONDS
             await asyncio.sleep(SWEEP_SECONDS)
 
     def _sweep(self) -> bool:
@@ -197,14 +188,14 @@ class LocalEndpoint:
         workers = self._workers.workers
         for worker_id in self._queue.holders():
             record = workers.get(worker_id)
-            heard_at = record.heard_at_seconds if record else self._started_at_seconds
-            if now - heard_at > self._lost_after_seconds:
+            last = record.last_heartbeat_seconds if record else self._started_at_seconds
+            if now - last > self._lost_after_seconds:
                 for job_id in self._queue.held_by(worker_id):
                     logger.warning("worker %s is gone: job %s waits again", worker_id, job_id)
-                    self._queue.give_back(job_id, stop=True)
+                    self._queue.requeue(job_id, stop=True)
                     changed = True
         for worker_id, record in list(workers.items()):
-            if now - record.heard_at_seconds > FORGOTTEN_SECONDS:
+            if now - record.last_heartbeat_seconds > FORGOTTEN_SECONDS:
                 del workers[worker_id]
                 self._queue.forget(worker_id)
         for webhook in self._queue.due_webhooks():
@@ -221,21 +212,42 @@ class LocalEndpoint:
         finally:
             del self._calls[webhook.job_id]
 
-    def _bucket(self) -> dict[str, str]:
-        return {
-            "endpoint_url": f"{self.origin}/s3",
-            "name": BUCKET,
-            "region": REGION,
-            "access_key_id": BUCKET_KEY_ID,
-            "secret_access_key": self._bucket_secret,
-        }
+    # The object store
+
+    @property
+    def _bucket_path(self) -> Path:
+        return self.directory / "bucket.json"
+
+    def _started_object_store(self) -> ObjectStore | None:
+        """A store if one is wanted, with key and, if it is free, port as before a kill.
+
+        So the workers that go on after that deliver to the new one.
+        """
+        try:
+            earlier = json.loads(self._bucket_path.read_text())["endpoint_url"]
+        except FileNotFoundError:
+            earlier = ""
+        self._bucket_path.unlink(missing_ok=True)
+        if not self._with_object_store:
+            return None
+        key = kept_secret(self.directory / "bucket-key")
+        store = ObjectStore(
+            self.directory,
+            access_key_id=key,
+            secret_access_key=key,
+            port=urlsplit(earlier).port or 0,
+        )
+        store.start()
+        write_private(self._bucket_path, json.dumps(store.settings))
+        return store
 
     # What a program does with it
 
     @property
-    def bucket(self) -> BucketSettings:
-        """The endpoint's own object store, which keeps an object for seven days."""
-        return BucketSettings.model_validate(self._bucket())
+    def object_store(self) -> ObjectStore:
+        """The endpoint's own, if it was made with one."""
+        assert self._object_store is not None
+        return self._object_store
 
     def submit(self, job: dict[str, Any], *, is_sync: bool = False) -> str:
         """The id of the job, which is now in the queue.
@@ -258,7 +270,7 @@ class LocalEndpoint:
 
     def requeue(self, job_id: str) -> None:
         """Hands the job out once more, as a queue may that delivers at least once."""
-        self._on_loop(lambda: self._queue.give_back(job_id, stop=False))
+        self._on_loop(lambda: self._queue.requeue(job_id, stop=False))
 
     def wait(self, job_id: str, timeout_seconds: float) -> JobRecord:
         """The job once it is over.
@@ -315,12 +327,6 @@ class LocalEndpoint:
     def delay_answers(self, seconds: float) -> None:
         """How long an answer to a posted body takes from now on."""
         self._workers.faults.answer_delay_seconds = seconds
-
-    @property
-    def bucket_environment(self) -> dict[str, str]:
-        """The settings of a worker that delivers to the endpoint's own object store."""
-        bucket = self._bucket()
-        return {f"BUCKET_{name.upper()}": value for name, value in bucket.items()}
 
     def worker_environment(self, worker_id: str, home: Path) -> dict[str, str]:
         """The variables that the platform sets for a worker, and what a worker off it needs.

@@ -129,7 +129,7 @@ class Fleet:
         self._pause_seconds = min(2 * self._pause_seconds, LONGEST_PAUSE_SECONDS)
 
     def _adopt(self) -> None:
-        """Keeps the workers of a killed endpoint that call this one; ends the others."""
+        """Keeps the workers of a killed endpoint with these addresses; ends the others."""
         try:
             notes = json.loads(self._notes_path.read_text())
         except FileNotFoundError:
@@ -139,7 +139,7 @@ class Fleet:
                 process = psutil.Process(note["pid"])
                 if process.create_time() == note["created"] and _runs(process):
                     self._processes[note["worker_id"]] = process
-                    if note["url"] != self._endpoint.url or len(self._processes) > self._count:
+                    if note["urls"] != self._urls() or len(self._processes) > self._count:
                         self._end(note["worker_id"])
                     else:
                         logger.info("%s goes on", note["worker_id"])
@@ -151,13 +151,17 @@ class Fleet:
                 "worker_id": worker_id,
                 "pid": process.pid,
                 "created": process.create_time(),  # tells it from a later process of this pid
-                "url": self._endpoint.url,
+                "urls": self._urls(),
             }
             for worker_id, process in self._processes.items()
         ]
         part = self._notes_path.with_suffix(".part")
         part.write_text(json.dumps(notes))
         part.rename(self._notes_path)
+
+    def _urls(self) -> list[str | None]:
+        """What the workers call: the endpoint, and the store of their videos."""
+        return [self._endpoint.url, self._environment.get("BUCKET_ENDPOINT_URL")]
 
     def _drop_old_logs(self) -> None:
         places = sorted(self._directory.iterdir(), key=lambda place: place.stat().st_mtime)

@@ -27,7 +27,7 @@ EXECUTION_TIMEOUT_SECONDS = 600.0
 TTL_SECONDS = 24 * 3600.0
 WEBHOOK_ATTEMPTS = 3
 
-MAX_TAKES = 3  # a job that three workers in a row did not bring back is given up
+MAX_CLAIMS = 3  # a job that three workers in a row did not bring back is given up
 STOP_AGAIN_SECONDS = 2.0  # a worker that still names an ended job after this has missed its stop
 
 SCHEMA = """
@@ -36,12 +36,12 @@ CREATE TABLE IF NOT EXISTS jobs (
     id TEXT NOT NULL UNIQUE,
     status TEXT NOT NULL,
     worker_id TEXT,
-    takes INTEGER NOT NULL DEFAULT 0,
+    num_claims INTEGER NOT NULL DEFAULT 0,
     stop_pod INTEGER NOT NULL DEFAULT 0,
     error TEXT,
     post INTEGER,  -- the newest progress, then the result
     created_at REAL NOT NULL,
-    taken_at REAL,
+    claimed_at REAL,
     ended_at REAL,
     deadline_at REAL,
     delete_at REAL NOT NULL,
@@ -58,11 +58,6 @@ CREATE TABLE IF NOT EXISTS posts (
     body TEXT NOT NULL
 );
 CREATE INDEX IF NOT EXISTS posts_by_job ON posts (job);
-CREATE TABLE IF NOT EXISTS takes (
-    job TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
-    at REAL NOT NULL
-);
-CREATE INDEX IF NOT EXISTS takes_by_job ON takes (job);
 CREATE TABLE IF NOT EXISTS stream (
     number INTEGER PRIMARY KEY,
     job TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
@@ -102,9 +97,9 @@ class Job:
     output: Any
     error: str | None
     stop_pod: bool  # the worker asked to be replaced
-    takes: int  # how often it was handed to a worker
+    num_claims: int  # how often it was handed to a worker
     created_at_seconds: float
-    taken_at_seconds: float | None  # the last time
+    claimed_at_seconds: float | None  # the last time
     ended_at_seconds: float | None
 
     @property
@@ -114,11 +109,11 @@ class Job:
     def state(self) -> dict[str, Any]:
         """What the platform tells a client of it; times in milliseconds."""
         state: dict[str, Any] = {"id": self.id, "status": self.status}
-        if self.taken_at_seconds is not None:
-            state["delayTime"] = _milliseconds(self.taken_at_seconds - self.created_at_seconds)
+        if self.claimed_at_seconds is not None:
+            state["delayTime"] = _milliseconds(self.claimed_at_seconds - self.created_at_seconds)
             state["workerId"] = self.worker_id
             if self.ended_at_seconds is not None:
-                run_seconds = self.ended_at_seconds - self.taken_at_seconds
+                run_seconds = self.ended_at_seconds - self.claimed_at_seconds
                 state["executionTime"] = _milliseconds(run_seconds)
         if self.error is not None:
             state["error"] = self.error
@@ -132,7 +127,6 @@ class JobRecord(Job):
     """A job with all that happened to it."""
 
     posts: tuple[Post, ...]  # oldest first
-    take_times_seconds: tuple[float, ...]  # when it was handed to a worker
     stream: tuple[Any, ...]  # what a generating handler has yielded
 
     @property
@@ -209,9 +203,9 @@ class JobQueue:
             output=json.loads(row["body"]).get("output") if row["body"] else None,
             error=row["error"],
             stop_pod=bool(row["stop_pod"]),
-            takes=row["takes"],
+            num_claims=row["num_claims"],
             created_at_seconds=row["created_at"],
-            taken_at_seconds=row["taken_at"],
+            claimed_at_seconds=row["claimed_at"],
             ended_at_seconds=row["ended_at"],
         )
 
@@ -224,8 +218,8 @@ class JobQueue:
         """Puts a failed or timed out job back into the queue; False if it is neither."""
         with self._transaction():
             changed = self._execute(
-                "UPDATE jobs SET status = 'IN_QUEUE', error = NULL, post = NULL, takes = 0,"
-                " worker_id = NULL, taken_at = NULL, ended_at = NULL, stop_pod = 0,"
+                "UPDATE jobs SET status = 'IN_QUEUE', error = NULL, post = NULL, num_claims = 0,"
+                " worker_id = NULL, claimed_at = NULL, ended_at = NULL, stop_pod = 0,"
                 " delete_at = MAX(delete_at, ?)"
                 " WHERE id = ? AND status IN ('FAILED', 'TIMED_OUT')",
                 *(time.time() + TTL_SECONDS, job_id),
@@ -273,7 +267,7 @@ class JobQueue:
 
     # What workers do
 
-    def take(self, worker_id: str) -> dict[str, Any] | None:
+    def claim(self, worker_id: str) -> dict[str, Any] | None:
         """The oldest waiting job, which is now this worker's: what the worker is handed."""
         row = self._one(
             "SELECT id, request FROM jobs WHERE status = 'IN_QUEUE' ORDER BY position LIMIT 1"
@@ -285,15 +279,15 @@ class JobQueue:
         timeout = _policy_seconds(request, "executionTimeout", EXECUTION_TIMEOUT_SECONDS)
         with self._transaction():
             self._execute(
-                "UPDATE jobs SET status = 'IN_PROGRESS', worker_id = ?, takes = takes + 1,"
-                " taken_at = ?, deadline_at = ?, ended_at = NULL, post = NULL WHERE id = ?",
+                "UPDATE jobs SET status = 'IN_PROGRESS', num_claims = num_claims + 1,"
+                " worker_id = ?, claimed_at = ?, deadline_at = ?, ended_at = NULL, post = NULL"
+                " WHERE id = ?",
                 *(worker_id, now, now + timeout, row["id"]),
             )
-            self._execute("INSERT INTO takes VALUES (?, ?)", row["id"], now)
         self._stops[worker_id].discard(row["id"])  # of an earlier run of the same job
         return {"id": row["id"], **request}
 
-    def take_stops(self, worker_id: str) -> list[str]:
+    def pop_stops(self, worker_id: str) -> list[str]:
         """The jobs that this worker is to stop, once."""
         return sorted(self._stops.pop(worker_id, ()))
 
@@ -331,7 +325,7 @@ class JobQueue:
         if self._is_held(job_id, worker_id):
             self._execute("INSERT INTO stream (job, item) VALUES (?, ?)", job_id, json.dumps(item))
 
-    def heard(self, worker_id: str, job_ids: Iterable[str]) -> None:
+    def record_heartbeat(self, worker_id: str, job_ids: Iterable[str]) -> None:
         """Tells a worker to stop what it says it works on, if that is no longer its job.
 
         A stop that comes before the worker has begun the job is dropped by the SDK, and one that
@@ -342,7 +336,7 @@ class JobQueue:
             if job is None:
                 self._stops[worker_id].add(job_id)
             elif not self._is_held(job_id, worker_id):
-                ended_at = job.ended_at_seconds or job.taken_at_seconds or 0.0
+                ended_at = job.ended_at_seconds or job.claimed_at_seconds or 0.0
                 if time.time() > ended_at + STOP_AGAIN_SECONDS:
                     self._stops[worker_id].add(job_id)
 
@@ -362,7 +356,7 @@ class JobQueue:
         query = "SELECT DISTINCT worker_id FROM jobs WHERE status = 'IN_PROGRESS'"
         return {row["worker_id"] for row in self._all(query)}
 
-    def give_back(self, job_id: str, *, stop: bool) -> None:
+    def requeue(self, job_id: str, *, stop: bool) -> None:
         """Puts a job that has been lost back into its place in the queue, or gives it up.
 
         `stop`: should its worker be heard of again, it is told to stop the job.
@@ -372,8 +366,8 @@ class JobQueue:
         with self._transaction():
             if stop and job.worker_id is not None:
                 self._stops[job.worker_id].add(job_id)
-            if job.takes >= MAX_TAKES:
-                self._end(job_id, "FAILED", f"lost by {job.takes} workers in a row")
+            if job.num_claims >= MAX_CLAIMS:
+                self._end(job_id, "FAILED", f"lost by {job.num_claims} workers in a row")
                 return
             self._execute(
                 "UPDATE jobs SET status = 'IN_QUEUE', worker_id = NULL, post = NULL, error = NULL,"
@@ -424,14 +418,12 @@ class JobQueue:
         if job is None:
             return None
         posts = self._all("SELECT * FROM posts WHERE job = ? ORDER BY number", job_id)
-        takes = self._all("SELECT at FROM takes WHERE job = ? ORDER BY rowid", job_id)
         stream = self._all("SELECT item FROM stream WHERE job = ? ORDER BY number", job_id)
         return JobRecord(
             **{field.name: getattr(job, field.name) for field in fields(job)},
             posts=tuple(
                 Post(row["at"], json.loads(row["body"]), bool(row["accepted"])) for row in posts
             ),
-            take_times_seconds=tuple(row["at"] for row in takes),
             stream=tuple(json.loads(row["item"]) for row in stream),
         )
 

@@ -45,7 +45,7 @@ class Heartbeat:
 class WorkerRecord:
     """What is known of one worker."""
 
-    heard_at_seconds: float
+    last_heartbeat_seconds: float
     has_polled: bool = False
     failed_check: str | None = None
 
@@ -105,30 +105,30 @@ class WorkerApi:
 
     async def _job_take(self, request: Request, worker_id: str) -> Response:
         self._authorize(request)
-        self._heard(worker_id).has_polled = True
+        self._record_contact(worker_id).has_polled = True
         if request.query_params.get("job_in_progress") == "0":
             for job_id in self._queue.held_by(worker_id):  # it does not know of it any more
-                self._queue.give_back(job_id, stop=False)
+                self._queue.requeue(job_id, stop=False)
         self._changes.notify()
 
-        def take() -> Response | None:
-            job = self._queue.take(worker_id)
+        def poll() -> Response | None:
+            job = self._queue.claim(worker_id)
             if job is None:
                 return None
             self._changes.notify()
             # not JsonResponse: a test may hand out NaN, as a hostile client's job would hold it
             return Response(json.dumps(job), media_type="application/json")
 
-        return await self._long_poll(request, worker_id, take)
+        return await self._long_poll(request, worker_id, poll)
 
     async def _job_stop(self, request: Request, worker_id: str) -> Response:
         self._authorize(request)
 
-        def take() -> Response | None:
-            job_ids = self._queue.take_stops(worker_id)
+        def poll() -> Response | None:
+            job_ids = self._queue.pop_stops(worker_id)
             return JsonResponse({"jobsToStop": job_ids}) if job_ids else None
 
-        return await self._long_poll(request, worker_id, take)
+        return await self._long_poll(request, worker_id, poll)
 
     async def _ping(self, request: Request, worker_id: str) -> Response:
         self._authorize(request)
@@ -138,16 +138,16 @@ class WorkerApi:
         if query.get("status") == "unhealthy":
             failed_check = f"{query.get('check')}: {query.get('reason')}"
             logger.warning("%s is unfit: %s", worker_id, failed_check)
-        self._heard(worker_id).failed_check = failed_check
+        self._record_contact(worker_id).failed_check = failed_check
         self.heartbeats.append(Heartbeat(time.time(), worker_id, job_ids, failed_check))
-        self._queue.heard(worker_id, job_ids)
+        self._queue.record_heartbeat(worker_id, job_ids)
         self._changes.notify()
         return Response()
 
     async def _job_done(self, request: Request, worker_id: str, job_id: str) -> Response:
         """Takes progress and results alike: the platform has one address for both."""
         self._require_job(request, job_id)
-        self._heard(worker_id)
+        self._record_contact(worker_id)
         body = await self._posted(request, worker_id, job_id)
         lost = body.get("status") != "IN_PROGRESS" and bool(self.faults.results)
         answer: Response = JsonResponse({})
@@ -194,15 +194,16 @@ class WorkerApi:
         if self._queue.get(job_id) is None:
             raise HTTPException(404, "no such job")
 
-    def _heard(self, worker_id: str) -> WorkerRecord:
+    def _record_contact(self, worker_id: str) -> WorkerRecord:
+        """The worker's record; each of its calls shows that it lives, as a heartbeat does."""
         record = self.workers.setdefault(worker_id, WorkerRecord(time.time()))
-        record.heard_at_seconds = time.time()
+        record.last_heartbeat_seconds = time.time()
         return record
 
     async def _long_poll(
-        self, request: Request, worker_id: str, take: Callable[[], Response | None]
+        self, request: Request, worker_id: str, poll: Callable[[], Response | None]
     ) -> Response:
-        """What `take` gives as soon as it gives something; 204 when the time is over.
+        """What `poll` gives as soon as it gives something; 204 when the time is over.
 
         A worker that hangs up takes nothing with it.
         """
@@ -213,7 +214,7 @@ class WorkerApi:
         def over() -> bool:
             if gone.done() or self._is_closing():
                 return True
-            if answer := take():
+            if answer := poll():
                 answers.append(answer)
             return bool(answers)
 

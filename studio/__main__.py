@@ -10,8 +10,8 @@ from pathlib import Path
 import worker  # noqa: F401  # first: its import guard
 from avatar_client.environment import ClientSettings
 from studio.connection import Connection
+from studio.endpoint_process import WORKER_PYTHON, LocalEndpointError, LocalEndpointProcess
 from studio.history import History
-from studio.local import WORKER_PYTHON, LocalEndpoint, LocalEndpointError
 from studio.runs import Runs
 from worker.settings import Settings
 
@@ -33,7 +33,9 @@ def main() -> int:
         endpoint = arguments.endpoint
         if endpoint is None:
             print("Starting an endpoint on this machine ...", flush=True)  # noqa: T201
-            local = LocalEndpoint(directory / "local", arguments.worker_python, arguments.model_dir)
+            local = LocalEndpointProcess(
+                directory / "local", arguments.worker_python, arguments.model_dir
+            )
             try:
                 stack.enter_context(local)
             except LocalEndpointError as error:

@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
 from PIL import Image, ImageDraw
+from pydantic import SecretStr
 
+from avatar_client.contract.bucket import BucketSettings
 from local_endpoint import LocalEndpoint, WorkerProcess
 from worker.settings import Settings
 
@@ -92,7 +94,7 @@ def make_speech() -> Callable[..., bytes]:
 
 
 @dataclass(frozen=True)
-class ObjectStore:
+class BucketServer:
     """An S3-compatible server with one bucket, and what it takes to reach it."""
 
     endpoint_url: str
@@ -111,6 +113,15 @@ class ObjectStore:
         )
 
     @property
+    def settings(self) -> BucketSettings:
+        return BucketSettings(
+            endpoint_url=self.endpoint_url,
+            name=self.bucket,
+            access_key_id=self.access_key_id,
+            secret_access_key=SecretStr(self.secret_access_key),
+        )
+
+    @property
     def environment(self) -> dict[str, str]:
         """The worker's settings for this bucket."""
         return {
@@ -126,12 +137,12 @@ class ObjectStore:
 
 
 @pytest.fixture(scope="session")
-def object_store() -> Iterator[ObjectStore]:
-    """A running S3 server with an empty bucket."""
+def object_store() -> Iterator[BucketServer]:
+    """A running S3 server with an empty bucket, as an operator has one: no endpoint's own."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    store = ObjectStore(f"http://{host}:{port}")
+    store = BucketServer(f"http://{host}:{port}")
     store.client.create_bucket(Bucket=store.bucket)
     yield store
     server.stop()

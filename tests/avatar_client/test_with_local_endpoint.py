@@ -97,12 +97,12 @@ def test_an_unknown_job_and_a_wrong_key_are_told_apart(client, endpoint):
 
 
 def test_a_speech_too_large_for_a_request_goes_through_the_bucket(
-    endpoint, make_portrait, make_speech, tmp_path
+    endpoint, object_store, make_portrait, make_speech, tmp_path
 ):
     speech = tmp_path / "speech.wav"
     speech.write_bytes(make_speech(25.0, rate_hz=192_000))
     assert speech.stat().st_size > 9_000_000
-    with AvatarEndpoint(endpoint.url, endpoint.api_key, endpoint.bucket) as client:
+    with AvatarEndpoint(endpoint.url, endpoint.api_key, object_store.settings) as client:
         job = client.submit(make_portrait(), speech, **DRAFT, max_seconds=0.5, dry_run=True)
         plan = job.wait(timeout_seconds=JOB_SECONDS).output
     assert plan["plan"]["duration_seconds"] == 0.5

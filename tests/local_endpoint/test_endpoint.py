@@ -405,10 +405,10 @@ def test_a_result_for_a_job_that_is_not_known_is_refused(alone):
 def test_the_keys_are_kept_for_this_user_alone(tmp_path):
     with LocalEndpoint(tmp_path) as first:
         key = first.api_key
-    with LocalEndpoint(tmp_path) as second:
+    with LocalEndpoint(tmp_path, with_object_store=True) as second:
         assert second.api_key == key
-    for name in ("api-key", "worker-key", "bucket-key", "bucket.json"):
-        assert (tmp_path / name).stat().st_mode & 0o077 == 0
+        for name in ("api-key", "worker-key", "bucket-key", "bucket.json"):
+            assert (tmp_path / name).stat().st_mode & 0o077 == 0
 
 
 def test_two_endpoints_never_share_a_directory(tmp_path):
@@ -480,8 +480,8 @@ def test_many_jobs_of_many_clients_all_end_in_order_of_arrival(tmp_path):
             ended = [endpoint.wait(job_id, timeout_seconds=120) for job_id in job_ids]
 
     assert {job.status for job in ended} == {"COMPLETED"}
-    assert {job.takes for job in ended} == {1}
+    assert {job.num_claims for job in ended} == {1}
     assert {job.worker_id for job in ended} == {worker.worker_id for worker in workers}
     by_arrival = sorted(ended, key=lambda job: job.created_at_seconds)
-    taken = [job.taken_at_seconds for job in by_arrival]
-    assert taken == sorted(taken)
+    claimed = [job.claimed_at_seconds for job in by_arrival]
+    assert claimed == sorted(claimed)

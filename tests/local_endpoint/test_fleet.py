@@ -1,5 +1,6 @@
 """`python -m local_endpoint`, its processes killed: no job is lost, none has two results."""
 
+import json
 import os
 import signal
 import subprocess
@@ -153,6 +154,7 @@ def test_the_job_of_a_killed_worker_is_finished_by_another_one(served, job):
 def test_a_killed_endpoint_starts_again_with_its_jobs_and_its_workers(served, job):
     earlier_id = served.submit({**job, "input": {**job["input"], "num_inference_steps": 1}})
     earlier = served.until_over(earlier_id)
+    require_video(earlier)
     running_id = served.submit(job)
     waiting_ids = [
         served.submit({**job, "input": {**job["input"], "num_inference_steps": 1}})
@@ -165,7 +167,7 @@ def test_a_killed_endpoint_starts_again_with_its_jobs_and_its_workers(served, jo
     served.start()
 
     assert served.status(earlier_id) == earlier
-    require_video(earlier)
+    assert httpx.get(earlier["output"]["video_url"]).status_code == 404  # it went with the store
     done = served.until_over(running_id)
     require_video(done)
     assert done["workerId"] == running["workerId"]  # it went on meanwhile
@@ -200,3 +202,22 @@ def test_a_handler_that_ends_at_once_is_not_started_again_and_again(tmp_path):
         starts = list((tmp_path / "state" / "workers").iterdir())
 
     assert 2 <= len(starts) <= 4  # pauses of 1, 2, 4 seconds
+
+
+@pytest.mark.parametrize("store_url", ["http://127.0.0.1:1", "http://127.0.0.1:2", None])
+def test_a_worker_is_kept_only_if_it_delivers_where_the_next_ones_do(tmp_path, store_url):
+    """The fleet's notes tell of a worker that outlived its endpoint: here, one that sleeps."""
+    script = tmp_path / "handler.py"
+    script.write_text("import time; time.sleep(60)")
+    earlier = subprocess.Popen([sys.executable, script], start_new_session=True)
+    environment = {"BUCKET_ENDPOINT_URL": store_url} if store_url else {}
+    with LocalEndpoint(tmp_path / "state") as endpoint:
+        note = {"worker_id": "earlier", "pid": earlier.pid}
+        note["created"] = psutil.Process(earlier.pid).create_time()
+        note["urls"] = [endpoint.url, "http://127.0.0.1:1"]
+        (endpoint.directory / "workers.json").write_text(json.dumps([note]))
+        with Fleet(endpoint, 1, environment=environment, script=script) as fleet:
+            is_kept = "earlier" in fleet.processes
+            assert is_alive(psutil.Process(earlier.pid)) if is_kept else earlier.wait(10)
+    assert is_kept == (store_url == "http://127.0.0.1:1")
+    earlier.wait(10)

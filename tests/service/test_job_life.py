@@ -92,7 +92,7 @@ def test_progress_comes_in_order_when_the_platform_is_slow(endpoint, shared_work
 def test_the_worker_pings_throughout_a_job(endpoint, finished):
     beats = [beat.at_seconds for beat in endpoint.heartbeats if finished.id in beat.job_ids]
 
-    times = [finished.taken_at_seconds, *beats, finished.ended_at_seconds]
+    times = [finished.claimed_at_seconds, *beats, finished.ended_at_seconds]
     assert max(after - before for before, after in pairwise(times)) < 3.0  # one a second
 
 
@@ -109,13 +109,13 @@ def test_a_cancelled_job_stops_at_its_next_step_posts_nothing_and_the_next_job_r
     cancelled = endpoint.state(cancelled_id)
     newest = running.output
     step_seconds = newest["elapsed_seconds"] / newest["step"]
-    waited_seconds = following.taken_at_seconds - cancelled.ended_at_seconds
+    waited_seconds = following.claimed_at_seconds - cancelled.ended_at_seconds
     assert waited_seconds < step_seconds + 2.5  # the SDK looks for a job once a second
     assert waited_seconds < newest["eta_seconds"] / 2  # so the job was not run to its end
     assert cancelled.status == "CANCELLED"
     assert cancelled.results == []
     # one may have been on its way when the cancel came, but none is sent once the job has stopped
-    late = [post for post in cancelled.posts if post.at_seconds > following.taken_at_seconds]
+    late = [post for post in cancelled.posts if post.at_seconds > following.claimed_at_seconds]
     assert late == []
     assert following.status == "COMPLETED"
     assert following.output["sha256"] == finished.output["sha256"]  # the seed alone decides
@@ -143,7 +143,7 @@ def test_a_bad_job_is_refused_at_once_with_its_code_and_its_field(
     assert job.output["error_info"]["retryable"] is False
     assert not job.stop_pod
     assert "Traceback" not in str(job.posts)
-    assert job.ended_at_seconds - job.taken_at_seconds < 2.0
+    assert job.ended_at_seconds - job.claimed_at_seconds < 2.0
 
 
 def test_a_job_whose_input_is_no_object_is_refused(endpoint, shared_worker):
@@ -175,7 +175,7 @@ def test_a_job_whose_result_was_lost_is_answered_from_the_bucket(endpoint, share
             assert again[name] == told[name]
         assert again["reused"]
         assert "denoise_seconds" not in again["metrics"]
-    assert job.ended_at_seconds - job.taken_at_seconds < 2.0
+    assert job.ended_at_seconds - job.claimed_at_seconds < 2.0
     with urlopen(job.output["video_url"], timeout=10) as answer:
         assert hashlib.sha256(answer.read()).hexdigest() == told["sha256"]
 

@@ -16,8 +16,8 @@ from avatar_client import AuthenticationError, EndpointUnavailableError
 from avatar_client.contract.job_errors import InvalidInputError
 from studio import snippets
 from studio.connection import Connection
+from studio.endpoint_process import LocalEndpointError, LocalEndpointProcess
 from studio.history import History
-from studio.local import LocalEndpoint, LocalEndpointError
 from studio.runs import Runs, State
 
 ROOT = Path(__file__).parents[2]
@@ -181,7 +181,7 @@ def test_a_large_recording_goes_through_the_bucket_of_the_studios_own_endpoint(
     recording.write_bytes(make_speech(240.0, 24_000))
     assert recording.stat().st_size > 10e6
 
-    with LocalEndpoint(tmp_path / "local", Path(sys.executable), random_model) as local:
+    with LocalEndpointProcess(tmp_path / "local", Path(sys.executable), random_model) as local:
 
         async def story() -> State:
             fields = {**SHORT, "max_seconds": 0.4}
@@ -199,7 +199,7 @@ def test_a_large_recording_goes_through_the_bucket_of_the_studios_own_endpoint(
 def test_an_environment_without_the_worker_is_told_at_once(tmp_path):
     with (
         pytest.raises(LocalEndpointError, match="--worker-python"),
-        LocalEndpoint(tmp_path, tmp_path / "python"),
+        LocalEndpointProcess(tmp_path, tmp_path / "python"),
     ):
         pass
 

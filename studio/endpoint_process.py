@@ -34,7 +34,7 @@ class LocalEndpointError(Exception):
     """The local endpoint cannot be started; the message says why."""
 
 
-class LocalEndpoint:
+class LocalEndpointProcess:
     """A local endpoint with the demo model, to be entered as a context.
 
     Args:
