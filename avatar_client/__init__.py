@@ -6,27 +6,47 @@
             job.wait(on_status=show)
         job.download("video.mp4")
 
-`AsyncAvatarEndpoint` has the same methods, awaited. `python -m avatar_client` is the same for a
-shell. Needs httpx, pydantic and tqdm; boto3 only for files that go through a bucket.
+`AsyncAvatarEndpoint` has the same methods, awaited. The command `avatar` is the same for a shell.
+What a request and a result are is said in `avatar_client.contract`.
+
+Needs httpx, pydantic and tqdm; boto3 only for files that go through a bucket. A name below is
+imported when it is first used: the worker, which shares the contract, needs no HTTP client.
 """
 
 import hmac
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from avatar_client.endpoint import AsyncAvatarEndpoint, AsyncAvatarJob, AvatarEndpoint, AvatarJob
-from avatar_client.endpoint_errors import (
-    AuthenticationError,
-    DownloadError,
-    EndpointError,
-    EndpointUnavailableError,
-    JobCancelledError,
-    JobFailedError,
-    JobNotFoundError,
-    JobTimedOutError,
-    RequestRefusedError,
-    WaitTimeoutError,
-)
-from avatar_client.responses import JobError, JobStatus, Progress
-from avatar_client.terminal import progress_bar
+from avatar_client.version import __version__
+
+if TYPE_CHECKING:
+    from avatar_client.contract.bucket import BucketSettings
+    from avatar_client.contract.job_errors import (
+        InputUrlBlockedError,
+        InvalidInputError,
+        UploadError,
+        WorkerError,
+    )
+    from avatar_client.endpoint import (
+        AsyncAvatarEndpoint,
+        AsyncAvatarJob,
+        AvatarEndpoint,
+        AvatarJob,
+    )
+    from avatar_client.endpoint_errors import (
+        AuthenticationError,
+        DownloadError,
+        EndpointError,
+        EndpointUnavailableError,
+        JobCancelledError,
+        JobFailedError,
+        JobNotFoundError,
+        JobTimedOutError,
+        RequestRefusedError,
+        WaitTimeoutError,
+    )
+    from avatar_client.responses import JobError, JobStatus, Progress
+    from avatar_client.terminal import progress_bar
 
 __all__ = [
     "AsyncAvatarEndpoint",
@@ -34,9 +54,12 @@ __all__ = [
     "AuthenticationError",
     "AvatarEndpoint",
     "AvatarJob",
+    "BucketSettings",
     "DownloadError",
     "EndpointError",
     "EndpointUnavailableError",
+    "InputUrlBlockedError",
+    "InvalidInputError",
     "JobCancelledError",
     "JobError",
     "JobFailedError",
@@ -45,10 +68,23 @@ __all__ = [
     "JobTimedOutError",
     "Progress",
     "RequestRefusedError",
+    "UploadError",
     "WaitTimeoutError",
+    "WorkerError",
+    "__version__",
     "progress_bar",
     "webhook_token_matches",
 ]
+
+if not TYPE_CHECKING:  # or any name would do for a type checker
+
+    def __getattr__(name):  # noqa: ANN001, ANN202
+        if name in __all__:
+            for home in ("contract", "endpoint_errors", "responses", "terminal", "endpoint"):
+                module = import_module(f"{__name__}.{home}")
+                if hasattr(module, name):
+                    return getattr(module, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def webhook_token_matches(expected: str, given: str | None) -> bool:

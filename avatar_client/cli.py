@@ -20,7 +20,6 @@ from avatar_client.endpoint_errors import EndpointError
 from avatar_client.environment import ClientSettings
 from avatar_client.responses import JobStatus, checked_id, plain
 from avatar_client.terminal import progress_bar
-from worker.settings import Settings
 
 DONE, FAILED, BAD_ARGUMENTS, INTERRUPTED = 0, 1, 2, 130
 
@@ -129,13 +128,11 @@ def _endpoint(named: str | None) -> AvatarEndpoint:
         raise ValueError("name the endpoint by --endpoint or RUNPOD_ENDPOINT_ID")
     if settings.runpod_api_key is None:
         raise ValueError("put the API key into RUNPOD_API_KEY")
-    return AvatarEndpoint(address, settings.runpod_api_key, Settings.from_env().bucket)
+    return AvatarEndpoint(address, settings.runpod_api_key, settings.bucket)
 
 
 def _parser(options: list[Option]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m avatar_client", description=__doc__, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(prog="avatar", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[..., int], text: str) -> argparse.ArgumentParser:

@@ -3,25 +3,20 @@
 import base64
 import binascii
 import hashlib
-import logging
 import os
 import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import httpx
 
-from avatar_client.contract.redaction import redact
 from avatar_client.endpoint_errors import DownloadError
 
 ATTEMPTS = 5
-
-_fetching: ContextVar[bool] = ContextVar("fetching", default=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +55,27 @@ def _is_web_address(url: str) -> bool:
         return httpx.URL(url).scheme in ("https", "http")
     except httpx.InvalidURL:
         return False
+
+
+class _UnsignedInText(httpx.URL):
+    """A URL whose text lacks the query, though the query is sent."""
+
+    def __str__(self) -> str:
+        return str(self.copy_with(query=None))
+
+
+def hide_query(request: httpx.Request) -> None:
+    """Keeps a signature out of what httpx logs of the request: each address, at INFO.
+
+    For the hook of a client's requests, which are those after a redirect as well. At DEBUG httpcore
+    logs the headers of answers, and with them where a redirect leads.
+    """
+    request.url = _UnsignedInText(request.url)
+
+
+async def hide_query_async(request: httpx.Request) -> None:
+    """`hide_query` for an asynchronous client."""
+    hide_query(request)
 
 
 class VideoDownload:
@@ -116,13 +132,10 @@ class VideoDownload:
         if self._num_bytes:
             headers["Range"] = f"bytes={self._num_bytes}-"
         self._problem = ""
-        token = _fetching.set(True)
         try:
             yield headers
         except httpx.RequestError as error:
             self._problem = f" ({type(error).__name__})"
-        finally:
-            _fetching.reset(token)
 
     def accepts(self, response: httpx.Response) -> bool:
         """Whether the body that follows belongs here; False: another attempt may help.
@@ -177,16 +190,3 @@ class VideoDownload:
         except OSError as error:
             reason = os.strerror(error.errno) if error.errno else type(error).__name__
             raise DownloadError(f"{self._path} cannot be written: {reason}") from None
-
-
-class _WithoutQueries(logging.Filter):
-    """Takes the query from the addresses that httpx logs while a video is fetched."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if _fetching.get():
-            record.msg, record.args = redact(record.getMessage()), ()
-        return True
-
-
-for _name in ("httpx", "httpcore.http11"):  # the request line; the Location of a redirect
-    logging.getLogger(_name).addFilter(_WithoutQueries())

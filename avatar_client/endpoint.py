@@ -17,7 +17,7 @@ from pydantic import SecretStr
 
 from avatar_client import protocol
 from avatar_client.contract.bucket import BucketSettings
-from avatar_client.download import Video, VideoDownload
+from avatar_client.download import Video, VideoDownload, hide_query, hide_query_async
 from avatar_client.endpoint_errors import DownloadError, JobNotFoundError
 from avatar_client.protocol import Call, Outcome, Pace, Pause
 from avatar_client.request_body import Media, build_request
@@ -25,7 +25,7 @@ from avatar_client.responses import JobStatus, checked_id
 from avatar_client.version import __version__
 
 EXECUTION_TIMEOUT_SECONDS = 3600.0  # the platform's own default of 10 minutes ends most jobs
-USER_AGENT = f"avatar-worker-client/{__version__}"
+USER_AGENT = f"avatar-client/{__version__}"
 STORE_TIMEOUT = httpx.Timeout(30.0, connect=10.0)
 
 _certificates = functools.cache(httpx.create_ssl_context)  # read once, and shared
@@ -119,7 +119,7 @@ class AvatarEndpoint(_Endpoint):
     ) -> None:
         super().__init__(url, api_key, uploads, poll_seconds=poll_seconds)
         self._api = httpx.Client(**self._api_options)
-        self._store = httpx.Client(**self._store_options)
+        self._store = httpx.Client(**self._store_options, event_hooks={"request": [hide_query]})
 
     def __enter__(self) -> Self:
         return self
@@ -305,7 +305,9 @@ class AsyncAvatarEndpoint(_Endpoint):
     ) -> None:
         super().__init__(url, api_key, uploads, poll_seconds=poll_seconds)
         self._api = httpx.AsyncClient(**self._api_options)
-        self._store = httpx.AsyncClient(**self._store_options)
+        self._store = httpx.AsyncClient(
+            **self._store_options, event_hooks={"request": [hide_query_async]}
+        )
 
     async def __aenter__(self) -> Self:
         return self

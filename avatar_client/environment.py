@@ -1,10 +1,12 @@
-"""Settings that come from environment variables, and those of the client."""
+"""Settings that come from environment variables: those of a bucket, and those of the client."""
 
 import os
 from collections.abc import Mapping
-from typing import Self
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+from avatar_client.contract.bucket import SEVEN_DAYS_SECONDS, BucketSettings
 
 
 class FromEnvironment(BaseModel):
@@ -31,8 +33,61 @@ class FromEnvironment(BaseModel):
             raise ValueError(f"settings: {problems}") from None
 
 
-class ClientSettings(FromEnvironment):
-    """What `python -m avatar_client` finds in the environment."""
+class BucketVariables(FromEnvironment):
+    """`BUCKET_*`: the bucket of whoever runs this process."""
+
+    bucket_endpoint_url: str | None = Field(
+        default=None, description="Address of the S3-compatible store."
+    )
+    bucket_access_key_id: str | None = Field(default=None, description="Access key of the store.")
+    bucket_secret_access_key: SecretStr | None = Field(
+        default=None, description="Secret key of the store."
+    )
+    bucket_name: str | None = Field(
+        default=None, description="The bucket. Empty: the host of the endpoint names it."
+    )
+    bucket_region: str | None = Field(
+        default=None, description="Region of the store. Empty: derived from the endpoint."
+    )
+    bucket_prefix: str = Field(
+        default="avatar", description="Folder in the bucket under which every key lies."
+    )
+    bucket_url_expires_seconds: int = Field(
+        default=SEVEN_DAYS_SECONDS,
+        ge=1,
+        le=SEVEN_DAYS_SECONDS,
+        description="Life of a presigned URL, in seconds; at most 7 days.",
+    )
+    bucket_public_base_url: str | None = Field(
+        default=None,
+        description="If the bucket is public: the address in front of the key. The result then "
+        "carries that URL and no signature.",
+    )
+    bucket_addressing_style: Literal["auto", "path", "virtual"] = Field(
+        default="auto", description="How the bucket stands in the address."
+    )
+
+    @property
+    def bucket(self) -> BucketSettings | None:
+        """The bucket; None if endpoint or keys are missing."""
+        if not (
+            self.bucket_endpoint_url and self.bucket_access_key_id and self.bucket_secret_access_key
+        ):
+            return None
+        return BucketSettings(
+            endpoint_url=self.bucket_endpoint_url,
+            access_key_id=self.bucket_access_key_id,
+            secret_access_key=self.bucket_secret_access_key,
+            name=self.bucket_name,
+            region=self.bucket_region,
+            addressing_style=self.bucket_addressing_style,
+            prefix=self.bucket_prefix,
+            public_base_url=self.bucket_public_base_url,
+        )
+
+
+class ClientSettings(BucketVariables):
+    """What the command `avatar` finds in the environment."""
 
     runpod_api_key: SecretStr | None = None
     runpod_endpoint_id: str | None = None  # or the endpoint's base URL

@@ -6,8 +6,6 @@ first, and its address takes its place.
 
 import base64
 import json
-import secrets
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,10 @@ from pydantic import HttpUrl, TypeAdapter, ValidationError
 from avatar_client.contract import request
 from avatar_client.contract.bucket import BucketSettings
 from avatar_client.contract.job_errors import InvalidInputError
-from avatar_client.endpoint_errors import EndpointError
+from avatar_client.upload import upload
 
 MAX_BODY_BYTES = 9_990_000  # 10 MB on /run (RunPod's limit), less room for addresses of uploads
 MIN_EXECUTION_SECONDS, MAX_EXECUTION_SECONDS = 5.0, 604_800.0  # RunPod's limits
-UPLOAD_EXPIRES_SECONDS = 86_400  # how long a job may wait in the queue
 
 Media = Path | bytes | str
 
@@ -66,7 +63,10 @@ def build_request(
                 "pass an https URL, or give the endpoint a bucket with uploads=BucketSettings(...)",
                 field=source.field,
             )
-        source.url = _upload(source, uploads)
+        try:
+            source.url = upload(source.content, uploads)
+        except OSError as error:
+            raise _unreadable(source.field, source.content, error) from None
     for name, source in inputs.items():
         fields[name] = source.url or base64.b64encode(source.read()).decode()
     return body
@@ -129,7 +129,7 @@ class _Input:
             raise _unreadable(self.field, self.content, error) from None
 
 
-def _unreadable(field: str, path: Path, error: OSError) -> InvalidInputError:
+def _unreadable(field: str, path: object, error: OSError) -> InvalidInputError:
     return InvalidInputError(f"{path} cannot be read: {error.strerror}", field=field)
 
 
@@ -140,24 +140,6 @@ def _too_many(files: list[_Input], room_bytes: int) -> list[_Input]:
     while kept and sum(source.num_characters for source in kept) > room_bytes:
         gone.append(kept.pop())
     return gone
-
-
-def _upload(source: _Input, bucket: BucketSettings) -> str:
-    """The address from which the worker can fetch the input."""
-    try:
-        from worker.media.storage import Storage  # boto3, which most requests do not need
-    except ModuleNotFoundError as error:
-        raise EndpointError(f"uploads need the package {error.name}") from None
-    storage = Storage(bucket)
-    with tempfile.NamedTemporaryFile() as file:
-        path = source.content
-        if isinstance(path, bytes):
-            file.write(path)
-            file.flush()
-            path = Path(file.name)
-        key = storage.key(request.OutputOptions(prefix="inputs", key=secrets.token_hex(16)), "")
-        storage.put(path, key, content_type="application/octet-stream")
-    return storage.url(key, UPLOAD_EXPIRES_SECONDS)
 
 
 def _milliseconds(execution_timeout_seconds: float) -> int:

@@ -7,14 +7,13 @@ and `.runpod/hub.json` list the names of `Settings`; a test compares the three.
 import os
 from typing import Literal
 
-from pydantic import Field, SecretStr
+from pydantic import Field
 
-from avatar_client.contract.bucket import SEVEN_DAYS_SECONDS, BucketSettings
-from avatar_client.environment import FromEnvironment
+from avatar_client.environment import BucketVariables, FromEnvironment
 
 
-class Settings(FromEnvironment):
-    """The worker's settings, checked."""
+class _JobSettings(FromEnvironment):
+    """The model, and the limits of a job."""
 
     avatar_model: Literal["hunyuan-video-avatar", "demo"] = Field(
         default="hunyuan-video-avatar",
@@ -78,36 +77,11 @@ class Settings(FromEnvironment):
         allow_inf_nan=False,
         description="The worker's own limit for one job, in seconds. 0: none.",
     )
-    bucket_endpoint_url: str | None = Field(
-        default=None, description="Address of the S3-compatible store."
-    )
-    bucket_access_key_id: str | None = Field(default=None, description="Access key of the store.")
-    bucket_secret_access_key: SecretStr | None = Field(
-        default=None, description="Secret key of the store."
-    )
-    bucket_name: str | None = Field(
-        default=None, description="The bucket. Empty: the host of the endpoint names it."
-    )
-    bucket_region: str | None = Field(
-        default=None, description="Region of the store. Empty: derived from the endpoint."
-    )
-    bucket_prefix: str = Field(
-        default="avatar", description="Folder in the bucket under which every key lies."
-    )
-    bucket_url_expires_seconds: int = Field(
-        default=SEVEN_DAYS_SECONDS,
-        ge=1,
-        le=SEVEN_DAYS_SECONDS,
-        description="Life of a presigned URL, in seconds; at most 7 days.",
-    )
-    bucket_public_base_url: str | None = Field(
-        default=None,
-        description="If the bucket is public: the address in front of the key. The result then "
-        "carries that URL and no signature.",
-    )
-    bucket_addressing_style: Literal["auto", "path", "virtual"] = Field(
-        default="auto", description="How the bucket stands in the address."
-    )
+
+
+class Settings(BucketVariables, _JobSettings):
+    """The worker's settings, checked. Listed in this order: the last base's, the first's, these."""
+
     runpod_log_level: Literal["NOTSET", "TRACE", "DEBUG", "INFO", "WARN", "ERROR"] = Field(
         default="INFO", description="Least level that is logged."
     )
@@ -115,24 +89,6 @@ class Settings(FromEnvironment):
         default=False,
         description="Lets jobs name http and private addresses. For development only.",
     )
-
-    @property
-    def bucket(self) -> BucketSettings | None:
-        """The operator's own bucket; None if endpoint or keys are missing."""
-        if not (
-            self.bucket_endpoint_url and self.bucket_access_key_id and self.bucket_secret_access_key
-        ):
-            return None
-        return BucketSettings(
-            endpoint_url=self.bucket_endpoint_url,
-            access_key_id=self.bucket_access_key_id,
-            secret_access_key=self.bucket_secret_access_key,
-            name=self.bucket_name,
-            region=self.bucket_region,
-            addressing_style=self.bucket_addressing_style,
-            prefix=self.bucket_prefix,
-            public_base_url=self.bucket_public_base_url,
-        )
 
 
 class PlatformSettings(FromEnvironment):

@@ -1,4 +1,4 @@
-"""`python -m avatar_client` as a person in front of a terminal meets it."""
+"""The command `avatar` as a person in front of a terminal meets it."""
 
 import hashlib
 import json

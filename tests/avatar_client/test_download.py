@@ -4,29 +4,21 @@ import base64
 import hashlib
 import logging
 import resource
+import subprocess
+import sys
+from pathlib import Path
 
 import httpx
 import pytest
 
 from avatar_client import DownloadError
-from tests.avatar_client.client_kinds import KEY, KINDS, clients
-from tests.support.scripted_server import CLOSED, Answer, ScriptedServer
+from tests.avatar_client.client_kinds import KEY
+from tests.support.scripted_server import CLOSED, Answer
 
+ROOT = Path(__file__).parents[2]
 VIDEO = bytes(range(256)) * 400
 SIGNATURE = "X-Amz-Signature=0123secret&X-Amz-Credential=4567secret"
 STATUS, GET = "GET /v2/local/status/job-1", "GET /store/video.mp4"
-
-
-@pytest.fixture
-def server():
-    with ScriptedServer() as server:
-        yield server
-
-
-@pytest.fixture(params=KINDS)
-def client(request, server):
-    with clients(request.param) as make:
-        yield make(f"{server.origin}/v2/local")
 
 
 def finish(server, **output):
@@ -152,15 +144,49 @@ def test_what_is_not_the_video_leaves_nothing_behind(
     assert "secret" not in str(caught.value)
 
 
-def test_no_signature_and_no_key_is_logged_at_any_level(client, server, tmp_path, caplog):
+@pytest.mark.parametrize("level", [logging.INFO, 1])
+def test_no_signature_and_no_key_is_logged(client, server, tmp_path, caplog, level):
     finish(server)
-    server.on(GET, Answer(307, headers={"Location": f"{server.origin}/two.mp4?{SIGNATURE}"}))
-    server.on("GET /two.mp4", Answer(body=VIDEO, cut_after=9, serves_ranges=False), Answer(500))
-    with caplog.at_level(1), pytest.raises(DownloadError):
+    server.on(GET, Answer(body=VIDEO, cut_after=9, serves_ranges=False), Answer(500))
+    with caplog.at_level(level), pytest.raises(DownloadError):
         client.job("job-1").download(tmp_path / "video.mp4")
-    assert "/two.mp4" in caplog.text  # it was logged, in parts
+    assert "/store/video.mp4 " in caplog.text  # it was logged, in parts
     assert "secret" not in caplog.text
     assert KEY not in caplog.text
+    assert all(asked.path.endswith(SIGNATURE) for asked in server.asked(GET))
+
+
+def test_no_signature_of_a_redirect_is_logged_by_a_program_that_logs_at_info(
+    client, server, tmp_path, caplog
+):
+    finish(server)
+    server.on(GET, Answer(307, headers={"Location": f"{server.origin}/two.mp4?{SIGNATURE}"}))
+    server.on("GET /two.mp4", Answer(body=VIDEO))
+    with caplog.at_level(logging.INFO):
+        client.job("job-1").download(tmp_path / "video.mp4")
+    assert "/store/video.mp4 " in caplog.text
+    assert "/two.mp4 " in caplog.text
+    assert "secret" not in caplog.text
+    assert server.asked("GET /two.mp4")[0].path.endswith(SIGNATURE)
+
+
+def test_no_logger_of_another_library_is_changed():
+    script = (
+        "import logging\n"
+        "import httpx, httpcore\n"
+        "def loggers():\n"
+        "    return {\n"
+        "        name: (logger.level, logger.filters, logger.handlers, logger.propagate)\n"
+        "        for name, logger in logging.root.manager.loggerDict.items()\n"
+        "        if isinstance(logger, logging.Logger)\n"
+        "    }\n"
+        "before = loggers()\n"
+        "from avatar_client import *\n"
+        "AvatarEndpoint('abc', 'key').close()\n"
+        "assert {name: loggers()[name] for name in before} == before\n"
+        "assert 'httpx' in before\n"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 
 def test_other_uses_of_the_http_library_log_as_they_did(server, caplog):

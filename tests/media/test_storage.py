@@ -14,6 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from moto.server import ThreadedMotoServer
 
+from avatar_client.contract import bucket as stores
 from avatar_client.contract.bucket import BucketSettings
 from avatar_client.contract.job_errors import (
     InputUrlBlockedError,
@@ -22,7 +23,6 @@ from avatar_client.contract.job_errors import (
     UploadError,
 )
 from avatar_client.contract.request import KEY_PATTERN, OutputOptions
-from worker.media import storage
 from worker.media.storage import Storage, thumbnail_key
 
 
@@ -113,9 +113,9 @@ def proxy(object_store):
 @pytest.fixture
 def hasty(monkeypatch):
     """No waiting between attempts, and short ones."""
-    monkeypatch.setattr(storage, "READ_TIMEOUT_SECONDS", 0.3)
-    monkeypatch.setattr(storage, "CONNECT_TIMEOUT_SECONDS", 0.3)
-    monkeypatch.setattr(storage, "ATTEMPTS", 3)
+    monkeypatch.setattr(stores, "READ_TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(stores, "CONNECT_TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(stores, "ATTEMPTS", 3)
     monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0)
 
 
@@ -209,7 +209,7 @@ def test_a_file_is_one_request_without_checksums(proxy, video):
 
 
 def test_a_large_file_goes_in_parts_without_checksums(proxy, tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "MULTIPART_BYTES", 6 * 2**20)
+    monkeypatch.setattr(stores, "MULTIPART_BYTES", 6 * 2**20)
     path = tmp_path / "large.mp4"
     path.write_bytes(bytes(17 * 2**20))
     store = Storage(bucket_at(proxy.url, name="avatars"))

@@ -1,0 +1,103 @@
+"""What a finished job answers: the fields of its `output`.
+
+The README's table says the same in a reader's order; a test compares both with a real result.
+"""
+
+from typing import Any, Literal, NotRequired, TypedDict
+
+
+class MotionUsed(TypedDict):
+    """`motion` of the request as it was used."""
+
+    pose: float
+    expression: float
+
+
+class ParametersUsed(TypedDict):
+    """The part of the request that decides how a video is computed, its defaults filled in."""
+
+    preset: str
+    resolution: int
+    num_inference_steps: int
+    guidance_scale: float
+    flow_shift: float
+    motion: MotionUsed
+
+
+class Metrics(TypedDict):
+    """What the job took. A stage is missing if it did not run: all are, in a reused result."""
+
+    download_seconds: NotRequired[float]
+    preprocess_seconds: NotRequired[float]
+    denoise_seconds: NotRequired[float]
+    decode_seconds: NotRequired[float]
+    upload_seconds: NotRequired[float]
+    total_seconds: float
+    peak_memory_gib: float | None  # None without a GPU
+    gpu: str | None
+    num_gpus: int | None  # that worked on this job
+    model_load_seconds: float | None  # of this worker's start
+    model_load_bytes: int | None
+    model_load_gigabytes_per_second: float | None
+    model_load_disk_ratio: float | None  # of the disk's own speed
+
+
+class WorkerIdentity(TypedDict):
+    """Which worker it was."""
+
+    version: str
+    model: str
+    imports: dict[str, str]  # what became of torchvision, torchaudio and xformers
+
+
+class JobResult(TypedDict):
+    """A video, where it is, and how it was made."""
+
+    delivery: Literal["s3", "inline"]
+    video_url: str | None  # presigned or public; None: it is in the reply
+    video_base64: str | None
+    thumbnail_url: str | None  # None unless asked for
+    thumbnail_base64: str | None
+    bucket: str | None
+    key: str | None
+    expires_at: str | None  # of the presigned URL: UTC, as 2026-01-31T12:00:00Z
+    content_type: str
+    size_bytes: int
+    sha256: str  # of the mp4, hexadecimal
+    duration_seconds: float
+    num_frames: int
+    fps: float
+    width: int
+    height: int
+    seed: int
+    parameters: ParametersUsed
+    user_data: Any
+    warnings: list[str]
+    reused: NotRequired[Literal[True]]  # the job had been done before: this is from the bucket
+    metrics: Metrics
+    worker: WorkerIdentity
+
+
+class Plan(TypedDict):
+    """What a job would make."""
+
+    width: int
+    height: int
+    num_frames: int
+    fps: float
+    duration_seconds: float
+    num_windows: int
+    num_inference_steps: int
+    num_computed_steps: int  # of them; the others reuse a part of an earlier one
+    delivery: Literal["s3", "inline"]
+    key: NotRequired[str]  # in the bucket
+
+
+class DryRunResult(TypedDict):
+    """The answer to a request with `dry_run`."""
+
+    dry_run: Literal[True]
+    plan: Plan
+    estimate_seconds: float | None  # None before this worker's first video
+    user_data: Any
+    worker: WorkerIdentity

@@ -1,0 +1,66 @@
+"""The result as the contract describes it, as the README does, and as a worker gives it."""
+
+import re
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import TypeAdapter
+
+from avatar_client import AvatarEndpoint
+from avatar_client.contract import DryRunResult, JobInput, JobResult, Motion
+from avatar_client.contract.result import Metrics, ParametersUsed, Plan, WorkerIdentity
+
+README = Path(__file__).parents[3] / "README.md"
+DRAFT = {"resolution": 256, "num_inference_steps": 2}
+
+
+@pytest.fixture
+def result_of(endpoint, shared_worker, make_portrait, make_speech):
+    """The output of a job with these fields."""
+
+    def run(**fields: Any) -> dict[str, Any]:
+        with AvatarEndpoint(endpoint.url, endpoint.api_key) as client:
+            job = client.submit(make_portrait(), make_speech(0.4), **DRAFT, **fields)
+            output = job.wait(timeout_seconds=300).output
+        assert output is not None
+        return output
+
+    return run
+
+
+def readme_fields() -> set[str]:
+    """The names in the first column of the README's table of the result."""
+    section = README.read_text().split("### Result\n")[1].split("\n\nWhile a job runs")[0]
+    rows = [line.split(" | ")[0] for line in section.splitlines() if line.startswith("| `")]
+    return {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+
+
+def test_the_readme_names_the_fields_of_a_result():
+    assert readme_fields() == set(JobResult.__annotations__)
+
+
+@pytest.mark.parametrize("output", [{}, {"delivery": "inline", "thumbnail": True}])
+def test_a_result_has_the_fields_of_the_contract_and_their_types(result_of, output):
+    result = result_of(output=output, user_data={"order": 5})
+    assert set(result) == JobResult.__required_keys__
+    assert set(result["metrics"]) == set(Metrics.__annotations__)
+    assert set(result["parameters"]) == set(ParametersUsed.__annotations__)
+    assert set(result["worker"]) == set(WorkerIdentity.__annotations__)
+    TypeAdapter(JobResult).validate_python(result, strict=True)
+
+
+def test_a_plan_has_the_fields_of_the_contract_and_their_types(result_of):
+    result = result_of(dry_run=True)
+    assert set(result) == set(DryRunResult.__annotations__)
+    assert set(result["plan"]) == set(Plan.__annotations__)
+    TypeAdapter(DryRunResult).validate_python(result, strict=True)
+    inline = result_of(dry_run=True, output={"delivery": "inline"})
+    assert set(inline["plan"]) == Plan.__required_keys__
+
+
+def test_the_parameters_of_a_result_are_fields_of_the_request():
+    assert set(ParametersUsed.__annotations__) < set(JobInput.model_fields)
+    motion = typing.get_type_hints(ParametersUsed)["motion"]
+    assert set(motion.__annotations__) == set(Motion.model_fields)

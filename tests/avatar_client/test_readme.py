@@ -1,0 +1,79 @@
+"""The README's examples of the client, run as they are written."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import pytest
+from fastapi.testclient import TestClient
+
+from tests.avatar_client.answers import DONE
+
+README = Path(__file__).parents[2] / "README.md"
+JOB_SECONDS = 300
+
+
+def example(language: str, mark: str) -> str:
+    """The one block of the README in this language that holds the mark."""
+    blocks = re.findall(rf"```{language}\n(.*?)```", README.read_text(), re.DOTALL)
+    (block,) = [block for block in blocks if mark in block]
+    return block
+
+
+@pytest.fixture
+def run(endpoint, shared_worker, installed, make_portrait, make_speech, tmp_path):
+    """Runs a command beside the two files, with the client installed; its exit code and words."""
+    (tmp_path / "portrait.jpg").write_bytes(make_portrait(format="JPEG"))
+    (tmp_path / "speech.wav").write_bytes(make_speech(0.4))
+    environment = {
+        "PATH": os.pathsep.join((str(installed / "bin"), os.defpath)),
+        "PYTHONPATH": str(installed),
+        "RUNPOD_API_KEY": endpoint.api_key,
+        "RUNPOD_ENDPOINT_ID": endpoint.url,
+    }
+
+    def run(*command: str) -> str:
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=JOB_SECONDS,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+def num_frames(path: Path) -> int:
+    with av.open(path) as container:
+        return sum(1 for _ in container.decode(video=0))
+
+
+def test_the_python_example_makes_a_video(run, tmp_path):
+    run(sys.executable, "-c", example("python", "AvatarEndpoint("))
+    assert num_frames(tmp_path / "video.mp4") > 0
+
+
+def test_the_shell_example_makes_a_video(run, tmp_path):
+    assert run("sh", "-e", "-c", example("sh", "avatar generate")) == "video.mp4\n"
+    assert num_frames(tmp_path / "video.mp4") > 0
+
+
+def test_the_webhook_example_takes_what_the_platform_posts_and_heeds_its_token(capsys):
+    namespace: dict[str, object] = {}
+    exec(example("python", "webhook_token_matches("), namespace)
+    client = TestClient(namespace["app"])
+    body = {**DONE, "output": {"video_url": "https://store.example.com/a.mp4?X-Amz-Signature=0"}}
+
+    assert client.post("/done?token=SECRET", json=body).status_code == 200
+    assert capsys.readouterr().out == body["output"]["video_url"] + "\n"
+    assert client.post("/done?token=WRONG", json=body).status_code == 403
+    failed = {"id": "job-1", "status": "FAILED", "error": "ENCODE_FAILED: no room"}
+    assert client.post("/done?token=SECRET", json=failed).status_code == 200
+    assert capsys.readouterr().out == "ENCODE_FAILED: no room\n"

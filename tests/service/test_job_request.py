@@ -1,0 +1,97 @@
+"""A job of the queue becomes checked values, or a refusal that can be sent."""
+
+import base64
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from avatar_client.contract.job_errors import InvalidInputError, WorkerError
+from avatar_client.contract.request import JobInput
+from worker.service import job_request
+
+IMAGE = base64.b64encode(b"an image").decode()
+AUDIO = "https://example.com/speech.wav"
+S3 = {"endpointUrl": "https://s3.example.com", "accessId": "id", "accessSecret": "hush-hush"}
+
+
+def parse(top: dict[str, Any] | None = None, **fields: Any) -> job_request.JobRequest:
+    return job_request.parse(
+        {"id": "job-1", "input": {"image": IMAGE, "audio": AUDIO, **fields}, **(top or {})}
+    )
+
+
+def test_the_bucket_of_the_job_wins_over_that_of_the_input():
+    top = {"s3Config": {**S3, "bucketName": "top"}}
+    request = parse(top, s3Config={**S3, "bucketName": "input"})
+    assert request.bucket is not None
+    assert (request.bucket.name, request.bucket.from_client) == ("top", True)
+    request = parse(s3Config={**S3, "bucketName": "input"})
+    assert request.bucket is not None
+    assert request.bucket.name == "input"
+
+
+def test_a_bucket_without_keys_is_named_where_it_stands():
+    with pytest.raises(InvalidInputError) as caught:
+        parse({"s3Config": {"endpointUrl": "https://s3.example.com"}})
+    assert caught.value.field == "s3Config.accessId"
+
+
+def test_no_secret_and_no_content_stands_in_a_requests_text():
+    text = repr(parse(s3Config=S3, image=base64.b64encode(b"face" * 100).decode()))
+    assert "hush-hush" not in text
+    assert "faceface" not in text
+
+
+def test_two_deliveries_of_a_job_have_one_fingerprint_and_another_request_has_another():
+    assert parse(seed=1).fingerprint == parse(seed=1).fingerprint
+    different = [parse(seed=2), parse(image=AUDIO), parse(motion={"pose": 1}), parse(fps=12.5)]
+    assert len({request.fingerprint for request in [parse(seed=1), *different]}) == 5
+    # how the video is handed over does not change the video
+    assert parse(user_data=1, output={"key": "a.mp4"}).fingerprint == parse().fingerprint
+
+
+def test_an_id_that_cannot_stand_in_a_key_is_replaced():
+    assert job_request.safe_id("sync-1a2b-e1") == "sync-1a2b-e1"
+    for hostile in ["../../etc", "a\nb", "", None, "x" * 200, "\ud800"]:
+        assert job_request.safe_id(hostile).isalnum()
+
+
+def test_the_room_in_a_reply_depends_on_how_the_job_was_sent():
+    job = {"input": {"image": IMAGE, "audio": AUDIO}}
+    small = job_request.parse({"id": "a-e1", **job}).max_inline_characters
+    assert job_request.parse({"id": "sync-a-e1", **job}).max_inline_characters > small
+
+
+@pytest.mark.parametrize("value", [None, [], "text", 3])
+def test_an_input_that_is_no_object_is_refused(value: Any):
+    with pytest.raises(InvalidInputError) as caught:
+        job_request.parse({"id": "a", "input": value})
+    assert caught.value.field == "input"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda children: (
+        st.lists(children, max_size=3) | st.dictionaries(st.text(), children, max_size=3)
+    ),
+    max_leaves=6,
+)
+FIELDS = st.sampled_from([*JobInput.model_fields, "s3Config"])
+
+
+@given(st.dictionaries(FIELDS | st.text(), JSON, max_size=6), JSON)
+def test_any_json_is_either_a_request_or_a_refusal_that_can_be_sent(
+    fields: dict[str, Any], s3_config: Any
+):
+    job = {"id": "a", "s3Config": s3_config, "input": {"image": IMAGE, "audio": AUDIO, **fields}}
+    try:
+        request = job_request.parse(job)
+    except WorkerError as error:
+        text = json.dumps(error.to_output(stage="parse"), allow_nan=False)
+        assert text.encode()
+        assert len(text) < 4000
+    else:
+        assert request.fingerprint
