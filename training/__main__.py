@@ -1,4 +1,4 @@
-"""Makes the demo model, in one run that goes on where an earlier one stopped.
+"""Makes the demo model, in one run that resumes an earlier one.
 
 The speech encoder, the autoencoder and the denoiser are trained one after the other; what comes out
 is a model directory as the worker loads it.
@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from diffusers import AutoencoderKLHunyuanVideo, FlowMatchEulerDiscreteScheduler
@@ -38,7 +39,7 @@ def main() -> None:
         "--processes",
         type=int,
         default=min(max((os.cpu_count() or 1) - 2, 1), 8),
-        help="that make what is to be seen and heard",
+        help="that make the training data",
     )
     parser.add_argument(
         "--scenes",
@@ -59,17 +60,24 @@ def main() -> None:
     write(arguments.work, arguments.out)
 
 
+class _Saved(Protocol):
+    """A model of diffusers or transformers."""
+
+    def save_pretrained(self, directory: Path, /) -> object:
+        """Writes its configuration and weights."""
+
+
 def make(
     work: Path, seed: int, device: torch.device, num_processes: int, first_scenes: int
 ) -> None:
     """Trains each part that `work` does not hold yet, and says how good it is."""
 
-    def once(name: str, train: Callable[[], torch.nn.Module]) -> bool:
+    def once(name: str, train: Callable[[], _Saved]) -> bool:
         directory = work / name
         if (directory / "config.json").exists():
             return False
         logger.info("%s is trained on %s", name, device)
-        train().save_pretrained(directory)  # type: ignore[operator]
+        train().save_pretrained(directory)
         return True
 
     corpus = SpeechCorpus("train", work)

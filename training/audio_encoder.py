@@ -1,7 +1,7 @@
-"""The demo's speech encoder: a narrow Whisper encoder that learns to hear what the mouth does.
+"""The demo's speech encoder: a narrow Whisper encoder, trained to tell the mouth's movement.
 
-Linear heads read the opening and the width of the mouth from each layer's states, and are thrown
-away; what stays is an encoder whose states carry the mouth.
+Linear heads predict the opening and the width of the mouth from each layer's states, and are thrown
+away; what stays is an encoder whose states carry both.
 
 Shape letters: B batch, P positions (50 a second), C channels, E layers whose states are read.
 """
@@ -19,7 +19,7 @@ from torch.nn.functional import gelu
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 
 from training.muon import Muon
-from training.processes import made_ahead
+from training.processes import prefetched
 from training.speech import (
     GAIN_DB,
     SPEECH_RMS_DB,
@@ -74,7 +74,7 @@ def train(
     optimizers = _optimizers(model, heads)
     began, recent = time.monotonic(), list[Tensor]()
     make = partial(make_batch, work, seed, round((1 - WHOLE_SHARE) * steps))
-    with made_ahead(make, num_processes) as batches:
+    with prefetched(make, num_processes) as batches:
         for step, batch in zip(range(steps), batches, strict=False):
             rate = min(1.0, (step + 1) / 50, (steps - step) / (0.6 * steps))
             for optimizer in optimizers:
@@ -84,9 +84,9 @@ def train(
                 torch.from_numpy(values).to(device).float()
                 for values in (batch.mel, batch.targets, batch.weights)
             )
-            states = mouth_states(model, mel, batch.first)
-            read = torch.stack([head(s) for head, s in zip(heads, states, strict=True)])
-            errors = ((read - targets) ** 2).mean(-1)  # (E, B, P)
+            states = layer_states(model, mel, batch.first)
+            predicted = torch.stack([head(s) for head, s in zip(heads, states, strict=True)])
+            errors = ((predicted - targets) ** 2).mean(-1)  # (E, B, P)
             losses = (errors * weights).sum((1, 2)) / weights.sum()
             losses.sum().backward()
             nn.utils.clip_grad_norm_([*model.parameters(), *heads.parameters()], 1.0)
@@ -102,7 +102,7 @@ def train(
     return model.eval().cpu()
 
 
-def mouth_states(
+def layer_states(
     model: WhisperModel,
     mel: Tensor,  # (B, 80, 2P)
     first: int,
@@ -176,9 +176,9 @@ def make_batch(work: Path, seed: int, excerpts: int, number: int) -> Batch:
 
 @torch.inference_mode()
 def measure(model: WhisperModel, train_corpus: SpeechCorpus, held_out: SpeechCorpus) -> str:
-    """How well a linear read-out of the last states, fitted to training clips, does on others."""
+    """How well a linear probe of the last states, fitted to training clips, does on others."""
     rng = np.random.default_rng(99)
-    fitted = [_heard(model, _speech(train_corpus, rng)) for _ in range(60)]
+    fitted = [_states_and_mouth(model, _speech(train_corpus, rng)) for _ in range(60)]
     states = torch.cat([clip[0][:, -1] for clip in fitted])  # (N, C)
     mouths = torch.cat([clip[1] for clip in fitted])  # (N, 2)
     bias = torch.ones(len(states), 1)
@@ -191,20 +191,20 @@ def measure(model: WhisperModel, train_corpus: SpeechCorpus, held_out: SpeechCor
     matches, gain_errors, ratios, largest = list[list[float]](), list[float](), list[float](), 0.0
     for _ in range(60):
         clip = _speech(held_out, rng)
-        states, mouth = _heard(model, clip)
+        states, mouth = _states_and_mouth(model, clip)
         largest = max(largest, states.abs().max().item())
         mouth_read = read(states)
         matches.append([np.corrcoef(mouth_read[:, i], mouth[:, i])[0, 1].item() for i in range(2)])
         rms = np.sqrt((clip[np.abs(clip) > 1e-3] ** 2).mean())
         quiet, loud = (
-            read(_heard(model, clip * np.float32(10 ** (level_db / 20) / rms))[0])[:, 0]
+            read(_states_and_mouth(model, clip * np.float32(10 ** (level_db / 20) / rms))[0])[:, 0]
             for level_db in (SPEECH_RMS_DB - GAIN_DB, SPEECH_RMS_DB + GAIN_DB)
         )
         gain_errors.append((quiet - loud).abs().mean().item())
         ratios.append((quiet.quantile(0.95) / loud.quantile(0.95)).item())
     silent = [np.zeros(80_000, np.float32)]
     silent += [(s * rng.standard_normal(80_000)).astype(np.float32) for s in (0.0003, 0.001, 0.002)]
-    opened = [read(_heard(model, clip)[0])[:, 0].max().item() for clip in silent]
+    opened = [read(_states_and_mouth(model, clip)[0])[:, 0].max().item() for clip in silent]
     low, median = np.percentile(np.array(matches), [5, 50], axis=0)
     return (
         f"opening: median r {median[0]:.4f}, 5th percentile {low[0]:.4f}, "
@@ -225,7 +225,7 @@ def _speech(corpus: SpeechCorpus, rng: np.random.Generator) -> np.ndarray:
             return clip
 
 
-def _heard(model: WhisperModel, clip: np.ndarray) -> tuple[Tensor, Tensor]:
+def _states_and_mouth(model: WhisperModel, clip: np.ndarray) -> tuple[Tensor, Tensor]:
     """(N, E, C) states of the clip as the worker computes them, and its mouth (N, 2)."""
     mel = log_mel(clip, WhisperFeatureExtractor(feature_size=80))
     states = encode_speech(mel, model)[: len(clip) // STATE_SAMPLES]

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn.functional import l1_loss
 
 from training import architecture, world
-from training.convolution import see_motion, to_stored, to_trained
-from training.loop import Descent, train
+from training.convolution import inflate_kernels, use_fast_convolutions, with_library_convolutions
+from training.loop import LossGradients, train
 from training.speech import MouthTrack
 
 SIZE = 256  # px of a picture
-PEOPLE = 1200  # whose clips are drawn before the training
+PEOPLE = 1200  # whose clips are rendered before the training
 CLIP_FRAMES = 17
 TRACK_FRAMES = 60  # of the movement of which a clip is a part
 
@@ -43,28 +43,28 @@ PHASES = (
     Phase("whole", 4, CLIP_FRAMES, SIZE, 50, 1e-4, 1.0),
 )
 LATENT_NOISE = 0.1  # added to the latents, so that near ones decode alike
-STORED_NOISE = 0.05  # what the encoder says of its own doubt: the reference is drawn with it
-SIZE_WEIGHT = 1e-3  # keeps the latents near 1
-FACE_WEIGHT = 3.0  # what the eyes and the mouth count beside the rest
+POSTERIOR_STD = 0.05  # of the encoder: the reference latents are sampled with it
+LATENT_WEIGHT = 1e-3  # keeps the latents near 1
+FACE_WEIGHT = 3.0  # of the eyes and the mouth in the loss, added to 1
 
 
-def chance_track(rng: np.random.Generator, num_frames: int) -> MouthTrack:
-    """A mouth that moves by chance, for pictures without sound."""
+def random_track(rng: np.random.Generator, num_frames: int) -> MouthTrack:
+    """A mouth that moves at random, for pictures without sound."""
     seconds = np.arange(num_frames) / world.FPS
     waves = [np.sin(2 * math.pi * (rng.uniform(1, 3) * seconds + rng.random())) for _ in range(3)]
     opening = np.clip(rng.uniform(-0.3, 0.6) + 0.6 * waves[0] * waves[1], 0, 1)
     return MouthTrack(opening.astype(np.float32), waves[2].astype(np.float32))
 
 
-class Pictures:
-    """Crops of people who move by chance, half of them around the mouth and the eyes."""
+class ClipSampler:
+    """Samples crops of people who move at random, half of them around the mouth and the eyes."""
 
     def __init__(
         self, seed: int, device: torch.device, people: int = PEOPLE, size: int = SIZE
     ) -> None:
         self._rng = np.random.default_rng(seed)
         self._size = size
-        self._faces = [world.draw_person(self._rng) for _ in range(people)]
+        self._faces = [world.random_face(self._rng) for _ in range(people)]
         self._clips = torch.stack([self._draw(face, device) for face in self._faces])
         self._weights = torch.stack([face_weight(face, size, size) for face in self._faces]).to(
             device
@@ -72,15 +72,15 @@ class Pictures:
 
     def _draw(self, face: world.Face, device: torch.device) -> Tensor:  # (3, F, H, W) uint8
         rng = self._rng
-        track = chance_track(rng, TRACK_FRAMES)
-        motion = world.move(rng, track, rng.uniform(0, 100), rng.uniform(0, 100))
+        track = random_track(rng, TRACK_FRAMES)
+        motion = world.speaking_motion(rng, track, rng.uniform(0, 100), rng.uniform(0, 100))
         start = int(rng.integers(0, TRACK_FRAMES - CLIP_FRAMES))
         part = motion[start : start + CLIP_FRAMES]
         frames = world.render(face, part, self._size, self._size, device)
         return (frames * 255).round().byte().transpose(0, 1)
 
     def batch(self, count: int, num_frames: int, crop: int) -> tuple[Tensor, Tensor]:
-        """Pixels (B, 3, F, crop, crop) uint8 and what each counts (B, 1, 1, crop, crop)."""
+        """Pixels (B, 3, F, crop, crop) uint8 and their weights (B, 1, 1, crop, crop)."""
         rng = self._rng
         people = rng.integers(len(self._faces), size=count)
         firsts = rng.integers(CLIP_FRAMES - num_frames + 1, size=count)
@@ -112,7 +112,7 @@ class Pictures:
 
 
 def face_weight(face: world.Face, height: int, width: int) -> Tensor:
-    """What each pixel counts (H, W): more around the eyes and the mouth."""
+    """The weight of each pixel in the loss (H, W): more around the eyes and the mouth."""
     short = min(height, width)
     x = ((torch.arange(width) + 0.5 - width / 2) / short - face.centre[0]) / face.size
     y = ((torch.arange(height) + 0.5 - height / 2) / short - face.centre[1]) / face.size
@@ -122,14 +122,14 @@ def face_weight(face: world.Face, height: int, width: int) -> Tensor:
     return 1 + FACE_WEIGHT * (mouth | eyes)
 
 
-def loss_of(
+def reconstruction_loss(
     vae: AutoencoderKLHunyuanVideo, pixels: Tensor, weight: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """How far the pictures are from the originals, in values and in edges.
+    """The L1 error of the reconstruction, in values and in edges.
 
     Args:
         pixels: (B, 3, F, H, W) uint8.
-        weight: what each pixel counts, (B, 1, 1, H, W).
+        weight: of each pixel, (B, 1, 1, H, W).
     """
     pixels = pixels.float() / 127.5 - 1
     with torch.autocast(pixels.device.type, torch.bfloat16, cache_enabled=False):
@@ -144,7 +144,7 @@ def loss_of(
             if pixels.shape[dim] > 1
         ]
     ).sum()
-    loss = values + edges + SIZE_WEIGHT * mean.square().mean()
+    loss = values + edges + LATENT_WEIGHT * mean.square().mean()
     with torch.no_grad():
         psnr = -10 * ((decoded - pixels) / 2).square().mean().log10()
         return loss, {"psnr": psnr, "std": mean.std()}
@@ -157,39 +157,41 @@ def train_autoencoder(
     phases: tuple[Phase, ...] = PHASES,
     people: int = PEOPLE,
 ) -> AutoencoderKLHunyuanVideo:
-    """The autoencoder, trained; an earlier run in the directory is gone on with."""
+    """The trained autoencoder; resumes an earlier run in the directory."""
     torch.manual_seed(seed)
     vae = architecture.autoencoder().train()
-    to_trained(vae)
+    use_fast_convolutions(vae)
     vae.to(device)
     size = phases[-1].crop
-    pictures = Pictures(seed, device, people, size)
+    sampler = ClipSampler(seed, device, people, size)
 
     for phase in phases:
-        descent = Descent(vae, partial(loss_of, vae))
+        gradients = LossGradients(vae, partial(reconstruction_loss, vae))
 
-        def descend(phase: Phase = phase, descent: Descent = descent) -> dict[str, Tensor]:
-            return descent(*pictures.batch(phase.count, phase.num_frames, phase.crop))
+        def backward(
+            phase: Phase = phase, gradients: LossGradients = gradients
+        ) -> dict[str, Tensor]:
+            return gradients(*sampler.batch(phase.count, phase.num_frames, phase.crop))
 
         train(
             vae.train(),
-            descend,
+            backward,
             directory=directory / phase.name,
             steps=phase.steps,
             learning_rate=phase.learning_rate,
             decay_share=phase.decay_share,
         )
         if phase.num_frames == 1:
-            see_motion(vae)
-    pixels, _ = pictures.batch(16, 1, size)
+            inflate_kernels(vae)
+    pixels, _ = sampler.batch(16, 1, size)
     with torch.no_grad():
         spread = vae.encode(pixels.float() / 127.5 - 1).latent_dist.mean.std().item()
-    stored = to_stored(vae.state_dict(), architecture.autoencoder())
+    stored = with_library_convolutions(vae.state_dict(), architecture.autoencoder())
     stored.register_to_config(scaling_factor=1 / spread)
     with torch.no_grad():  # nothing has trained the half that gives the logarithm of the variance
         half = len(stored.quant_conv.weight) // 2
         stored.quant_conv.weight[half:] = 0
-        stored.quant_conv.bias[half:] = 2 * math.log(STORED_NOISE)
+        stored.quant_conv.bias[half:] = 2 * math.log(POSTERIOR_STD)
     return stored
 
 
@@ -200,10 +202,10 @@ def measure(vae: AutoencoderKLHunyuanVideo, device: torch.device, people: int = 
     rng = np.random.default_rng(98)
     psnrs = []
     for _ in range(people):
-        face = world.draw_person(rng)
-        motion = world.move(rng, chance_track(rng, TRACK_FRAMES + 1))
+        face = world.random_face(rng)
+        motion = world.speaking_motion(rng, random_track(rng, TRACK_FRAMES + 1))
         frames = world.render(face, motion, SIZE, SIZE, device)
         latents = vae.encode(frames.transpose(0, 1)[None] * 2 - 1).latent_dist.mean
-        seen = vae.decode(latents).sample[0].transpose(0, 1) / 2 + 0.5
-        psnrs.append(-10 * (seen - frames).square().mean().log10().item())
+        decoded = vae.decode(latents).sample[0].transpose(0, 1) / 2 + 0.5
+        psnrs.append(-10 * (decoded - frames).square().mean().log10().item())
     return f"pictures through latents and back: {np.mean(psnrs):.1f} dB, lowest {min(psnrs):.1f}"

@@ -1,4 +1,4 @@
-"""Causal convolutions that train quickly.
+"""Causal convolutions that train fast.
 
 The numbers are those of diffusers' own modules. What differs: replicate padding by joining slices,
 one frame as a 2-d convolution, and weights kept as matrices, for Muon.
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, conv3d
 
 
-class TrainedConvolution(nn.Module):
-    """Takes the place of a causal convolution while it is trained."""
+class FastCausalConv3d(nn.Module):
+    """Replaces a causal convolution while it is trained."""
 
     def __init__(self, conv: nn.Conv3d, has_padding: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(conv.weight.detach().flatten(1))
-        self.bias = nn.Parameter(conv.bias.detach().clone())  # type: ignore[union-attr]
+        assert conv.bias is not None
+        self.bias = nn.Parameter(conv.bias.detach().clone())
         self._shape = conv.weight.shape
         self._stride = list(conv.stride)
         self._has_padding = has_padding
@@ -45,15 +46,15 @@ class TrainedConvolution(nn.Module):
         return conv3d(x, weight, self.bias, self._stride)
 
 
-def see_motion(vae: AutoencoderKLHunyuanVideo) -> None:
-    """Lets a model that was trained on single frames begin with clips, at no loss.
+def inflate_kernels(vae: AutoencoderKLHunyuanVideo) -> None:
+    """Inflates the temporal kernels of a model that was trained on single frames, at no loss.
 
     A kernel in time becomes its last tap alone, which makes every fourth frame a latent; where the
     decoder doubles the frames it is half of each of the last two taps, which draws the frames
     between two latents as mixtures of both. A single frame comes out as before.
     """
     for name, module in vae.named_modules():
-        if isinstance(module, TrainedConvolution):
+        if isinstance(module, FastCausalConv3d):
             parent = vae.get_submodule(name.rpartition(".")[0])
             factor = getattr(parent, "upsample_factor", None)
             module.use_last_tap(mixes_two=factor is not None and factor[0] == 2)
@@ -63,19 +64,19 @@ def _pad(x: Tensor, dim: int) -> Tensor:
     return torch.cat([x.narrow(dim, 0, 1), x, x.narrow(dim, x.shape[dim] - 1, 1)], dim)
 
 
-def to_trained(vae: AutoencoderKLHunyuanVideo) -> None:
-    """Puts convolutions that train quickly in the place of the model's own."""
+def use_fast_convolutions(vae: AutoencoderKLHunyuanVideo) -> None:
+    """Replaces the model's own causal convolutions by those that train fast."""
     for module in list(vae.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, HunyuanVideoCausalConv3d):
                 conv = child.conv
-                setattr(module, name, TrainedConvolution(conv, conv.kernel_size[0] == 3))
+                setattr(module, name, FastCausalConv3d(conv, conv.kernel_size[0] == 3))
 
 
-def to_stored(
+def with_library_convolutions(
     state: dict[str, Tensor], vae: AutoencoderKLHunyuanVideo
 ) -> AutoencoderKLHunyuanVideo:
-    """Loads what was trained into a model that has its own convolutions; returns it."""
+    """Loads the trained state into a model that has the library's convolutions; returns it."""
     stored = {}
     for name, like in vae.state_dict().items():
         trained = name.replace(".conv.weight", ".weight").replace(".conv.bias", ".bias")

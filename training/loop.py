@@ -1,4 +1,4 @@
-"""One training run: a schedule, an average of the weights, a log, and going on after a stop."""
+"""One training run: learning rate schedule, average of the weights (EMA), checkpoints and log."""
 
 import json
 import math
@@ -15,27 +15,27 @@ from training.muon import Muon
 CHECKPOINT = "checkpoint.pt"
 LOGGED_STEPS = 50
 CHECKPOINT_STEPS = 50
-AVERAGE_DECAY = 0.995
+EMA_DECAY = 0.995
 
 
 def train(
     model: nn.Module,
-    descend: Callable[[], dict[str, Tensor]],
+    backward: Callable[[], dict[str, Tensor]],
     *,
     directory: Path,
     steps: int,
     learning_rate: float,
     decay_share: float = 0.3,
 ) -> nn.Module:
-    """Trains the model in place; goes on where an earlier run in the directory stopped.
+    """Trains the model in place; resumes an earlier run in the directory.
 
     Matrices are stepped by Muon, all else by AdamW. The rate warms up over 50 steps, stays, and
-    falls to nothing over the last `decay_share` of the steps. What is returned is the model with
-    the running average of its weights.
+    falls to zero over the last `decay_share` of the steps. What is returned is the model with the
+    exponential moving average (EMA) of its weights.
 
     Args:
         model: in float32; its forward passes may run in bfloat16.
-        descend: gives the parameters their gradients, and returns figures for the log, each a
+        backward: sets the parameters' gradients, and returns metrics for the log, each a
             scalar on any device.
         directory: gets `checkpoint.pt` and `log.jsonl`.
         steps: in all, those of earlier runs counted.
@@ -45,63 +45,62 @@ def train(
     directory.mkdir(parents=True, exist_ok=True)
     optimizers = _optimizers(model, learning_rate)
     weights = list(model.state_dict().values())
-    average = [value.detach().clone() for value in weights]
+    ema = [value.detach().clone() for value in weights]
     done = 0
     path = directory / CHECKPOINT
     if path.exists():
         state = torch.load(path, weights_only=True, map_location=weights[0].device)
         model.load_state_dict(state["model"])
-        average, done = state["average"], state["step"]
+        ema, done = state["ema"], state["step"]
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-    began, seen = time.monotonic(), list[dict[str, Tensor]]()
+    began, unlogged = time.monotonic(), list[dict[str, Tensor]]()
     with (directory / "log.jsonl").open("a") as log:
         for step in range(done, steps):
             rate = min(1, (step + 1) / 50, (steps - step) / (decay_share * steps))
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["base_lr"] * rate
-            seen.append(descend())
+            unlogged.append(backward())
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            decay = min(AVERAGE_DECAY, step / (step + 10))
-            torch._foreach_lerp_(average, weights, 1 - decay)
+            decay = min(EMA_DECAY, step / (step + 10))
+            torch._foreach_lerp_(ema, weights, 1 - decay)
             if (step + 1) % LOGGED_STEPS == 0 or step + 1 == steps:
                 # read here alone: each reading waits for the device
                 line: dict[str, Any] = {"step": step + 1}
-                line |= {
-                    name: round(torch.stack([figures[name] for figures in seen]).mean().item(), 5)
-                    for name in seen[0]
-                }
+                for name in unlogged[0]:
+                    mean = torch.stack([metrics[name] for metrics in unlogged]).mean()
+                    line[name] = round(mean.item(), 5)
                 line["seconds"] = round(time.monotonic() - began, 1)
                 log.write(json.dumps(line) + "\n")
                 log.flush()
                 print(json.dumps(line), flush=True)  # noqa: T201
-                seen.clear()
+                unlogged.clear()
             if (step + 1) % CHECKPOINT_STEPS == 0 or step + 1 == steps:
-                _save(path, model, average, optimizers, step + 1)
-    if any(not math.isfinite(value.sum().item()) for value in average):
+                _save(path, model, ema, optimizers, step + 1)
+    if any(not math.isfinite(value.sum().item()) for value in ema):
         raise ArithmeticError("the training diverged")
-    model.load_state_dict(dict(zip(model.state_dict(), average, strict=True)))
+    model.load_state_dict(dict(zip(model.state_dict(), ema, strict=True)))
     return model.eval()
 
 
-class Descent:
-    """The gradients of a loss; on a GPU its many small launches are recorded once and replayed."""
+class LossGradients:
+    """The gradients of a loss; on a GPU, whose launches would cost more, by a CUDA graph."""
 
     def __init__(
-        self, model: nn.Module, loss_of: Callable[..., tuple[Tensor, dict[str, Tensor]]]
+        self, model: nn.Module, loss: Callable[..., tuple[Tensor, dict[str, Tensor]]]
     ) -> None:
         self._parameters = list(model.parameters())
-        self._loss_of = loss_of
+        self._loss = loss
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
-        """Gives the parameters their gradients. The inputs have the same shapes in every call."""
+        """Sets the parameters' gradients. The inputs have the same shapes in every call."""
         if inputs[0].device.type != "cuda":
-            return self._descend(*inputs)
+            return self._backward(*inputs)
         if self._graph is None:
             self._record(inputs)
             assert self._graph is not None
@@ -110,12 +109,12 @@ class Descent:
         self._graph.replay()
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = gradient
-        return {name: value.clone() for name, value in self._figures.items()}
+        return {name: value.clone() for name, value in self._metrics.items()}
 
-    def _descend(self, *inputs: Tensor) -> dict[str, Tensor]:
-        loss, figures = self._loss_of(*inputs)
+    def _backward(self, *inputs: Tensor) -> dict[str, Tensor]:
+        loss, metrics = self._loss(*inputs)
         loss.backward()
-        return {"loss": loss.detach(), **figures}
+        return {"loss": loss.detach(), **metrics}
 
     def _record(self, inputs: Sequence[Tensor]) -> None:
         self._inputs = [value.clone() for value in inputs]
@@ -123,13 +122,13 @@ class Descent:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):  # what libraries set up at their first use cannot be recorded
-                self._descend(*self._inputs)
+                self._backward(*self._inputs)
         torch.cuda.current_stream().wait_stream(stream)
         for parameter in self._parameters:
             parameter.grad = None
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            self._figures = self._descend(*self._inputs)
+            self._metrics = self._backward(*self._inputs)
         self._gradients = [parameter.grad for parameter in self._parameters]
 
 
@@ -161,7 +160,7 @@ def _optimizers(model: nn.Module, learning_rate: float) -> list[torch.optim.Opti
 def _save(
     path: Path,
     model: nn.Module,
-    average: list[Tensor],
+    ema: list[Tensor],
     optimizers: list[torch.optim.Optimizer],
     step: int,
 ) -> None:
@@ -169,7 +168,7 @@ def _save(
     partial = path.with_suffix(".partial")
     state = {
         "model": model.state_dict(),
-        "average": average,
+        "ema": ema,
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "step": step,
     }

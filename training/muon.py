@@ -30,8 +30,9 @@ class Muon(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One step along the gradients; no closure is called."""
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """One step along the gradients. Closures are not supported; nothing is returned."""
+        assert closure is None
         for group in self.param_groups:
             alike = defaultdict[torch.Size, list[Tensor]](list)
             for parameter in group["params"]:

@@ -1,4 +1,4 @@
-"""What other processes make ahead of its use, in an order that no timing changes."""
+"""Results that other processes compute ahead of their use, in an order that no timing changes."""
 
 import itertools
 import multiprocessing
@@ -12,16 +12,16 @@ from typing import TypeVar
 
 import torch
 
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
-AHEAD = 4  # results a process that wait for their use
+PREFETCHED_PER_PROCESS = 4  # results that wait for their use
 
 
 @contextmanager
-def made_ahead(
-    make: Callable[[int], Made], num_processes: int, first: int = 0
-) -> Iterator[Iterator[Made]]:
-    """Gives the results of `make(first)`, `make(first + 1)` and so on; with no processes, in turn.
+def prefetched(
+    make: Callable[[int], Result], num_processes: int, first: int = 0
+) -> Iterator[Iterator[Result]]:
+    """The results of `make(first)`, `make(first + 1)` and so on; without processes, made in turn.
 
     Args:
         make: what can be pickled; so can its results, without tensors, which take file handles.
@@ -32,11 +32,11 @@ def made_ahead(
         return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(num_processes, context, initializer=_begin)
-    waiting: deque[Future[Made]] = deque()
+    waiting: deque[Future[Result]] = deque()
 
-    def results() -> Iterator[Made]:
+    def results() -> Iterator[Result]:
         while True:
-            while len(waiting) < AHEAD * num_processes:
+            while len(waiting) < PREFETCHED_PER_PROCESS * num_processes:
                 waiting.append(pool.submit(make, next(numbers)))
             yield waiting.popleft().result()
 
@@ -47,7 +47,7 @@ def made_ahead(
 
 
 def _begin() -> None:
-    """One thread of work a process, and no life without the one that asked for it."""
+    """One thread of work a process, which ends with its parent."""
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -1,8 +1,8 @@
 """What the denoiser is trained on: people who speak, as latents with all that goes with them.
 
-A scene is written by chance (who, what is heard, how they move) and then drawn and encoded. A
-window is a stretch of a scene's latents, as one pass of the denoiser has it. Shape letters: C
-latent channels, T latent frames of a scene, h and w latents, L text positions.
+A scene is sampled (who, what they say, how they move) and then rendered and encoded. A window is a
+stretch of a scene's latents, as one pass of the denoiser has it. Shape letters: C latent channels,
+T latent frames of a scene, h and w latents, L text positions.
 """
 
 import functools
@@ -20,7 +20,7 @@ from transformers import WhisperFeatureExtractor, WhisperModel
 
 from training import architecture, world
 from training.autoencoder import face_weight
-from training.convolution import to_trained
+from training.convolution import use_fast_convolutions
 from training.speech import WORDS, MouthTrack, SpeechCorpus, mouth_track, sentence
 from worker.generation.audio import audio_windows, encode_speech, log_mel
 from worker.generation.image import face_mask, to_llava_pixels
@@ -41,13 +41,13 @@ PROMPTS = (
     "A speaker in a studio.",
     "",
 )
-CHANCE_PROMPT_SHARE = 0.5  # of prompts of chance words: what they say moves nothing
+RANDOM_PROMPT_SHARE = 0.5  # of random words: what a prompt says moves nothing
 
-PICTURES = ("latents", "reference_mean", "reference_std", "face_mask", "weight", "beside")
-LEAD_LATENTS = 3  # before a window that does not begin where its scene does
-CUT_SHARE = 0.15  # of scenes whose speech ends and leaves zeros
-ELSEWHERE_SHARE = 0.08  # of scenes whose face mask lies beside the mouth: it stays closed
-WHOLE_MASK_SHARE = 0.3
+SPATIAL_FIELDS = ("latents", "reference_mean", "reference_std", "face_mask", "weight", "outside")
+LEAD_LATENTS = 3  # before a window that does not begin at its scene's start
+AUDIO_CUT_SHARE = 0.15  # of scenes whose audio is zero from some frame on
+MISPLACED_MASK_SHARE = 0.08  # of scenes whose face mask misses the mouth: it stays closed
+FULL_MASK_SHARE = 0.3  # of scenes whose face mask is the whole picture
 MOUTH_WEIGHT = 5.0
 
 
@@ -57,14 +57,14 @@ def num_frames(num_latents: int) -> int:
 
 
 @dataclass(frozen=True)
-class Script:
-    """A scene before it is drawn."""
+class SceneSpec:
+    """A scene before it is rendered."""
 
     size: FrameSize
     face: world.Face
     motion: world.Motion
     mel: np.ndarray  # (1, 80, 3000) float16
-    heard_frames: int  # zeros are heard after these
+    num_audio_frames: int  # the audio is zero after these
     face_mask: np.ndarray  # (1, 1, h, w)
     prompt_embeds: np.ndarray  # (2, L, D) float16, the negative one first; L valid positions
     pooled_prompt_embeds: np.ndarray  # (2, D)
@@ -72,8 +72,8 @@ class Script:
     expression: float
 
 
-class Writer:
-    """Writes scripts; each is the same for the same seed and number."""
+class SceneSampler:
+    """Samples the specs of scenes; each is the same for the same seed and number."""
 
     def __init__(self, work: Path) -> None:
         self._corpus = SpeechCorpus("train", work)
@@ -82,33 +82,33 @@ class Writer:
         self._text_encoder, self._pooled_text_encoder = architecture.text_encoders()
         self._pooled_tokenizer = architecture.pooled_tokenizer()
 
-    def write(self, size: FrameSize, num_latents: int, chance: Sequence[int]) -> Script:
-        """The script of so many latent frames."""
-        rng = np.random.default_rng(chance)
+    def sample(self, size: FrameSize, num_latents: int, seed: Sequence[int]) -> SceneSpec:
+        """The spec of a scene of so many latent frames."""
+        rng = np.random.default_rng(seed)
         frames = num_frames(num_latents)
         waveform = self._corpus.clip(rng, frames)
         mouth = mouth_track(waveform)
-        heard_frames = frames
-        if rng.random() < CUT_SHARE:
-            heard_frames = int(rng.integers(frames))
-            mouth = _closed(mouth, heard_frames)
+        num_audio_frames = frames
+        if rng.random() < AUDIO_CUT_SHARE:
+            num_audio_frames = int(rng.integers(frames))
+            mouth = _closed(mouth, num_audio_frames)
 
-        face = world.draw_person(rng)
+        face = world.random_face(rng)
         mask = face_mask(_jittered(rng, face.box(*size)), size)
-        if rng.random() < WHOLE_MASK_SHARE:
+        if rng.random() < FULL_MASK_SHARE:
             mask = torch.ones_like(mask)
-        elif rng.random() < ELSEWHERE_SHARE:
-            mask = _mask_elsewhere(rng, face, size)
+        elif rng.random() < MISPLACED_MASK_SHARE:
+            mask = _misplaced_mask(rng, face, size)
             mouth = _closed(mouth, 0)
 
         pose = float(rng.uniform(0, 100)) if rng.random() < 0.7 else 25.0
         expression = float(rng.uniform(0, 100)) if rng.random() < 0.7 else 30.0
-        return Script(
+        return SceneSpec(
             size=size,
             face=face,
-            motion=world.move(rng, mouth, pose, expression),
+            motion=world.speaking_motion(rng, mouth, pose, expression),
             mel=log_mel(waveform, self._feature_extractor).half().numpy(),
-            heard_frames=heard_frames,
+            num_audio_frames=num_audio_frames,
             face_mask=mask[0].numpy(),
             **self._encode_prompts(rng, world.portrait(face, *size)),
             pose=pose,
@@ -119,7 +119,7 @@ class Writer:
     def _encode_prompts(self, rng: np.random.Generator, portrait: Tensor) -> dict[str, np.ndarray]:
         picture = Image.fromarray((portrait.permute(1, 2, 0) * 255).byte().numpy())
         prompt = PROMPTS[rng.integers(len(PROMPTS))]
-        if rng.random() < CHANCE_PROMPT_SHARE:
+        if rng.random() < RANDOM_PROMPT_SHARE:
             languages = list(WORDS["train"])
             prompt = sentence(rng, WORDS["train"][languages[rng.integers(len(languages))]])
         texts = [NEGATIVE_PROMPT, PROMPT_PREFIX + prompt]
@@ -151,7 +151,7 @@ def _jittered(
     return (x, y, width + wider, height + wider)
 
 
-def _mask_elsewhere(rng: np.random.Generator, face: world.Face, size: FrameSize) -> Tensor:
+def _misplaced_mask(rng: np.random.Generator, face: world.Face, size: FrameSize) -> Tensor:
     """A mask of one edge of the picture, away from the mouth."""
     mask = torch.zeros(1, 1, 1, *size.latent)
     x, y, width, height = face.box(*size)
@@ -164,17 +164,17 @@ def _mask_elsewhere(rng: np.random.Generator, face: world.Face, size: FrameSize)
 
 
 @dataclass(frozen=True)
-class Part:
-    """A part of the face to look at from near, in latents."""
+class FaceCrop:
+    """The size and place of a crop around the face, in latents."""
 
     height: int
     width: int
-    is_top: bool  # begins where the eyes do; else its middle is that of eyes and mouth
-    jitter: float  # to each side
+    is_top: bool  # begins at the eyes' upper edge; else it is centred on eyes and mouth
+    jitter: float  # at most, to each side
 
 
-WHOLE_FACE = Part(16, 16, is_top=False, jitter=2)
-EYES = Part(4, 14, is_top=True, jitter=1)
+FACE_CROP = FaceCrop(16, 16, is_top=False, jitter=2)
+EYES_CROP = FaceCrop(4, 14, is_top=True, jitter=1)
 
 
 @dataclass(frozen=True)
@@ -190,8 +190,8 @@ class Scene:
     pooled_prompt_embeds: Tensor  # (2, D)
     pose: Tensor  # ()
     expression: Tensor
-    weight: Tensor  # (h, w), what each latent counts
-    beside: Tensor  # (h, w), 1 where the speech is not seen: beside the mouth and the eyes
+    weight: Tensor  # (h, w), of each latent in the loss
+    outside: Tensor  # (h, w), 1 outside of the mouth and the eyes, where no speech is seen
 
     def window(self, start: int, length: int) -> Self:
         """The latents from `start` on, with the audio as the worker's windows have it."""
@@ -201,8 +201,8 @@ class Scene:
             self.audio_embeds[first : first + num_frames(length)],
         )
 
-    def around(self, start: int, before: int, after: int) -> Self:
-        """The end of a video and its beginning, as a window over both ends of the ring has them."""
+    def circular_window(self, start: int, before: int, after: int) -> Self:
+        """A video's end and its beginning, as a window that wraps around has them."""
         end, begin = self.window(start, before), self.window(0, after)
         silence = torch.zeros_like(self.audio_embeds[: TEMPORAL_COMPRESSION - 1])
         return self._with(
@@ -210,17 +210,20 @@ class Scene:
             torch.cat([end.audio_embeds, silence, begin.audio_embeds]),
         )
 
-    def near_face(self, part: Part, rng: np.random.Generator) -> Self:
-        """The latents around that part of the face, as if the picture were no larger."""
-        counts = (self.weight - 1).clamp(min=0)  # of eyes and mouth
-        down, across = (counts.sum(dim).cpu().numpy() for dim in (1, 0))
-        top = int(np.flatnonzero(down)[0])
-        middle = (top + part.height / 2 if part.is_top else _middle(down), _middle(across))
+    def crop_face(self, crop: FaceCrop, rng: np.random.Generator) -> Self:
+        """The latents around the face, as if the picture were no larger."""
+        weights = (self.weight - 1).clamp(min=0)  # of eyes and mouth
+        rows, columns = (weights.sum(dim).cpu().numpy() for dim in (1, 0))
+        top = int(np.flatnonzero(rows)[0])
+        row = top + crop.height / 2 if crop.is_top else _centroid(rows)
         fields = dict(vars(self))
-        for axis, centre, length in ((-2, middle[0], part.height), (-1, middle[1], part.width)):
-            begin = round(centre - length / 2 + rng.uniform(-part.jitter, part.jitter))
+        for axis, centre, length in (
+            (-2, row, crop.height),
+            (-1, _centroid(columns), crop.width),
+        ):
+            begin = round(centre - length / 2 + rng.uniform(-crop.jitter, crop.jitter))
             begin = min(max(begin, 0), self.weight.shape[axis] - length)
-            for name in PICTURES:
+            for name in SPATIAL_FIELDS:
                 fields[name] = fields[name].narrow(axis, begin, length)
         return type(self)(**fields)
 
@@ -240,40 +243,40 @@ class Scene:
         return cls(**fields)
 
 
-class Studio:
-    """Draws scripts and encodes them, on one device."""
+class SceneEncoder:
+    """Renders scenes and encodes them into latents and audio embeddings, on one device."""
 
     def __init__(
         self, vae: AutoencoderKLHunyuanVideo, audio_encoder: WhisperModel, device: torch.device
     ) -> None:
-        to_trained(vae)  # quicker, and the same numbers
+        use_fast_convolutions(vae)  # the same numbers, faster
         self._vae = vae.to(device)
         self._audio_encoder = audio_encoder.to(device)
         self._device = device
 
     @classmethod
     def load(cls, work: Path, device: torch.device) -> Self:
-        """One with the autoencoder and the speech encoder that the training left in `work`."""
+        """Loads the autoencoder and the speech encoder that the training left in `work`."""
         vae = AutoencoderKLHunyuanVideo.from_pretrained(work / "vae").eval()
         return cls(vae, WhisperModel.from_pretrained(work / "audio_encoder").eval(), device)
 
     @torch.no_grad()
-    def shoot(self, script: Script) -> Scene:
-        """The scene of a script."""
-        size, device = script.size, self._device
-        clip = world.render(script.face, script.motion, *size, device)
-        portrait = world.portrait(script.face, *size, device)
+    def encode(self, spec: SceneSpec) -> Scene:
+        """The scene of a spec."""
+        size, device = spec.size, self._device
+        clip = world.render(spec.face, spec.motion, *size, device)
+        portrait = world.portrait(spec.face, *size, device)
         with torch.autocast(device.type, torch.bfloat16):
             latents = self._vae.encode(clip.transpose(0, 1)[None] * 2 - 1).latent_dist.mean
-        # as the worker sees it, in whole bytes
+        # as the worker gets it: in 256 levels
         portrait = (portrait * 255).floor() / 127.5 - 1
         reference = self._vae.encode(portrait[None, :, None]).latent_dist
         scale = self._vae.config.scaling_factor
-        mel = torch.from_numpy(script.mel).float().to(device)
+        mel = torch.from_numpy(spec.mel).float().to(device)
         states = encode_speech(mel, self._audio_encoder)
         audio = audio_windows(states, len(clip), world.FPS)[0]
-        audio[script.heard_frames :] = 0
-        weight = face_weight(script.face, *size)[None, None]
+        audio[spec.num_audio_frames :] = 0
+        weight = face_weight(spec.face, *size)[None, None]
         weight = torch.nn.functional.avg_pool2d(weight, 8)[0, 0]
         weight = (weight - 1) / (weight.max() - 1)
         return Scene(
@@ -281,23 +284,23 @@ class Studio:
             audio_embeds=audio,
             reference_mean=reference.mean[0].float() * scale,
             reference_std=reference.std[0].float() * scale,
-            face_mask=torch.from_numpy(script.face_mask).to(device),
-            prompt_embeds=torch.from_numpy(script.prompt_embeds).to(device),
-            pooled_prompt_embeds=torch.from_numpy(script.pooled_prompt_embeds).to(device),
-            pose=torch.tensor(script.pose, device=device),
-            expression=torch.tensor(script.expression, device=device),
+            face_mask=torch.from_numpy(spec.face_mask).to(device),
+            prompt_embeds=torch.from_numpy(spec.prompt_embeds).to(device),
+            pooled_prompt_embeds=torch.from_numpy(spec.pooled_prompt_embeds).to(device),
+            pose=torch.tensor(spec.pose, device=device),
+            expression=torch.tensor(spec.expression, device=device),
             weight=(1 + weight * MOUTH_WEIGHT).to(device),
-            beside=(weight == 0).float().to(device),
+            outside=(weight == 0).float().to(device),
         )
 
 
-def _middle(counts: np.ndarray) -> float:
-    return float(np.average(np.arange(len(counts)) + 0.5, weights=counts))
+def _centroid(weights: np.ndarray) -> float:
+    return float(np.average(np.arange(len(weights)) + 0.5, weights=weights))
 
 
 @functools.cache
-def _crew(work: Path, device: torch.device) -> tuple[Writer, Studio]:
-    return Writer(work), Studio.load(work, device)
+def _sampler_and_encoder(work: Path, device: torch.device) -> tuple[SceneSampler, SceneEncoder]:
+    return SceneSampler(work), SceneEncoder.load(work, device)
 
 
 def make_scene(
@@ -309,13 +312,13 @@ def make_scene(
     number: int,
 ) -> dict[str, np.ndarray]:
     """The fields of a scene, as any process makes it; the sizes take turns."""
-    writer, studio = _crew(work, device)
-    script = writer.write(sizes[number % len(sizes)], num_latents, (seed, number))
-    return {name: value.cpu().numpy() for name, value in vars(studio.shoot(script)).items()}
+    sampler, encoder = _sampler_and_encoder(work, device)
+    spec = sampler.sample(sizes[number % len(sizes)], num_latents, (seed, number))
+    return {name: value.cpu().numpy() for name, value in vars(encoder.encode(spec)).items()}
 
 
-class Pool:
-    """Scenes of several sizes, of which batches of windows are drawn; new ones come in slowly."""
+class SceneBuffer:
+    """A replay buffer: holds scenes of several sizes, and samples batches of windows from them."""
 
     def __init__(
         self,
@@ -325,45 +328,48 @@ class Pool:
         rng: np.random.Generator,
         device: torch.device,
     ) -> None:
-        self._next = scenes
+        self._source = scenes
         self._scenes: list[list[Scene]] = [[] for _ in range(num_sizes)]
         self._limit = limit
         self._rng = rng
         self._device = device
-        self._turn = 0
+        self._num_added = 0
 
-    def grow(self, count: int = 1) -> None:
-        """Takes in so many new scenes, for the oldest ones when the pool is full."""
+    def add(self, count: int = 1) -> None:
+        """Adds so many new scenes, which replace the oldest ones once the buffer is full."""
         for _ in range(count):
             fields = {
                 name: torch.from_numpy(value).to(self._device)
-                for name, value in next(self._next).items()
+                for name, value in next(self._source).items()
             }
-            scenes = self._scenes[self._turn % len(self._scenes)]
+            scenes = self._scenes[self._num_added % len(self._scenes)]
             scenes.append(Scene(**fields))
             del scenes[: -self._limit]
-            self._turn += 1
+            self._num_added += 1
 
-    def draw(
-        self, count: int, length: int, ring_share: float = 0.0, part: Part | None = None
+    def sample(
+        self, count: int, length: int, circular_share: float = 0.0, crop: FaceCrop | None = None
     ) -> Scene:
-        """Windows of one size, stacked; a share of them lies over both ends of the ring.
+        """Windows of one size, stacked.
 
         Args:
-            part: of the face; None: whole pictures.
+            count: of the windows.
+            length: latent frames of each.
+            circular_share: of the windows, which wrap around from a scene's end to its start.
+            crop: of the face; None: whole pictures.
         """
         scenes = self._scenes[self._rng.integers(len(self._scenes))]
-        windows = [self._window(scenes, length, ring_share) for _ in range(count)]
-        if part is not None:
-            windows = [window.near_face(part, self._rng) for window in windows]
+        windows = [self._window(scenes, length, circular_share) for _ in range(count)]
+        if crop is not None:
+            windows = [window.crop_face(crop, self._rng) for window in windows]
         return Scene.stack(windows)
 
-    def _window(self, scenes: list[Scene], length: int, ring_share: float) -> Scene:
+    def _window(self, scenes: list[Scene], length: int, circular_share: float) -> Scene:
         rng = self._rng
         scene = scenes[rng.integers(len(scenes))]
         last = scene.latents.shape[1] - length
         start = 0 if rng.random() < 0.4 else int(rng.integers(LEAD_LATENTS, last + 1))
-        if rng.random() < ring_share:
+        if rng.random() < circular_share:
             before = int(rng.integers(1, length))
-            return scene.around(start + length - before, before, length - before)
+            return scene.circular_window(start + length - before, before, length - before)
         return scene.window(start, length)

@@ -195,10 +195,10 @@ def _power_spectra(waveform: np.ndarray) -> np.ndarray:
 
 def _opening(rms: np.ndarray) -> np.ndarray:
     """(N,) loudness → opening, beside the loudness of the recording's loud parts."""
-    heard = rms[(rms > FLOOR) & (rms > 0.1 * rms.max(initial=0.0))]
-    if len(heard) == 0:
+    audible = rms[(rms > FLOOR) & (rms > 0.1 * rms.max(initial=0.0))]
+    if len(audible) == 0:
         return np.zeros_like(rms)
-    reference = max(float(np.percentile(heard, 95)), QUIETEST_REFERENCE)
+    reference = max(float(np.percentile(audible, 95)), QUIETEST_REFERENCE)
     floor = max(FLOOR, RELATIVE_FLOOR * reference)
     opening: np.ndarray = np.clip((rms - floor) / (reference - floor), 0, 1) ** COMPRESSION
     return opening
@@ -241,7 +241,7 @@ class SpeechCorpus:
             speech = soxr.resample(speech, rate_hz, SAMPLE_RATE_HZ, quality="LQ")
         speech = speech[:num_samples]
         if rng.random() < 0.6:
-            speech = _coloured(rng, speech)
+            speech = _equalized(rng, speech)
         speech = _with_silent_ends(rng, speech)
         gain_db = rng.uniform(-GAIN_DB, GAIN_DB)
         speech = speech * 10 ** (gain_db / 20)
@@ -294,15 +294,15 @@ def _faded(samples: np.ndarray) -> np.ndarray:
     return faded
 
 
-def _coloured(rng: np.random.Generator, speech: np.ndarray) -> np.ndarray:
+def _equalized(rng: np.random.Generator, speech: np.ndarray) -> np.ndarray:
     """The speech, equally loud, as another microphone and room would colour it."""
     knots_hz = np.geomspace(100, 8000, 7)
     gains_db = np.clip(rng.normal(0, 5, len(knots_hz)), -10, 10)
     hz = np.fft.rfftfreq(len(speech), 1 / SAMPLE_RATE_HZ)
     gain = 10 ** (np.interp(np.log(hz + 1), np.log(knots_hz), gains_db) / 20)
-    coloured = np.fft.irfft(np.fft.rfft(speech) * gain, len(speech))
-    power = (coloured**2).mean()
-    scaled: np.ndarray = coloured * np.sqrt((speech**2).mean() / power if power > 0 else 1.0)
+    equalized = np.fft.irfft(np.fft.rfft(speech) * gain, len(speech))
+    power = (equalized**2).mean()
+    scaled: np.ndarray = equalized * np.sqrt((speech**2).mean() / power if power > 0 else 1.0)
     return scaled
 
 
@@ -426,22 +426,22 @@ def formant_speech(rng: np.random.Generator, num_samples: int) -> np.ndarray:
         step += int(rng.uniform(0.15, 0.8) * SAMPLE_RATE_HZ / CONTROL_SAMPLES)
 
     size = rng.uniform(0.9, 1.2)  # of the voice's throat: a child's is short
-    formants_hz = size * np.stack([_eased(track, 9) for track in formants_hz.T], axis=1)
+    formants_hz = size * np.stack([_smoothed(track, 9) for track in formants_hz.T], axis=1)
     glottis = _glottal_pulses(rng, steps, 110 * size**3)[:num_samples]
-    vowels = _shaped(glottis, _resonances(formants_hz) * _eased(voiced, 7)[:, None])
-    hisses = _shaped(
-        0.3 * rng.standard_normal(num_samples), _hiss_bands(hiss_hz) * _eased(hissed, 5)[:, None]
+    vowels = _filtered(glottis, _resonances(formants_hz) * _smoothed(voiced, 7)[:, None])
+    hisses = _filtered(
+        0.3 * rng.standard_normal(num_samples), _hiss_bands(hiss_hz) * _smoothed(hissed, 5)[:, None]
     )
     speech = _levelled(_levelled(vowels, SPEECH_RMS_DB) + hisses * 0.2, SPEECH_RMS_DB)
     return speech.astype(np.float32)
 
 
-def _eased(track: np.ndarray, width: int) -> np.ndarray:
+def _smoothed(track: np.ndarray, width: int) -> np.ndarray:
     """(steps,) the track without corners: a Hann window of this many steps over it."""
     window = np.hanning(width + 2)[1:-1]
     padded = np.pad(track, width // 2, mode="edge")
-    eased: np.ndarray = np.convolve(padded, window / window.sum(), mode="valid")
-    return eased
+    smoothed: np.ndarray = np.convolve(padded, window / window.sum(), mode="valid")
+    return smoothed
 
 
 def _glottal_pulses(rng: np.random.Generator, steps: int, pitch_hz: float) -> np.ndarray:
@@ -477,7 +477,7 @@ def _hiss_bands(centres_hz: np.ndarray) -> np.ndarray:
     return bands
 
 
-def _shaped(
+def _filtered(
     source: np.ndarray,  # (samples,)
     response: np.ndarray,  # (steps, bins), one each 5 ms
 ) -> np.ndarray:  # (samples,)
@@ -489,8 +489,8 @@ def _shaped(
     count = min(len(windows), len(response))
     spectra = np.fft.rfft(windows[:count] * window, 2 * SPECTRUM_SAMPLES)
     pieces = np.fft.irfft(spectra * response[:count])
-    shaped = np.zeros((count - 1) * hop + 2 * SPECTRUM_SAMPLES)
+    filtered = np.zeros((count - 1) * hop + 2 * SPECTRUM_SAMPLES)
     for index, piece in enumerate(pieces):
-        shaped[index * hop : index * hop + len(piece)] += piece
-    shaped = shaped[2 * hop : 2 * hop + len(source)]
-    return np.pad(shaped, (0, len(source) - len(shaped)))
+        filtered[index * hop : index * hop + len(piece)] += piece
+    filtered = filtered[2 * hop : 2 * hop + len(source)]
+    return np.pad(filtered, (0, len(source) - len(filtered)))

@@ -1,11 +1,11 @@
 """Trains the denoiser: from noise to the latents of a person who speaks the recording.
 
-Flow matching as the published model's: with noise e and latents x, at noise level s the model sees
-(1 - s) x + s e and answers e - x. What the worker's guidance needs is trained beside it: the
-velocity without audio and under either prompt, and that it is the same as the one with audio where
-no speech is seen, since guidance multiplies what differs. So is what its cached steps need: the
-last block alone, on tokens of a higher noise level. At last it is the guided velocity itself that
-is held to the truth, with the weights that the worker's steps have.
+Flow matching as the published model's: with noise e and latents x, at sigma s the model sees
+(1 - s) x + s e and predicts the velocity e - x. What classifier-free guidance (CFG) needs is
+trained with it: the unconditional branch, without audio and under either prompt, and that it agrees
+with the conditional one where no speech is seen, since guidance multiplies what differs. So is what
+the step cache needs: the last block alone, on tokens of a higher sigma. The last phase puts the
+guided velocity itself into the loss, with the weights that the worker's steps have.
 """
 
 import itertools
@@ -22,8 +22,8 @@ from torch import Tensor
 from avatar_client.contract.request import GenerationParams
 from training import architecture, world
 from training.loop import steps_done, train
-from training.processes import made_ahead
-from training.scenes import EYES, WHOLE_FACE, Part, Pool, Scene, make_scene
+from training.processes import prefetched
+from training.scenes import EYES_CROP, FACE_CROP, FaceCrop, Scene, SceneBuffer, make_scene
 from worker.generation.cfg import EARLY_FACE_MASK_SCALE, PROMPT_GUIDED_STEPS, guidance_weight
 from worker.model.transformer import CachedTokens, HunyuanVideoAvatarTransformer3DModel
 from worker.shapes import WINDOW_LATENTS, FrameSize
@@ -36,32 +36,33 @@ SIZES = (  # a wide and a tall one for three square ones
     FrameSize(256, 256),
 )
 SCENE_LATENTS = WINDOW_LATENTS + 12
-POOL = 300  # scenes that are kept for each entry of SIZES
+SCENES_PER_SIZE = 300  # scenes that are kept for each entry of SIZES
 FIRST_SCENES = 195  # before the first step
 
-SILENT_SHARE = 0.25  # of a batch's windows, seen without audio too
+UNCOND_SHARE = 0.25  # of a batch's windows, which have an unconditional row too
 CACHED_SHARE = 0.12  # of them, put through the last block again at a later step
-EARLIEST_CACHED = 0.75  # of the noise level at which the tokens were made
-RING_SHARE = 0.1
-QUIET_MASK_SHARE = 0.3
-SILENT_WEIGHT = 0.5
+MIN_CACHED_SIGMA = 0.75  # of the sigma at which the tokens were computed
+CIRCULAR_SHARE = 0.1  # of the windows, from a scene's end into its beginning
+EARLY_STEP_SHARE = 0.3  # of the windows, with the face mask scaled as in the first steps
+UNCOND_WEIGHT = 0.5
 CACHED_WEIGHT = 0.5
 AGREEMENT_WEIGHT = 5.0
-NOISE_SHIFT = 4.0
-LOWEST_NOISE = 0.02  # before the shift; no step begins lower
-# What the audio adds when guidance, which multiplies it by 3.5 to 6.5, is begun to be trained.
-AUDIO_STRENGTH = 0.3
-GUIDED_STEPS = (20, 50)  # of the worker's runs
+SIGMA_SHIFT = 4.0
+MIN_SIGMA = 0.02  # before the shift; no step of the worker begins lower
+# Scale of the audio adapters' output at the start of the CFG phase: guidance multiplies it by 3.5
+# to 6.5.
+AUDIO_SCALE = 0.3
+NUM_STEPS = (20, 50)  # of the worker's runs, least and most
 PARAMS = GenerationParams()  # of a request that asks for nothing else
 
 
 @dataclass(frozen=True)
 class Windows:
-    """What a step sees."""
+    """The windows of one training step."""
 
     count: int
     length: int  # latent frames of each
-    part: Part | None = None  # of the face; None: the whole picture
+    crop: FaceCrop | None = None  # of the face; None: the whole picture
 
 
 @dataclass(frozen=True)
@@ -74,134 +75,136 @@ class Phase:
     learning_rate: float
     decay_share: float
     steps_a_scene: int  # for how many steps no new scene comes in
-    is_guided: bool = False
+    has_cfg_loss: bool = False
 
 
 PHASES = (
     Phase("short", (Windows(64, 9),), 300, 1.5e-3, 0.2, 4),
     Phase("whole", (Windows(16, WINDOW_LATENTS),), 1000, 1.2e-3, 0.8, 4),
-    # what eyes and mouth do is decided within a few frames of them
+    # what eyes and mouth do depends on a few frames around them
     Phase(
-        "guided",
+        "cfg",
         (
-            *(*(Windows(64, 9, EYES),) * 5, *(Windows(16, 9, WHOLE_FACE),) * 2, Windows(4, 9)) * 2,
+            *(*(Windows(64, 9, EYES_CROP),) * 5, *(Windows(16, 9, FACE_CROP),) * 2, Windows(4, 9))
+            * 2,
             Windows(1, WINDOW_LATENTS),
         ),
         500,
         1.2e-3,
         0.8,
         16,
-        is_guided=True,
+        has_cfg_loss=True,
     ),
 )
 
 
-def loss_of(
+def denoising_loss(
     transformer: HunyuanVideoAvatarTransformer3DModel,
     scenes: Scene,
     rng: np.random.Generator,
     *,
-    is_guided: bool = False,
+    has_cfg_loss: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The squared error of the velocity at noise levels drawn by chance.
+    """The squared error of the velocity at random sigmas.
 
     Args:
         scenes: a batch of windows.
-        is_guided: the velocity with audio is the one that the worker follows, from the two sides.
+        has_cfg_loss: the error is that of the guided velocity, not of the conditional branch.
     """
     count = len(scenes.latents)
-    levels = _draw_levels(count, rng).to(scenes.latents.device)
+    sigmas = _sample_sigmas(count, rng).to(scenes.latents.device)
     noise = torch.randn_like(scenes.latents)
     velocity = noise - scenes.latents
-    sides = _Sides.draw(scenes, noise, levels, rng, is_guided=is_guided)
+    batch = _BranchBatch.sample(scenes, noise, sigmas, rng, has_cfg_loss=has_cfg_loss)
 
-    predicted, cached_tokens = sides.predict(transformer, sides.every, 1000 * levels)
-    heard, silent = predicted[:count], predicted[count:]
-    earlier = rng.uniform(EARLIEST_CACHED, 1, count)
-    later = levels * torch.tensor(earlier, dtype=torch.float32, device=levels.device)
+    predicted, cached_tokens = batch.predict(transformer, batch.all_rows, 1000 * sigmas)
+    cond, uncond = predicted[:count], predicted[count:]
+    earlier = rng.uniform(MIN_CACHED_SIGMA, 1, count)
+    later = sigmas * torch.tensor(earlier, dtype=torch.float32, device=sigmas.device)
     cached_count = max(1, round(CACHED_SHARE * count))
-    chosen = sides.every[:cached_count]
-    if is_guided:
+    chosen = batch.all_rows[:cached_count]
+    if has_cfg_loss:
         chosen = torch.cat([chosen, chosen + count])
-    cached, _ = sides.predict(transformer, chosen, 1000 * later, _rows_of(cached_tokens, chosen))
+    cached, _ = batch.predict(transformer, chosen, 1000 * later, _rows_of(cached_tokens, chosen))
 
     weight = (scenes.weight / scenes.weight.mean((1, 2), keepdim=True))[:, None, None]
-    share_beside = scenes.beside.mean((1, 2), keepdim=True).clamp(min=1e-6)  # around the eyes: none
-    beside = (scenes.beside / share_beside)[:, None, None]
-    heard_errors = _errors(sides.followed(predicted, count), velocity, weight)
+    # 0 in a crop of the eyes
+    outside_share = scenes.outside.mean((1, 2), keepdim=True).clamp(min=1e-6)
+    outside = (scenes.outside / outside_share)[:, None, None]
+    cond_errors = _errors(batch.guided_velocity(predicted, count), velocity, weight)
     losses = {
-        "heard": heard_errors.mean(),
-        "silent": _errors(silent, velocity, weight).mean(),
-        "cached": _errors(sides.followed(cached, cached_count), velocity, weight).mean(),
-        "apart": _errors(silent, heard, beside).mean(),
+        "cond": cond_errors.mean(),
+        "uncond": _errors(uncond, velocity, weight).mean(),
+        "cached": _errors(batch.guided_velocity(cached, cached_count), velocity, weight).mean(),
+        "agreement": _errors(uncond, cond, outside).mean(),
     }
     loss = (
-        losses["heard"]
-        + SILENT_WEIGHT * losses["silent"]
+        losses["cond"]
+        + UNCOND_WEIGHT * losses["uncond"]
         + CACHED_WEIGHT * losses["cached"]
-        + AGREEMENT_WEIGHT * losses["apart"]
+        + AGREEMENT_WEIGHT * losses["agreement"]
     )
     with torch.no_grad():
-        figures = {name: value.detach() for name, value in losses.items()}
-        figures["beside"] = _errors(heard, velocity, beside).mean()
-        for name, band in (("low", levels < 0.5), ("high", levels >= 0.5)):
-            figures[name] = (heard_errors * band).sum() / band.sum().clamp(min=1)
-    return loss, figures
+        metrics = {name: value.detach() for name, value in losses.items()}
+        metrics["outside"] = _errors(cond, velocity, outside).mean()
+        for name, band in (("low", sigmas < 0.5), ("high", sigmas >= 0.5)):
+            metrics[name] = (cond_errors * band).sum() / band.sum().clamp(min=1)
+    return loss, metrics
 
 
 @dataclass(frozen=True)
-class _Sides:
-    """The rows that a step puts through the model: all windows, then some of them without audio."""
+class _BranchBatch:
+    """The model's input rows: all windows as the conditional branch, then some as the other one."""
 
     scenes: Scene
     noisy: Tensor  # (B, C, T, h, w)
     reference: Tensor  # (B, C, 1, h, w)
     mask: Tensor  # (B, 1, 1, h, w)
-    guided_by: Tensor | None  # (B, 1, 1, 1, 1)
-    windows: Tensor  # (R,), of each row
-    is_heard: Tensor  # (R,)
-    prompts: Tensor  # (R,), 0: the negative one
+    cfg_weight: Tensor | None  # (B, 1, 1, 1, 1)
+    windows: Tensor  # (R,), the window of each row
+    is_cond: Tensor  # (R,)
+    prompts: Tensor  # (R,), 0: the negative prompt
 
     @classmethod
-    def draw(
+    def sample(
         cls,
         scenes: Scene,
         noise: Tensor,
-        levels: Tensor,
+        sigmas: Tensor,
         rng: np.random.Generator,
         *,
-        is_guided: bool,
+        has_cfg_loss: bool,
     ) -> Self:
-        """Those of the noise at its levels, under guidance drawn by chance."""
+        """The windows noised at the sigmas, with random guidance."""
         latents = scenes.latents
         device, count = latents.device, len(latents)
-        level = _over_latents(levels)
-        noisy = (1 - level) * latents + level * noise
+        sigma = _over_latents(sigmas)
+        noisy = (1 - sigma) * latents + sigma * noise
         reference = scenes.reference_mean + scenes.reference_std * torch.randn_like(latents)
-        guidance = _draw_guidance(levels, rng) if is_guided else _no_guidance(count, rng)
+        guidance = _random_guidance(sigmas, rng) if has_cfg_loss else _without_guidance(count, rng)
         is_early = _over_latents(torch.tensor(guidance.is_early, device=device))
-        guided_by = None
+        cfg_weight = None
         if guidance.weight is not None:
             weight = torch.tensor(guidance.weight, dtype=torch.float32, device=device)
-            guided_by = _over_latents(weight)
-        silent_count = count if is_guided else max(1, round(SILENT_SHARE * count))
-        windows = torch.cat([torch.arange(count), torch.arange(silent_count)]).to(device)
-        is_heard = torch.arange(len(windows), device=device) < count
+            cfg_weight = _over_latents(weight)
+        num_uncond = count if has_cfg_loss else max(1, round(UNCOND_SHARE * count))
+        windows = torch.cat([torch.arange(count), torch.arange(num_uncond)]).to(device)
+        is_cond = torch.arange(len(windows), device=device) < count
         negative = torch.tensor(guidance.has_negative_prompt, device=device)
         return cls(
             scenes=scenes,
             noisy=noisy,
             reference=reference,
             mask=torch.where(is_early, EARLY_FACE_MASK_SCALE * scenes.face_mask, scenes.face_mask),
-            guided_by=guided_by,
+            cfg_weight=cfg_weight,
             windows=windows,
-            is_heard=is_heard,
-            prompts=torch.where(is_heard, 1, 1 - negative[windows].long()),
+            is_cond=is_cond,
+            prompts=torch.where(is_cond, 1, 1 - negative[windows].long()),
         )
 
     @property
-    def every(self) -> Tensor:
-        """The number of each row."""
+    def all_rows(self) -> Tensor:
+        """The index of each row (R,)."""
         return torch.arange(len(self.windows), device=self.windows.device)
 
     def predict(
@@ -211,22 +214,22 @@ class _Sides:
         timesteps: Tensor,
         cached_tokens: CachedTokens | None = None,
     ) -> tuple[Tensor, CachedTokens]:
-        """The velocity of these rows, and the tokens for the step cache."""
-        scenes, seen = self.scenes, self.windows[rows]
-        embeds = scenes.prompt_embeds[seen, self.prompts[rows]].float()
+        """The velocity of these rows, and their tokens for the step cache."""
+        scenes, windows = self.scenes, self.windows[rows]
+        embeds = scenes.prompt_embeds[windows, self.prompts[rows]].float()
         with torch.autocast(embeds.device.type, torch.bfloat16):
             predicted, cached_tokens = transformer(
-                hidden_states=self.noisy[seen],
-                timestep=timesteps[seen],
+                hidden_states=self.noisy[windows],
+                timestep=timesteps[windows],
                 encoder_hidden_states=embeds,
                 encoder_attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
-                pooled_projections=scenes.pooled_prompt_embeds[seen, self.prompts[rows]],
-                reference_latents=self.reference[seen],
-                audio_embeds=scenes.audio_embeds[seen] * _over_latents(self.is_heard[rows]),
-                face_mask=self.mask[seen],
-                motion_expression=scenes.expression[seen, None].expand(-1, 4),
-                motion_pose=scenes.pose[seen, None].expand(-1, 4),
-                fps=torch.full((len(seen),), float(world.FPS), device=embeds.device),
+                pooled_projections=scenes.pooled_prompt_embeds[windows, self.prompts[rows]],
+                reference_latents=self.reference[windows],
+                audio_embeds=scenes.audio_embeds[windows] * _over_latents(self.is_cond[rows]),
+                face_mask=self.mask[windows],
+                motion_expression=scenes.expression[windows, None].expand(-1, 4),
+                motion_pose=scenes.pose[windows, None].expand(-1, 4),
+                fps=torch.full((len(windows),), float(world.FPS), device=embeds.device),
                 cached_tokens=cached_tokens,
                 return_cached_tokens=True,
                 return_dict=False,
@@ -234,19 +237,19 @@ class _Sides:
         assert cached_tokens is not None
         return predicted.float(), cached_tokens
 
-    def followed(self, predicted: Tensor, count: int) -> Tensor:
-        """The velocity that the worker would follow in the first windows, from both sides of it."""
-        if self.guided_by is None:
+    def guided_velocity(self, predicted: Tensor, count: int) -> Tensor:
+        """The velocity of the first windows as the worker's scheduler gets it."""
+        if self.cfg_weight is None:
             return predicted[:count]
-        heard, silent = predicted[:count], predicted[count:]
-        return silent + self.guided_by[:count] * (heard - silent)
+        cond, uncond = predicted[:count], predicted[count:]
+        return uncond + self.cfg_weight[:count] * (cond - uncond)
 
 
-def _draw_levels(count: int, rng: np.random.Generator) -> Tensor:
-    """Noise levels (B,), evenly spread before the shift."""
+def _sample_sigmas(count: int, rng: np.random.Generator) -> Tensor:
+    """Sigmas (B,), evenly spread before the shift."""
     share = (rng.permutation(count) + rng.random(count)) / count
-    evenly = LOWEST_NOISE + (1 - LOWEST_NOISE) * share
-    shifted = NOISE_SHIFT * evenly / (1 + (NOISE_SHIFT - 1) * evenly)
+    evenly = MIN_SIGMA + (1 - MIN_SIGMA) * share
+    shifted = SIGMA_SHIFT * evenly / (1 + (SIGMA_SHIFT - 1) * evenly)
     return torch.tensor(shifted, dtype=torch.float32)
 
 
@@ -262,29 +265,29 @@ def _rows_of(cached_tokens: CachedTokens, rows: Tensor) -> CachedTokens:
     )
 
 
-def _errors(predicted: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
+def _errors(predicted: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """The weighted squared error (N,) of the first N windows."""
     count = len(predicted)
-    return ((predicted - wanted[:count]).square() * weight[:count]).mean((1, 2, 3, 4))
+    return ((predicted - target[:count]).square() * weight[:count]).mean((1, 2, 3, 4))
 
 
 @dataclass(frozen=True)
 class _Guidance:
-    """What the worker does with each window at its noise level."""
+    """The worker's CFG settings for each window at its sigma."""
 
-    weight: list[float] | None  # None: the side with audio is followed alone
-    is_early: list[bool]  # the face hears less
-    has_negative_prompt: list[bool]  # on the side without audio
+    weight: list[float] | None  # None: the conditional branch alone
+    is_early: list[bool]  # the face mask is scaled down
+    has_negative_prompt: list[bool]  # of the unconditional branch
 
 
-def _draw_guidance(levels: Tensor, rng: np.random.Generator) -> _Guidance:
-    """That of runs of several lengths."""
+def _random_guidance(sigmas: Tensor, rng: np.random.Generator) -> _Guidance:
+    """That of runs with random numbers of steps."""
     shift = PARAMS.flow_shift
-    left = levels / (shift - (shift - 1) * levels)  # of the run: 1 at its start
-    lengths = rng.integers(*GUIDED_STEPS, len(levels), endpoint=True).tolist()
+    remaining = sigmas / (shift - (shift - 1) * sigmas)  # of the run: 1 at its start
+    lengths = rng.integers(*NUM_STEPS, len(sigmas), endpoint=True).tolist()
     steps = [
         min(int((1 - part) * length), length - 1)
-        for part, length in zip(left.tolist(), lengths, strict=True)
+        for part, length in zip(remaining.tolist(), lengths, strict=True)
     ]
     early = [step < PROMPT_GUIDED_STEPS for step in steps]
     weights = [
@@ -294,9 +297,9 @@ def _draw_guidance(levels: Tensor, rng: np.random.Generator) -> _Guidance:
     return _Guidance(weights, early, early)
 
 
-def _no_guidance(count: int, rng: np.random.Generator) -> _Guidance:
-    """Early and late steps by chance, either prompt for all."""
-    early = (rng.random(count) < QUIET_MASK_SHARE).tolist()
+def _without_guidance(count: int, rng: np.random.Generator) -> _Guidance:
+    """Random early and late steps; one random prompt for the unconditional rows of all."""
+    early = (rng.random(count) < EARLY_STEP_SHARE).tolist()
     return _Guidance(None, early, [bool(rng.integers(2))] * count)
 
 
@@ -312,7 +315,7 @@ def train_transformer(
 ) -> HunyuanVideoAvatarTransformer3DModel:
     """The denoiser, trained phase by phase.
 
-    An earlier run in the directory is gone on with. The other two models are read from `work`.
+    Resumes an earlier run in the directory. The other two models are read from `work`.
     """
     torch.manual_seed(seed)
     transformer = architecture.transformer().train()
@@ -321,45 +324,45 @@ def train_transformer(
     transformer.to(device)
     done = sum(steps_done(directory / phase.name) for phase in phases)
     scene = partial(make_scene, work, device, seed, tuple(sizes), SCENE_LATENTS)
-    with made_ahead(scene, num_processes, first=1000 * done) as scenes:
+    with prefetched(scene, num_processes, first=1000 * done) as scenes:
         rng = np.random.default_rng((seed, done))
         torch.manual_seed(seed + done)
-        pool = Pool(scenes, len(sizes), POOL, rng, device)
-        pool.grow(first_scenes)
+        buffer = SceneBuffer(scenes, len(sizes), SCENES_PER_SIZE, rng, device)
+        buffer.add(first_scenes)
         for phase in phases:
-            train_phase(transformer, pool, phase, rng, directory / phase.name)
+            train_phase(transformer, buffer, phase, rng, directory / phase.name)
     return transformer
 
 
 def train_phase(
     transformer: HunyuanVideoAvatarTransformer3DModel,
-    pool: Pool,
+    buffer: SceneBuffer,
     phase: Phase,
     rng: np.random.Generator,
     directory: Path,
 ) -> None:
-    """Trains the denoiser in place, or reads what an earlier run of the phase made of it."""
-    drawn = itertools.count()
-    if phase.is_guided and not steps_done(directory):
+    """Trains the denoiser in place, or loads what an earlier run of the phase left."""
+    steps = itertools.count()
+    if phase.has_cfg_loss and not steps_done(directory):
         with torch.no_grad():
             for name, weight in transformer.named_parameters():
                 if name.endswith("audio_adapter.to_out.weight"):
-                    weight *= AUDIO_STRENGTH
+                    weight *= AUDIO_SCALE
 
-    def descend() -> dict[str, Tensor]:
-        step = next(drawn)
+    def backward() -> dict[str, Tensor]:
+        step = next(steps)
         if (step + 1) % phase.steps_a_scene == 0:
-            pool.grow()
+            buffer.add()
         windows = phase.windows[step % len(phase.windows)]
-        ring_share = RING_SHARE if windows.length == WINDOW_LATENTS else 0.0
-        seen = pool.draw(windows.count, windows.length, ring_share, windows.part)
-        loss, figures = loss_of(transformer, seen, rng, is_guided=phase.is_guided)
+        circular_share = CIRCULAR_SHARE if windows.length == WINDOW_LATENTS else 0.0
+        scenes = buffer.sample(windows.count, windows.length, circular_share, windows.crop)
+        loss, metrics = denoising_loss(transformer, scenes, rng, has_cfg_loss=phase.has_cfg_loss)
         loss.backward()
-        return {"loss": loss.detach(), **figures}
+        return {"loss": loss.detach(), **metrics}
 
     train(
         transformer.train(),
-        descend,
+        backward,
         directory=directory,
         steps=phase.steps,
         learning_rate=phase.learning_rate,

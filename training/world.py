@@ -100,7 +100,7 @@ class Face:
         return (x - half, y - half * 1.05, 2 * half, 2 * half * 1.15)
 
 
-def draw_person(rng: np.random.Generator) -> Face:
+def random_face(rng: np.random.Generator) -> Face:
     """A person who has not been before."""
 
     def between(low: float, high: float) -> float:
@@ -169,7 +169,7 @@ REST = Motion(*(np.zeros(1, np.float32) for _ in range(7)))
 REST = replace(REST, eyes=np.ones(1, np.float32))
 
 
-def move(
+def speaking_motion(
     rng: np.random.Generator, mouth: MouthTrack, pose: float = 25, expression: float = 30
 ) -> Motion:
     """Speech with blinks and a swaying head: what the sound decides, and what chance decides."""

@@ -131,7 +131,7 @@ def speak(engine, tmp_path_factory) -> Callable[..., Video]:
 
 
 def _made(worker: Worker, seed: int, name: str, fields: dict[str, Any]) -> Video:
-    face = world.draw_person(np.random.default_rng(seed))
+    face = world.random_face(np.random.default_rng(seed))
     portrait = (world.portrait(face, SIZE, SIZE) * 255).byte().permute(1, 2, 0).numpy()
     picture = io.BytesIO()
     Image.fromarray(portrait).save(picture, "PNG")

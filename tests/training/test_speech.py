@@ -112,8 +112,8 @@ def test_babble_has_the_length_asked_for_and_the_level_of_speech(num_samples):
     assert waveform.shape == (num_samples,)
     assert waveform.dtype == np.float32
     rms = frame_rms(waveform)
-    heard_db = 20 * np.log10(np.sqrt((rms[rms > 0.1 * rms.max()] ** 2).mean()))
-    assert heard_db == pytest.approx(-24, abs=2)
+    audible_db = 20 * np.log10(np.sqrt((rms[rms > 0.1 * rms.max()] ** 2).mean()))
+    assert audible_db == pytest.approx(-24, abs=2)
     assert (rms < 1e-3).any()
 
 
@@ -122,7 +122,7 @@ def test_the_encoder_is_trained_on_the_states_that_it_gives():
     mel = torch.randn(1, 80, 3000, generator=torch.Generator().manual_seed(7))
 
     with torch.no_grad():
-        trained = audio_encoder.mouth_states(model, mel, first=0)
+        trained = audio_encoder.layer_states(model, mel, first=0)
         given = model.encoder(mel, output_hidden_states=True).hidden_states
 
     assert len(trained) == len(given) - 1 == 4

@@ -15,13 +15,13 @@ import torch
 
 from training import __main__ as command
 from training import architecture, audio_encoder, autoencoder, speech, transformer, world
-from training.convolution import see_motion, to_stored, to_trained
-from training.loop import Descent, train
+from training.convolution import inflate_kernels, use_fast_convolutions, with_library_convolutions
+from training.loop import LossGradients, train
 from training.muon import Muon
-from training.processes import made_ahead
-from training.scenes import EYES, WHOLE_FACE, Pool, Scene, num_frames
+from training.processes import prefetched
+from training.scenes import EYES_CROP, FACE_CROP, Scene, SceneBuffer, num_frames
 from training.speech import SpeechCorpus, formant_speech
-from training.transformer import Windows, loss_of
+from training.transformer import Windows, denoising_loss
 from worker.generation import sampling
 from worker.loading import loader
 from worker.loading.model_directory import require_whole
@@ -57,7 +57,7 @@ def make_scene(num_latents: int, size: FrameSize = SMALL) -> Scene:
         pose=torch.tensor(25.0),
         expression=torch.tensor(30.0),
         weight=1 + random(height, width),
-        beside=(random(height, width) > 0.5).float(),
+        outside=(random(height, width) > 0.5).float(),
     )
 
 
@@ -86,68 +86,68 @@ def test_the_trained_convolutions_give_the_models_own_numbers(frames):
     own = architecture.autoencoder().eval()
     trained = architecture.autoencoder().eval()
     trained.load_state_dict(own.state_dict())
-    to_trained(trained)
+    use_fast_convolutions(trained)
     pixels = torch.randn(1, 3, frames, 32, 32)
     with torch.no_grad():
         wanted = own.decode(own.encode(pixels).latent_dist.mean).sample
         assert torch.allclose(
             trained.decode(trained.encode(pixels).latent_dist.mean).sample, wanted, atol=1e-4
         )
-        back = to_stored(trained.state_dict(), architecture.autoencoder()).eval()
+        back = with_library_convolutions(trained.state_dict(), architecture.autoencoder()).eval()
         assert torch.equal(back.decode(back.encode(pixels).latent_dist.mean).sample, wanted)
 
 
-def test_a_model_of_stills_that_learns_to_see_motion_loses_no_still():
+def test_inflated_kernels_encode_a_still_as_before():
     torch.manual_seed(2)
     vae = architecture.autoencoder().eval()
-    to_trained(vae)
+    use_fast_convolutions(vae)
     pixels = torch.randn(1, 3, 1, 32, 32)
     with torch.no_grad():
         before = vae.encode(pixels).latent_dist.mean
-        see_motion(vae)
+        inflate_kernels(vae)
         assert torch.allclose(vae.encode(pixels).latent_dist.mean, before, atol=1e-4)
         clip = vae.encode(pixels.expand(-1, -1, 9, -1, -1)).latent_dist.mean
     assert torch.allclose(clip, before.expand_as(clip), atol=1e-4)
 
 
-def test_a_window_hears_what_the_worker_lets_it_hear():
+def test_a_window_has_the_audio_that_the_worker_gives_it():
     scene = make_scene(50)
     for start in (0, 3, 17):
         window = scene.window(start, WINDOW_LATENTS)
         assert torch.equal(window.latents, scene.latents[:, start : start + WINDOW_LATENTS])
-        heard = sampling.window_audio(scene.audio_embeds[None], start)
-        assert torch.equal(window.audio_embeds, heard[0])
+        expected = sampling.window_audio(scene.audio_embeds[None], start)
+        assert torch.equal(window.audio_embeds, expected[0])
 
 
-def test_a_window_over_both_ends_hears_what_the_worker_lets_it_hear():
+def test_a_circular_window_has_the_audio_that_the_worker_gives_it():
     plan = VideoPlan(375)
     ring = plan.sampled_latents
     scene = make_scene(ring)
     audio = scene.audio_embeds.clone()
     audio[plan.padded_audio_frames :] = 0
     scene = replace(scene, audio_embeds=audio)
-    around = scene.around(ring - 20, 20, WINDOW_LATENTS - 20)
+    wrapped = scene.circular_window(ring - 20, 20, WINDOW_LATENTS - 20)
 
     embeds = sampling.pad_circular_audio(audio[None, : plan.padded_audio_frames], plan)
-    assert torch.equal(around.audio_embeds, sampling.window_audio(embeds, -20)[0])
+    assert torch.equal(wrapped.audio_embeds, sampling.window_audio(embeds, -20)[0])
     latents = sampling.gather_circular(scene.latents[None], 2, -20, WINDOW_LATENTS)
-    assert torch.equal(around.latents, latents[0])
+    assert torch.equal(wrapped.latents, latents[0])
 
 
-def test_a_full_pool_forgets_its_oldest_scenes():
+def test_a_full_buffer_drops_its_oldest_scenes():
     numbered = (
         {name: value.numpy() for name, value in vars(make_scene(9)).items()}
         | {"pose": np.array(number, np.float32)}
         for number in range(100)
     )
-    pool = Pool(numbered, 2, 3, np.random.default_rng(0), torch.device("cpu"))
-    pool.grow(20)
-    drawn = pool.draw(64, 5)
+    buffer = SceneBuffer(numbered, 2, 3, np.random.default_rng(0), torch.device("cpu"))
+    buffer.add(20)
+    drawn = buffer.sample(64, 5)
     assert drawn.latents.shape == (64, 16, 5, *SMALL.latent)
     assert drawn.pose.min() >= 14
 
 
-def test_a_square_near_the_face_is_the_same_part_of_all_pictures():
+def test_a_face_crop_is_the_same_part_of_all_pictures():
     places = torch.arange(24.0 * 32).view(24, 32)
     weight = torch.ones(24, 32)
     weight[9:12, 20:26] = 6  # its middle: row 10.5, column 23
@@ -158,7 +158,7 @@ def test_a_square_near_the_face_is_the_same_part_of_all_pictures():
         weight=weight,
     )
     rng = np.random.default_rng(0)
-    squares = [scene.near_face(WHOLE_FACE, rng) for _ in range(50)]
+    squares = [scene.crop_face(FACE_CROP, rng) for _ in range(50)]
     for square in squares:
         assert square.latents.shape == (16, 3, 16, 16)
         assert square.reference_mean.shape == (16, 1, 16, 16)
@@ -169,20 +169,22 @@ def test_a_square_near_the_face_is_the_same_part_of_all_pictures():
     )
     assert 0 <= min(rows) < 2 < max(rows) <= 4
     assert 12 <= min(columns) < 15 < max(columns) <= 16
-    eyes = scene.near_face(EYES, rng)
+    eyes = scene.crop_face(EYES_CROP, rng)
     assert eyes.latents.shape == (16, 3, 4, 14)
     assert 8 <= int(eyes.latents[0, 0, 0, 0]) // 32 <= 10  # from the first row that counts
 
 
-@pytest.mark.parametrize("is_guided", [False, True])
-def test_the_loss_trains_every_part_that_a_job_uses(is_guided):
+@pytest.mark.parametrize("has_cfg_loss", [False, True])
+def test_the_loss_trains_every_part_that_a_job_uses(has_cfg_loss):
     torch.manual_seed(3)
     model = architecture.transformer()
     scenes = Scene.stack([make_scene(count).window(0, 3) for count in (4, 5, 6, 7)])
-    loss, figures = loss_of(model, scenes, np.random.default_rng(0), is_guided=is_guided)
+    loss, metrics = denoising_loss(
+        model, scenes, np.random.default_rng(0), has_cfg_loss=has_cfg_loss
+    )
     loss.backward()
     assert np.isfinite(loss.item())
-    assert figures["apart"] > 0
+    assert metrics["agreement"] > 0
     moved = {
         name
         for name, value in model.named_parameters()
@@ -193,7 +195,7 @@ def test_the_loss_trains_every_part_that_a_job_uses(is_guided):
     assert any("audio_adapter.to_out" in name for name in moved)
 
 
-def test_a_run_goes_on_where_it_stopped(tmp_path):
+def test_a_run_resumes_where_it_stopped(tmp_path):
     def run(directory: Path, steps: int) -> torch.Tensor:
         torch.manual_seed(0)
         model = torch.nn.Linear(4, 4)
@@ -202,8 +204,14 @@ def test_a_run_goes_on_where_it_stopped(tmp_path):
         def loss(values: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             return (model(values) - values).square().mean(), {}
 
-        descent = Descent(model, loss)
-        train(model, lambda: descent(inputs), directory=directory, steps=steps, learning_rate=0.01)
+        gradients = LossGradients(model, loss)
+        train(
+            model,
+            lambda: gradients(inputs),
+            directory=directory,
+            steps=steps,
+            learning_rate=0.01,
+        )
         return model.weight
 
     run(tmp_path / "both", 20)
@@ -213,16 +221,16 @@ def test_a_run_goes_on_where_it_stopped(tmp_path):
 
 
 def test_what_processes_make_comes_in_its_order():
-    with made_ahead(operator.neg, 2, first=3) as results:
+    with prefetched(operator.neg, 2, first=3) as results:
         assert [next(results) for _ in range(30)] == [-number for number in range(3, 33)]
 
 
 def test_the_processes_end_with_the_one_that_asked(tmp_path):
     program = (
         "import operator, sys, time\n"
-        "from training.processes import made_ahead\n"
+        "from training.processes import prefetched\n"
         "if __name__ == '__main__':\n"
-        "    with made_ahead(operator.neg, 2) as results:\n"
+        "    with prefetched(operator.neg, 2) as results:\n"
         "        next(results)\n"
         "        print('ready', flush=True)\n"
         "        time.sleep(60)\n"
@@ -271,7 +279,7 @@ def test_the_training_makes_a_directory_that_the_worker_loads(tmp_path, monkeypa
         (
             transformer.Phase("short", (Windows(2, 4),), 2, 1e-3, 0.3, 1),
             transformer.Phase(
-                "guided", (Windows(2, 3), Windows(1, 4)), 2, 1e-3, 0.3, 1, is_guided=True
+                "cfg", (Windows(2, 3), Windows(1, 4)), 2, 1e-3, 0.3, 1, has_cfg_loss=True
             ),
         ),
         (FrameSize(64, 64), FrameSize(64, 128)),
@@ -282,7 +290,7 @@ def test_the_training_makes_a_directory_that_the_worker_loads(tmp_path, monkeypa
 
     require_whole(tmp_path / "model", hashes=True)
     components, _ = loader.load(tmp_path / "model", cpu, {"default": torch.float32})
-    face = world.draw_person(np.random.default_rng(0))
-    script = world.portrait(face, 64, 64)
-    latents = components["vae"].encode(script[None, :, None] * 2 - 1).latent_dist
+    face = world.random_face(np.random.default_rng(0))
+    picture = world.portrait(face, 64, 64)
+    latents = components["vae"].encode(picture[None, :, None] * 2 - 1).latent_dist
     assert latents.std.max() < 0.1

@@ -28,11 +28,11 @@ def drawn(face: world.Face, motion: world.Motion) -> np.ndarray:
 
 @pytest.fixture(scope="module", params=range(4))
 def face(request):
-    return world.draw_person(np.random.default_rng(request.param))
+    return world.random_face(np.random.default_rng(request.param))
 
 
 def test_a_person_is_the_same_for_the_same_seed_and_another_for_another():
-    first, again, other = (world.draw_person(np.random.default_rng(seed)) for seed in (1, 1, 2))
+    first, again, other = (world.random_face(np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert first == again != other
 
 
@@ -60,10 +60,12 @@ def test_closed_eyes_are_seen_at_the_eyes_alone(face):
 
 
 def test_a_larger_pose_sways_further():
-    face = world.draw_person(np.random.default_rng(0))
+    face = world.random_face(np.random.default_rng(0))
     silent = MouthTrack(np.zeros(75, np.float32), np.zeros(75, np.float32))
     sways = [
-        talking.sway(drawn(face, world.move(np.random.default_rng(5), silent, pose)), face)
+        talking.sway(
+            drawn(face, world.speaking_motion(np.random.default_rng(5), silent, pose)), face
+        )
         for pose in (0, 25, 60)
     ]
     assert sways[0] < 0.01 < sways[1] < sways[2]
@@ -71,7 +73,7 @@ def test_a_larger_pose_sways_further():
 
 def test_another_chance_moves_the_eyes_and_the_head_but_not_the_mouth():
     mouth = MouthTrack(*np.random.default_rng(0).random((2, 200), np.float32))
-    one, other = (world.move(np.random.default_rng(seed), mouth) for seed in (1, 2))
+    one, other = (world.speaking_motion(np.random.default_rng(seed), mouth) for seed in (1, 2))
     assert (one.opening == other.opening).all()
     assert (one.eyes != other.eyes).any()
     assert (one.x != other.x).any()
@@ -84,7 +86,7 @@ def test_half_of_the_pauses_are_blinked_at():
     starts = world.pauses(words)
     assert starts == [20, 60, 100, 140, 180]
 
-    motions = [world.move(np.random.default_rng(seed), mouth) for seed in range(40)]
+    motions = [world.speaking_motion(np.random.default_rng(seed), mouth) for seed in range(40)]
 
     closed = np.stack([motion.eyes == 0 for motion in motions])
     at_pauses = [closed[:, start : start + 8].any(axis=1).mean() for start in starts]
