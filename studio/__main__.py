@@ -12,7 +12,7 @@ from avatar_client.environment import ClientSettings
 from studio.connection import Connection
 from studio.endpoint_process import WORKER_PYTHON, LocalEndpointError, LocalEndpointProcess
 from studio.history import History
-from studio.runs import Runs
+from studio.tracker import JobTracker
 from worker.settings import Settings
 
 
@@ -45,10 +45,10 @@ def main() -> int:
             endpoint = connection.name
         elif key := ClientSettings.from_env().runpod_api_key:
             connection = Connection(name=endpoint, url=endpoint, api_key=key, uploads=uploads)
-        runs = Runs(History(directory / "jobs"))
-        page = Page(runs, connection, endpoint=endpoint, uploads=uploads)
+        tracker = JobTracker(History(directory / "jobs"))
+        page = Page(tracker, connection, endpoint=endpoint, uploads=uploads)
         try:
-            serve(page, runs, connection, host=arguments.host, port=arguments.port)
+            serve(page, tracker, connection, host=arguments.host, port=arguments.port)
         except OSError as error:
             print(f"The studio: {error.strerror}", file=sys.stderr)  # noqa: T201
             return 1

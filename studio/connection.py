@@ -23,7 +23,7 @@ class Connection:
     uploads: BucketSettings | None = None
     key_path: Path | None = None  # where a person finds the key, if it is in a file
     note: str = ""  # what a person should know of it
-    first_values: Mapping[str, Any] = field(default_factory=dict)  # of the page's controls
+    initial_values: Mapping[str, Any] = field(default_factory=dict)  # of the page's controls
 
     def open(self) -> AsyncAvatarEndpoint:
         """A client of the endpoint, to be entered as a context.

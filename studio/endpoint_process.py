@@ -26,7 +26,7 @@ NOTE = (
     "This machine runs the demo model, which makes drawn faces speak. "
     "For the face of a person, name an endpoint that has the published weights."
 )
-FIRST_VALUES = {"resolution": 256, "preset": "draft", "num_inference_steps": 20}  # without a GPU
+INITIAL_VALUES = {"resolution": 256, "preset": "draft", "num_inference_steps": 20}  # without a GPU
 ENVIRONMENT = {"PATH": os.defpath}  # of its own: keys and buckets of the person stay out of it
 
 
@@ -90,7 +90,7 @@ class LocalEndpointProcess:
             uploads=BucketSettings(**json.loads((self._directory / "bucket.json").read_text())),
             key_path=self._key_path,
             note=NOTE,
-            first_values=FIRST_VALUES,
+            initial_values=INITIAL_VALUES,
         )
 
     def end(self) -> None:

@@ -38,25 +38,25 @@ class Control:
     choices: tuple[Any, ...] = ()
     minimum: float | None = None
     maximum: float | None = None
-    whole: bool = False
+    is_integer: bool = False
     max_characters: int | None = None
     help: str  # what it does and what is allowed
 
     @property
     def label(self) -> str:
-        """What the page calls it."""
-        return LABELS.get(self.name) or _spoken(self.name)
+        """The control's label."""
+        return LABELS.get(self.name) or _label_of(self.name)
 
     @property
     def step(self) -> float:
-        """By how much a slider moves."""
-        return 1 if self.whole or (self.maximum or 0) >= 100 else 0.1
+        """The step of a slider."""
+        return 1 if self.is_integer or (self.maximum or 0) >= 100 else 0.1
 
 
 def controls() -> dict[str, Control]:
     """Every field that decides the frames, by name, in the schema's order."""
     described = request.described_fields(request.GenerationParams)
-    return {name: _control(name, form) for name, form in described}
+    return {name: _control(name, schema) for name, schema in described}
 
 
 def request_fields(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def request_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     known = controls()
     for name, entered in values.items():
-        value = _sent(known[name], entered)
+        value = _request_value(known[name], entered)
         if value is None or value == known[name].default:
             continue
         *outer, last = name.split(".")
@@ -80,8 +80,11 @@ def request_fields(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def page_values(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What the controls showed when they made `fields`."""
-    return {name: _shown(control, _looked_up(fields, name)) for name, control in controls().items()}
+    """The controls' values that give `fields`."""
+    return {
+        name: _page_value(control, _nested_value(fields, name))
+        for name, control in controls().items()
+    }
 
 
 def _control(name: str, described: Mapping[str, Any]) -> Control:
@@ -104,35 +107,35 @@ def _control(name: str, described: Mapping[str, Any]) -> Control:
         kind=kind,
         default=described["default"],
         choices=choices,
-        whole=described["type"] == "integer",
+        is_integer=described["type"] == "integer",
         max_characters=described.get("maxLength"),
         help=f"{described['description']} {limits_in_words}".strip(),
         **limits,
     )
 
 
-def _sent(control: Control, entered: Any) -> Any:
-    """The value as the request holds it; None: nothing was entered."""
+def _request_value(control: Control, entered: Any) -> Any:
+    """The value for the request; None: nothing was entered."""
     if isinstance(entered, str):
         entered = entered.strip()
         if not entered:
             return None
-        readers = {"box": _box, "number": _number}
-        return readers[control.kind](entered, control) if control.kind in readers else entered
-    if control.whole and isinstance(entered, float) and entered.is_integer():
+        parsers = {"box": _parse_box, "number": _parse_number}
+        return parsers[control.kind](entered, control) if control.kind in parsers else entered
+    if control.is_integer and isinstance(entered, float) and entered.is_integer():
         return int(entered)
     return entered
 
 
-def _number(text: str, control: Control) -> float:
+def _parse_number(text: str, control: Control) -> float:
     try:
-        return int(text) if control.whole else float(text)
+        return int(text) if control.is_integer else float(text)
     except ValueError:
-        kind = "a whole number" if control.whole else "a number"
+        kind = "a whole number" if control.is_integer else "a number"
         raise InvalidInputError(f"must be {kind}", field=control.name) from None
 
 
-def _box(text: str, control: Control) -> list[float]:
+def _parse_box(text: str, control: Control) -> list[float]:
     try:
         box = [float(part) for part in text.replace(",", " ").split()]
     except ValueError:
@@ -142,14 +145,14 @@ def _box(text: str, control: Control) -> list[float]:
     return box
 
 
-def _looked_up(fields: Mapping[str, Any], name: str) -> Any:
+def _nested_value(fields: Mapping[str, Any], name: str) -> Any:
     value: Any = fields
     for part in name.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     return value
 
 
-def _shown(control: Control, sent: Any) -> Any:
+def _page_value(control: Control, sent: Any) -> Any:
     if sent is None:
         sent = control.default
     if sent is None:
@@ -157,5 +160,5 @@ def _shown(control: Control, sent: Any) -> Any:
     return ", ".join(f"{part:g}" for part in sent) if control.kind == "box" else sent
 
 
-def _spoken(name: str) -> str:
+def _label_of(name: str) -> str:
     return name.rpartition(".")[2].replace("_", " ").capitalize()

@@ -21,16 +21,10 @@ from PIL import Image, ImageOps
 
 MAX_JOBS = 24
 THUMBNAIL_SIDE = 240  # px
-OVER = (
-    "COMPLETED",
-    "FAILED",
-    "CANCELLED",
-    "TIMED_OUT",
-    "LOST",
-)  # LOST: cannot be followed any more
+FINAL_STATUSES = ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT")
 
-# What is kept of a result; addresses and the video itself are not.
-KEPT_OF_OUTPUT = (
+# Of a result; its addresses and the video itself are not stored.
+STORED_OUTPUT_FIELDS = (
     "duration_seconds",
     "num_frames",
     "fps",
@@ -62,7 +56,7 @@ class Record:
     @property
     def is_over(self) -> bool:
         """Whether nothing more will happen to it."""
-        return self.status in OVER
+        return self.status in FINAL_STATUSES
 
 
 class History:
@@ -98,13 +92,13 @@ class History:
         shutil.copyfile(speech, directory / record.speech)
         _make_thumbnail(portrait, directory / "thumbnail.jpg")
         self.save(record)
-        self._make_room({record.id, *busy})
+        self._remove_oldest({record.id, *busy})
         return record
 
     def save(self, record: Record) -> None:
         """Replaces what is known of the job, in one step."""
-        kept = {key: record.output[key] for key in KEPT_OF_OUTPUT if key in record.output}
-        text = json.dumps({**asdict(record), "output": kept}, indent=1)
+        stored = {key: record.output[key] for key in STORED_OUTPUT_FIELDS if key in record.output}
+        text = json.dumps({**asdict(record), "output": stored}, indent=1)
         directory = self.directory / record.id
         with tempfile.NamedTemporaryFile("w", dir=directory, delete=False) as file:
             file.write(text)
@@ -146,7 +140,7 @@ class History:
         """A small portrait."""
         return self.directory / record.id / "thumbnail.jpg"
 
-    def _make_room(self, busy: Collection[str]) -> None:
+    def _remove_oldest(self, busy: Collection[str]) -> None:
         for record in self.all()[self._max_jobs :]:
             if record.id not in busy:
                 self.remove(record)

@@ -1,7 +1,7 @@
 """The page: its layout, and what each of its controls does.
 
 A page holds no more than the id of the job that it shows, which also stands in its address. The
-jobs themselves run beside it, in `studio.runs`.
+jobs themselves run beside it, in `studio.tracker`.
 """
 
 import logging
@@ -20,24 +20,24 @@ from avatar_client.contract.job_errors import InvalidInputError, WorkerError
 from studio import snippets, views
 from studio.connection import Connection
 from studio.fields import Control, controls, page_values, request_fields
-from studio.runs import Runs, State
+from studio.tracker import JobState, JobTracker
 from worker.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-TICK_SECONDS = 1.0
-KEEP_UPLOADS = (3600, 86_400)  # looked at every hour, kept for a day; a job has its own copies
-FIRST = ("prompt", "preset")  # the others are folded away
+REFRESH_SECONDS = 1.0
+UPLOADS_CLEANUP = (3600, 86_400)  # s between two, and kept; a job has its own copies
+UNFOLDED = ("prompt", "preset")  # the others are folded away
 MAX_FILE_BYTES = Settings.model_fields["max_input_bytes"].default
 
 # The job that is shown stands in the address, so that a reload finds it and tabs differ.
-SHOW_IN_ADDRESS = """(id) => {
+SET_JOB_IN_ADDRESS = """(id) => {
   const address = new URL(location);
   id ? address.searchParams.set("job", id) : address.searchParams.delete("job");
   history.replaceState(null, "", address);
 }"""
 # On a phone the result stands far below the button, and an error may stand far above it.
-GO_TO_OUTCOME = """() => setTimeout(() => {
+SCROLL_TO_OUTCOME = """() => setTimeout(() => {
   const error = document.querySelector("p.field-error");
   const outcome = error ?? document.querySelector("#result .card, #result video");
   outcome?.scrollIntoView({behavior: "smooth", block: error ? "center" : "nearest"});
@@ -46,8 +46,8 @@ GO_TO_OUTCOME = """() => setTimeout(() => {
 Updates = dict[Component, Any]
 
 
-class ProblemError(Exception):
-    """What a person has to mend first, at one field of the page."""
+class FormError(Exception):
+    """What a person has to correct first, at one field of the page."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)
@@ -59,21 +59,21 @@ class Page:
     """The page of one studio.
 
     Args:
-        runs: the studio's jobs.
-        default: what a page uses unless its person names another; None: there is no key for it.
+        tracker: the studio's jobs.
+        default: what a page uses unless its user names another; None: there is no key for it.
         endpoint: the name that the page begins with.
-        uploads: a bucket for large inputs of endpoints that a person names.
+        uploads: a bucket for large inputs of endpoints that a user names.
     """
 
     def __init__(
         self,
-        runs: Runs,
+        tracker: JobTracker,
         default: Connection | None,
         *,
         endpoint: str,
         uploads: BucketSettings | None,
     ) -> None:
-        self._runs = runs
+        self._tracker = tracker
         self._default = default
         self._endpoint = endpoint
         self._uploads = uploads
@@ -85,7 +85,7 @@ class Page:
 
     def _build(self) -> gr.Blocks:
         with gr.Blocks(
-            title="Avatar studio", analytics_enabled=False, delete_cache=KEEP_UPLOADS
+            title="Avatar studio", analytics_enabled=False, delete_cache=UPLOADS_CLEANUP
         ) as blocks:
             gr.Markdown(
                 "# Avatar studio\nA portrait and a recording become a talking-avatar video.",
@@ -96,7 +96,7 @@ class Page:
             self._shown = gr.Textbox(visible=False)  # the id of the job
             self._listed = gr.State([])  # the ids in the history
             self._session = gr.State(None)  # the connection that was typed in
-            self._timer = gr.Timer(TICK_SECONDS, active=False)
+            self._timer = gr.Timer(REFRESH_SECONDS, active=False)
             with gr.Row():
                 with gr.Column(scale=5, min_width=320):
                     self._build_inputs()
@@ -124,11 +124,11 @@ class Page:
         )
         self._error_slot("audio")
         known = controls()
-        for name in FIRST:
+        for name in UNFOLDED:
             self._control(known[name])
-        self._settings = gr.Accordion("Settings", open=False)
-        with self._settings:
-            rest = [known[name] for name in known if name not in FIRST]
+        self._settings_section = gr.Accordion("Settings", open=False)
+        with self._settings_section:
+            rest = [known[name] for name in known if name not in UNFOLDED]
             for control in rest:
                 if control.kind == "text":
                     self._control(control)
@@ -137,8 +137,8 @@ class Page:
                     if control.kind != "text":
                         with gr.Column(min_width=200):
                             self._control(control)
-        self._endpoint_part = gr.Accordion("Endpoint", open=self._default is None)
-        with self._endpoint_part:
+        self._endpoint_section = gr.Accordion("Endpoint", open=self._default is None)
+        with self._endpoint_section:
             self._build_endpoint()
         self._make = gr.Button("Make the video", variant="primary", size="lg", elem_id="make")
 
@@ -178,7 +178,7 @@ class Page:
             self._cancel = gr.Button("Cancel", visible=False, size="md")
             self._download = gr.DownloadButton("Download", visible=False, size="md")
             self._again = gr.Button("Use its inputs again", visible=False, size="md")
-        self._not_cancelled = gr.HTML(visible=False)
+        self._cancel_error = gr.HTML(visible=False)
         self._history = gr.Gallery(
             label="Your videos",
             columns=4,
@@ -205,8 +205,8 @@ class Page:
     def _control(self, control: Control) -> None:
         """The component for a field, and the place of its error."""
         component: Component
-        first_values = self._default.first_values if self._default else {}
-        value = first_values.get(control.name, control.default)
+        initial_values = self._default.initial_values if self._default else {}
+        value = initial_values.get(control.name, control.default)
         common = {"label": control.label, "info": control.help, "elem_id": control.name}
         if control.kind == "choice":
             choices = [(_choice_label(value), value) for value in control.choices]
@@ -222,7 +222,7 @@ class Page:
             )
         elif control.kind == "number" and control.default is not None:
             # its limits are checked with all others, and reported at the field
-            component = gr.Number(value, precision=0 if control.whole else None, **common)
+            component = gr.Number(value, precision=0 if control.is_integer else None, **common)
         else:  # also a number that may be missing: gradio's own shows 0 then
             component = gr.Textbox(
                 value or "",
@@ -254,29 +254,29 @@ class Page:
             self._cancel,
             self._download,
             self._again,
-            self._not_cancelled,
+            self._cancel_error,
             self._history,
             self._listed,
         ]
-        errors = [*self._errors.values(), self._settings, self._endpoint_part]
+        errors = [*self._errors.values(), self._settings_section, self._endpoint_section]
         connection = [self._session, self._inputs["key"], self._connected]
         form = [self._inputs[name] for name in ("image", "audio", *controls())]
 
         blocks.load(self._open, None, [*result, *errors, *form], **options)
-        self._make.click(self._sending, None, [self._make, *errors], **options).then(
+        self._make.click(self._show_sending, None, [self._make, *errors], **options).then(
             self._start,
             entered,
             [self._make, *result, *errors, *connection],
             preprocess=False,  # gradio's own would decode the image; the schema checks the rest
             **options,
-        ).then(None, self._shown, None, js=SHOW_IN_ADDRESS, **options).then(
-            None, None, None, js=GO_TO_OUTCOME, **options
+        ).then(None, self._shown, None, js=SET_JOB_IN_ADDRESS, **options).then(
+            None, None, None, js=SCROLL_TO_OUTCOME, **options
         )
-        self._timer.tick(self._tick, self._shown, [*result, *errors], **options)
-        self._cancel.click(self._stop, self._shown, result, **options)
-        self._history.select(self._choose, self._listed, result, **options).then(
-            None, self._shown, None, js=SHOW_IN_ADDRESS, **options
-        ).then(None, None, None, js=GO_TO_OUTCOME, **options)
+        self._timer.tick(self._refresh, self._shown, [*result, *errors], **options)
+        self._cancel.click(self._cancel_job, self._shown, result, **options)
+        self._history.select(self._select, self._listed, result, **options).then(
+            None, self._shown, None, js=SET_JOB_IN_ADDRESS, **options
+        ).then(None, None, None, js=SCROLL_TO_OUTCOME, **options)
         self._again.click(self._refill, self._shown, form, **options)
         gr.on(
             [self._connect.click, self._inputs["key"].submit],
@@ -298,12 +298,12 @@ class Page:
     def _open(self, request: gr.Request) -> Updates:
         """A page that is opened or loaded again: the job in its address, and that job's inputs."""
         job = request.query_params.get("job")
-        state = self._runs.state(job)
-        updates = self._result(state) | self._listing() | self._complaint(state)
+        state = self._tracker.state(job)
+        updates = self._result(state) | self._listing() | self._worker_error(state)
         return updates | (self._refill(state.record.id) if state else {})
 
-    def _sending(self) -> Updates:
-        return {self._make: gr.Button("Sending", interactive=False), **self._no_errors()}
+    def _show_sending(self) -> Updates:
+        return {self._make: gr.Button("Sending", interactive=False), **self._clear_errors()}
 
     async def _start(self, entered: dict[Component, Any]) -> Updates:
         """Sends the job; the errors at the fields, or the job at work."""
@@ -317,45 +317,45 @@ class Page:
             values = {name: entered[self._inputs[name]] for name in controls()}
             fields = request_fields(values)
             portrait, speech = (self._file(entered, name) for name in ("image", "audio"))
-            record = await self._runs.start(connection, portrait, speech, fields)
-        except (ProblemError, WorkerError, EndpointError, ValueError) as error:
-            return ready | self._problem(error)
+            record = await self._tracker.start(connection, portrait, speech, fields)
+        except (FormError, WorkerError, EndpointError, ValueError) as error:
+            return ready | self._error(error)
         except Exception as error:  # the button has to come back
             logger.error("a job could not be sent: %s", type(error).__name__)
             failed = RuntimeError(f"The studio itself failed ({type(error).__name__}).")
-            return ready | self._problem(failed)
-        return ready | used | self._result(self._runs.state(record.id)) | self._listing()
+            return ready | self._error(failed)
+        return ready | used | self._result(self._tracker.state(record.id)) | self._listing()
 
-    def _tick(self, shown: str) -> Updates:
-        state = self._runs.state(shown)
-        if state is not None and not state.record.is_over and state.is_followed:
+    def _refresh(self, shown: str) -> Updates:
+        state = self._tracker.state(shown)
+        if state is not None and not state.record.is_over and state.is_tracked:
             return {
                 self._status: views.status(state),
                 self._headline: views.headline(state),
             }
-        return self._result(state) | self._listing() | self._complaint(state)
+        return self._result(state) | self._listing() | self._worker_error(state)
 
-    async def _stop(self, shown: str) -> Updates:
-        told: Updates = {}
+    async def _cancel_job(self, shown: str) -> Updates:
+        failure: Updates = {}
         try:
-            await self._runs.cancel(shown)
+            await self._tracker.cancel(shown)
         except EndpointError as error:
             text = views.failure("The job could not be cancelled.", str(error))
-            told = {self._not_cancelled: gr.HTML(text, visible=True)}
-        return self._result(self._runs.state(shown)) | self._listing() | told
+            failure = {self._cancel_error: gr.HTML(text, visible=True)}
+        return self._result(self._tracker.state(shown)) | self._listing() | failure
 
-    def _choose(self, listed: list[str], event: gr.SelectData) -> Updates:
-        return self._result(self._runs.state(listed[event.index]))
+    def _select(self, listed: list[str], event: gr.SelectData) -> Updates:
+        return self._result(self._tracker.state(listed[event.index]))
 
     def _refill(self, shown: str) -> Updates:
         """The form as it was when the job was sent."""
-        record = self._runs.history.get(shown)
+        record = self._tracker.history.get(shown)
         if record is None:
             return {}
         values = page_values(record.fields)
         files = {
-            "image": str(self._runs.history.portrait(record)),
-            "audio": str(self._runs.history.speech(record)),
+            "image": str(self._tracker.history.portrait(record)),
+            "audio": str(self._tracker.history.speech(record)),
         }
         return {self._inputs[name]: value for name, value in {**values, **files}.items()}
 
@@ -363,10 +363,12 @@ class Page:
         try:
             connection, used = self._connection(endpoint, key, session)
             health = await connection.health()
-        except (ProblemError, EndpointError, ValueError) as error:
-            return self._no_errors() | {self._connected: ""} | self._problem(error, self._connected)
-        self._runs.resume(connection)
-        return self._no_errors() | used | {self._connected: f'<p role="status">{health}</p>'}
+        except (FormError, EndpointError, ValueError) as error:
+            return (
+                self._clear_errors() | {self._connected: ""} | self._error(error, self._connected)
+            )
+        self._tracker.resume(connection)
+        return self._clear_errors() | used | {self._connected: f'<p role="status">{health}</p>'}
 
     async def _write_snippets(self, entered: dict[Component, Any]) -> Updates:
         # a coroutine and so in no thread: the answers come in the order of the questions
@@ -392,7 +394,7 @@ class Page:
         """The file that was dropped or recorded."""
         file = entered[self._inputs[name]]
         if not file:
-            raise ProblemError(name, "is missing")
+            raise FormError(name, "is missing")
         return Path(file["path"])
 
     def _connection(
@@ -404,7 +406,7 @@ class Page:
         """
         endpoint, key = endpoint.strip(), key.strip()
         if not endpoint:
-            raise ProblemError("endpoint", "is missing")
+            raise FormError("endpoint", "is missing")
         own = self._default if endpoint == self._endpoint else None
         if key:
             typed = SecretStr(key)
@@ -419,14 +421,14 @@ class Page:
             return session, {}
         if own is not None:
             return own, {}
-        raise ProblemError("key", "is missing")
+        raise FormError("key", "is missing")
 
-    def _result(self, state: State | None) -> Updates:
+    def _result(self, state: JobState | None) -> Updates:
         """Everything about the job that is shown."""
         record = state.record if state else None
         is_done = record is not None and record.status == "COMPLETED"
-        is_running = state is not None and state.is_followed and not state.record.is_over
-        path = self._runs.history.video(record) if record is not None and is_done else None
+        is_running = state is not None and state.is_tracked and not state.record.is_over
+        path = self._tracker.history.video(record) if record is not None and is_done else None
         return {
             self._shown: record.id if record else "",
             self._timer: gr.Timer(active=is_running),
@@ -438,14 +440,14 @@ class Page:
             self._cancel: gr.Button(visible=is_running),
             self._download: gr.DownloadButton(value=path, visible=is_done),
             self._again: gr.Button(visible=record is not None and not is_running),
-            self._not_cancelled: gr.HTML("", visible=False),
+            self._cancel_error: gr.HTML("", visible=False),
         }
 
     def _listing(self) -> Updates:
         """The history, newest first."""
-        states = self._runs.states()
+        states = self._tracker.states()
         thumbnails = [
-            (str(self._runs.history.thumbnail(state.record)), views.title(state))
+            (str(self._tracker.history.thumbnail(state.record)), views.title(state))
             for state in states
         ]
         return {
@@ -453,25 +455,25 @@ class Page:
             self._listed: [state.record.id for state in states],
         }
 
-    def _no_errors(self) -> Updates:
+    def _clear_errors(self) -> Updates:
         return {slot: gr.HTML("", visible=False) for slot in self._errors.values()}
 
-    def _complaint(self, state: State | None) -> Updates:
+    def _worker_error(self, state: JobState | None) -> Updates:
         """The worker's reason for a failure, at the field that it concerns."""
         error = state.record.error if state else None
         if error is None or error["field"] not in self._errors:
             return {}
-        return self._problem(ProblemError(error["field"], error["message"]))
+        return self._error(FormError(error["field"], error["message"]))
 
-    def _problem(self, error: Exception, elsewhere: gr.HTML | None = None) -> Updates:
+    def _error(self, error: Exception, elsewhere: gr.HTML | None = None) -> Updates:
         """The error at its field, with the part of the page that holds the field unfolded.
 
         One that concerns no field of the page stands in `elsewhere`, or where the result would.
         """
         if isinstance(error, AuthenticationError):
-            error = ProblemError("key", "is not taken by the endpoint")
+            error = FormError("key", "is not taken by the endpoint")
         elif isinstance(error, ValueError):
-            error = ProblemError("endpoint", f"cannot be used: {error}")
+            error = FormError("endpoint", f"cannot be used: {error}")
         field = getattr(error, "field", None) or ""
         slot = self._errors.get(field)
         if slot is None:
@@ -482,9 +484,9 @@ class Page:
         text = views.field_error(field, getattr(error, "message", str(error)))
         updates: Updates = {slot: gr.HTML(text, visible=True)}
         if field in ("endpoint", "key"):
-            updates[self._endpoint_part] = gr.Accordion(open=True)
-        elif field in controls() and field not in FIRST:
-            updates[self._settings] = gr.Accordion(open=True)
+            updates[self._endpoint_section] = gr.Accordion(open=True)
+        elif field in controls() and field not in UNFOLDED:
+            updates[self._settings_section] = gr.Accordion(open=True)
         return updates
 
 

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from studio.connection import Connection
 from studio.page import MAX_FILE_BYTES, Page, theme
-from studio.runs import Runs
+from studio.tracker import JobTracker
 
 LOOPBACK = ("127.0.0.1", "localhost")
 STYLE = Path(__file__).with_name("style.css")
@@ -28,8 +28,8 @@ POLICY = (
 )
 
 
-class WithPolicy:
-    """Adds the policy to every answer."""
+class SecurityHeadersMiddleware:
+    """Adds the policy's headers to every response."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -37,23 +37,27 @@ class WithPolicy:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request."""
 
-        async def send_with_policy(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers["Content-Security-Policy"] = POLICY
                 headers["Referrer-Policy"] = "same-origin"
             await send(message)
 
-        await self._app(scope, receive, send_with_policy)
+        await self._app(scope, receive, send_with_headers)
 
 
-def of_no_cut_page(record: logging.LogRecord) -> bool:
-    """Whether the record is more than the end of a page's stream, which is open until it is cut."""
-    cut = record.exc_info is not None and isinstance(record.exc_info[1], asyncio.CancelledError)
-    return not cut and not str(record.msg).startswith("Cancel %s running task")
+def is_not_stream_cancellation(record: logging.LogRecord) -> bool:
+    """False for the log of a page's stream that ends: it is open until it is cancelled."""
+    is_cancelled = record.exc_info is not None and isinstance(
+        record.exc_info[1], asyncio.CancelledError
+    )
+    return not is_cancelled and not str(record.msg).startswith("Cancel %s running task")
 
 
-def serve(page: Page, runs: Runs, connection: Connection | None, *, host: str, port: int) -> None:
+def serve(
+    page: Page, tracker: JobTracker, connection: Connection | None, *, host: str, port: int
+) -> None:
     """Serves the page until the process is told to stop.
 
     Raises:
@@ -61,21 +65,21 @@ def serve(page: Page, runs: Runs, connection: Connection | None, *, host: str, p
     """
     listener = socket.create_server((host, port))
     # the history's own files are shown as they are
-    gr.set_static_paths([runs.history.directory])
+    gr.set_static_paths([tracker.history.directory])
 
     @contextlib.asynccontextmanager
-    async def life(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         if connection is not None:
-            runs.resume(connection)
+            tracker.resume(connection)
         print(f"The studio is at http://{host}:{port}", flush=True)  # noqa: T201
         yield
-        await runs.close()
+        await tracker.close()
 
-    app = FastAPI(lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     if host in LOOPBACK:  # a name that somebody points to this machine is not answered
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK))
 
-    app.add_middleware(WithPolicy)
+    app.add_middleware(SecurityHeadersMiddleware)
     gr.mount_gradio_app(
         app,
         page.blocks,
@@ -95,6 +99,6 @@ def serve(page: Page, runs: Runs, connection: Connection | None, *, host: str, p
     # of a mounted page gradio would take any path of this machine for an uploaded file
     page.blocks.has_launched = True
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
-    logging.getLogger("uvicorn.error").addFilter(of_no_cut_page)
+    logging.getLogger("uvicorn.error").addFilter(is_not_stream_cancellation)
     with listener:
         uvicorn.Server(config).run(sockets=[listener])

@@ -8,7 +8,7 @@ from urllib.parse import quote
 from avatar_client.contract.job_errors import WorkerError
 from studio.fields import controls
 from studio.history import Record
-from studio.runs import State
+from studio.tracker import JobState
 
 EMPTY = (
     '<div class="card empty"><p>Your video appears here.</p>'
@@ -20,19 +20,19 @@ LABELS = {
     "endpoint": "The endpoint",
     "key": "The API key",
 }
-WAITING = {
+STATUS_LABELS = {
     "SENDING": "Sending the inputs",
     "IN_QUEUE": "Waiting for a worker",
     "IN_PROGRESS": "Starting",
 }
-ENDINGS = {
+FINAL_LABELS = {
     "FAILED": "The video could not be made.",
     "CANCELLED": "Cancelled.",
     "TIMED_OUT": "The endpoint ended the job at its time limit.",
 }
 
 
-def status(state: State | None) -> str:
+def status(state: JobState | None) -> str:
     """The card above the video: how far the job is, or how it ended; empty once it is done."""
     if state is None:
         return EMPTY
@@ -40,8 +40,8 @@ def status(state: State | None) -> str:
     if record.status == "COMPLETED":
         return ""
     if record.is_over:
-        return failure(ENDINGS[record.status], _reason(record))
-    if not state.is_followed:
+        return failure(FINAL_LABELS[record.status], _reason(record))
+    if not state.is_tracked:
         return failure("Nobody follows this job now.", "Connect to its endpoint to go on.")
     return _progress(state)
 
@@ -57,14 +57,14 @@ def failure(title: str, reason: str = "") -> str:
     return f'<div class="card failed" role="alert"><strong>{escape(title)}</strong>{reason}</div>'
 
 
-def headline(state: State | None) -> str:
+def headline(state: JobState | None) -> str:
     """The job's stage in a few words, for a reader that speaks; changes with the stage alone."""
     if state is None:
         return ""
     record = state.record
     if record.status == "COMPLETED":
         return "The video is ready."
-    return ENDINGS[record.status] if record.is_over else _stage(state)
+    return FINAL_LABELS[record.status] if record.is_over else _stage(state)
 
 
 def video(path: Path) -> str:
@@ -89,7 +89,7 @@ def caption(record: Record) -> str:
     return f'<div class="caption"><p>{escape(" · ".join(facts))}</p>{warnings}</div>'
 
 
-def title(state: State) -> str:
+def title(state: JobState) -> str:
     """The job in the history: when, and what became of it if it has brought no video."""
     record = state.record
     when = datetime.fromisoformat(record.created_at).astimezone()
@@ -100,7 +100,7 @@ def title(state: State) -> str:
         "CANCELLED": "cancelled",
         "TIMED_OUT": "timed out",
     }
-    ending = words.get(record.status, "running" if state.is_followed else "left")
+    ending = words.get(record.status, "running" if state.is_tracked else "left")
     return f"{when:{'%H:%M' if is_today else '%d %b'}}" + (f", {ending}" if ending else "")
 
 
@@ -136,16 +136,16 @@ def _reason(record: Record) -> str:
     return f"{text} Trying again may help." if error["retryable"] else text
 
 
-def _stage(state: State) -> str:
+def _stage(state: JobState) -> str:
     if state.note:
         return state.note
     progress = state.progress
     if progress is None:
-        return WAITING.get(state.record.status, state.record.status)
+        return STATUS_LABELS.get(state.record.status, state.record.status)
     return progress.message.removesuffix(f" {progress.step}/{progress.total_steps}")
 
 
-def _progress(state: State) -> str:
+def _progress(state: JobState) -> str:
     progress = state.progress
     details, percent = [], None
     if progress is not None:

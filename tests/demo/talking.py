@@ -56,9 +56,9 @@ def sync(opening: np.ndarray, sound: np.ndarray, most_lag: int = 6) -> Sync:
     best = Sync(-1.0, 0.0)
     for lag in range(-most_lag, most_lag + 1):
         mouth = opening[max(lag, 0) : num_frames + min(lag, 0)]
-        heard = sound[max(-lag, 0) : num_frames - max(lag, 0)]
-        if mouth.std() > 0 and heard.std() > 0:
-            correlation = float(np.corrcoef(mouth, heard)[0, 1])
+        level = sound[max(-lag, 0) : num_frames - max(lag, 0)]
+        if mouth.std() > 0 and level.std() > 0:
+            correlation = float(np.corrcoef(mouth, level)[0, 1])
             if correlation > best.correlation:
                 best = Sync(correlation, lag / FPS)
     return best

@@ -26,7 +26,7 @@ DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 pytestmark = pytest.mark.browser
 
 
-class Studio:
+class StudioProcess:
     """A running `python -m studio`."""
 
     def __init__(self, directory: Path, *options: str, environment: dict[str, str] | None = None):
@@ -77,7 +77,7 @@ class Studio:
 @pytest.fixture(scope="module")
 def studio(tmp_path_factory, random_model):
     directory = tmp_path_factory.mktemp("studio") / "files"
-    with Studio(directory, "--model-dir", str(random_model)) as studio:
+    with StudioProcess(directory, "--model-dir", str(random_model)) as studio:
         yield studio
     assert "Traceback" not in studio.log
 
@@ -251,23 +251,23 @@ def test_a_job_is_cancelled_in_the_middle(studio, open_page, files):
     expect(page.locator("#history")).to_contain_text("cancelled")
 
 
-def test_a_cancel_that_the_endpoint_does_not_hear_is_told(
+def test_a_cancel_that_does_not_reach_the_endpoint_is_reported(
     tmp_path_factory, open_page, files, random_model
 ):
     directory = tmp_path_factory.mktemp("deaf") / "files"
-    with Studio(directory, "--model-dir", str(random_model)) as studio:
+    with StudioProcess(directory, "--model-dir", str(random_model)) as studio:
         page = open_page(studio.url)
         fill(page, files, steps=100)
         make(page)
         wait_for_step(page)
         subprocess.run(["pkill", "-KILL", "-f", f"{directory}/local"], check=True)
         page.get_by_role("button", name="Cancel").click()
-        told = page.get_by_text("The job could not be cancelled")
-        expect(told).to_be_visible(timeout=JOB_MILLISECONDS)
+        failure = page.get_by_text("The job could not be cancelled")
+        expect(failure).to_be_visible(timeout=JOB_MILLISECONDS)
         card = page.locator("#result .card").filter(has=bar(page))
         expect(card).to_contain_text("The endpoint does not answer", timeout=JOB_MILLISECONDS)
         expect(card).not_to_contain_text("left")
-        expect(told).to_be_visible()
+        expect(failure).to_be_visible()
     assert "Traceback" not in studio.log
 
 
@@ -347,7 +347,7 @@ def test_a_closed_page_stops_nothing_and_the_history_outlives_the_studio(
     tmp_path_factory, open_page, files, random_model
 ):
     directory = tmp_path_factory.mktemp("restart") / "files"
-    with Studio(directory, "--model-dir", str(random_model)) as studio:
+    with StudioProcess(directory, "--model-dir", str(random_model)) as studio:
         page = open_page(studio.url)
         fill(page, files, steps=2)
         make(page)
@@ -420,7 +420,7 @@ def test_a_wrong_key_is_named_at_its_field_and_a_right_one_connects(
     tmp_path_factory, studio, open_page
 ):
     local = f"http://127.0.0.1:{endpoint_port(studio)}/v2/local"
-    with Studio(tmp_path_factory.mktemp("second") / "files", "--endpoint", local) as second:
+    with StudioProcess(tmp_path_factory.mktemp("second") / "files", "--endpoint", local) as second:
         page = open_page(second.url)
         page.get_by_label("API key").fill("wrong")
         page.get_by_role("button", name="Connect").click()
@@ -438,7 +438,9 @@ def test_the_key_of_the_environment_connects_and_is_nowhere_on_the_page(
     key = (studio.directory / "local" / "api-key").read_text().strip()
     local = f"http://127.0.0.1:{endpoint_port(studio)}/v2/local"
     directory = tmp_path_factory.mktemp("third") / "files"
-    with Studio(directory, "--endpoint", local, environment={"RUNPOD_API_KEY": key}) as third:
+    with StudioProcess(
+        directory, "--endpoint", local, environment={"RUNPOD_API_KEY": key}
+    ) as third:
         page = open_page(third.url)
         unfold(page, "Endpoint")
         page.get_by_role("button", name="Connect").click()
@@ -526,7 +528,7 @@ def test_a_keyboard_alone_begins_and_cancels_a_job(studio, open_page, files):
 
 def test_a_file_of_this_machine_is_not_taken_for_an_uploaded_one(tmp_path):
     """Speaks to the page's server as a program that has no page."""
-    with Studio(tmp_path / "files", "--endpoint", "http://127.0.0.1:9/v2/x") as studio:
+    with StudioProcess(tmp_path / "files", "--endpoint", "http://127.0.0.1:9/v2/x") as studio:
         config = httpx.get(f"{studio.url}config").json()
         start = next(each for each in config["dependencies"] if each["api_name"] == "_start")
         parts = {part["id"]: part for part in config["components"]}
@@ -544,8 +546,8 @@ def test_a_file_of_this_machine_is_not_taken_for_an_uploaded_one(tmp_path):
         assert not any(path.name in ("secret", "README.md") for path in uploads.rglob("*"))
 
 
-def test_a_port_that_is_taken_is_told_in_one_line(studio, tmp_path):
-    second = Studio(tmp_path / "files", "--endpoint", "x", "--port", str(studio.port))
+def test_a_port_that_is_taken_is_reported_in_one_line(studio, tmp_path):
+    second = StudioProcess(tmp_path / "files", "--endpoint", "x", "--port", str(studio.port))
     with pytest.raises(AssertionError, match="Address already in use"):
         second.start()
     assert len(second.log.splitlines()) == 1

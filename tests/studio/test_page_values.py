@@ -16,8 +16,8 @@ from avatar_client.contract.request import GenerationParams
 from studio import views
 from studio.fields import controls, page_values, request_fields
 from studio.history import History, Record
-from studio.runs import State
 from studio.snippets import Request, curl, python
+from studio.tracker import JobState
 from worker.service import job_request
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +53,7 @@ def test_every_field_that_decides_the_frames_has_a_control_with_words_for_it():
 )
 def test_a_control_ends_where_the_schema_does(name):
     control = controls()[name]
-    step = 1 if control.whole else 0.01
+    step = 1 if control.is_integer else 0.01
     assert accepted(request_fields({name: control.minimum}))
     assert not accepted(request_fields({name: control.minimum - step}))
     if control.maximum is not None:
@@ -213,7 +213,7 @@ def test_an_id_from_outside_finds_no_other_file(history, add, name, tmp_path):
     assert history.get(name) is None
 
 
-def test_a_damaged_record_is_passed_over(history, add):
+def test_a_damaged_record_is_skipped(history, add):
     good, bad = add(), add()
     (history.directory / bad.id / "record.json").write_text("{")
     assert history.all() == [good]
@@ -238,7 +238,7 @@ def record(**changes):
 
 def test_a_running_job_tells_stage_step_share_and_remaining_time():
     progress = Progress("denoise", 0.5, "Denoising 10/20", 3, 5, 10, 20, 12.0, 95.0)
-    text = views.status(State(record(), True, progress, left_seconds=95.0))
+    text = views.status(JobState(record(), True, progress, left_seconds=95.0))
     for part in ("Denoising<", "Step 10 of 20", "stage 3 of 5", "1 min 35 s left", "50 %"):
         assert part in text
     assert 'aria-valuenow="50"' in text
@@ -246,13 +246,13 @@ def test_a_running_job_tells_stage_step_share_and_remaining_time():
 
 def test_a_failure_is_told_in_words_and_as_text_alone():
     error = {"code": "X", "message": "<b>no</b> face", "field": "image", "retryable": True}
-    text = views.status(State(record(status="FAILED", error=error), False))
+    text = views.status(JobState(record(status="FAILED", error=error), False))
     assert "The portrait &lt;b&gt;no&lt;/b&gt; face. Trying again may help." in text
     assert "<b>" not in text
 
 
 def test_a_job_that_nobody_follows_says_how_to_go_on():
-    assert "Connect to its endpoint" in views.status(State(record(), False))
+    assert "Connect to its endpoint" in views.status(JobState(record(), False))
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_a_duration_is_said_as_people_say_it(seconds, words):
 
 
 def test_the_studio_beside_its_page_needs_neither_torch_nor_gradio():
-    modules = "fields, history, views, snippets, runs, local, connection"
+    modules = "fields, history, views, snippets, tracker, endpoint_process, connection"
     code = f"import sys\nfrom studio import {modules}\nprint(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True

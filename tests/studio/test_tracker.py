@@ -18,7 +18,7 @@ from studio import snippets
 from studio.connection import Connection
 from studio.endpoint_process import LocalEndpointError, LocalEndpointProcess
 from studio.history import History
-from studio.runs import Runs, State
+from studio.tracker import JobState, JobTracker
 
 ROOT = Path(__file__).parents[2]
 SHORT = {"resolution": 256, "num_inference_steps": 2, "seed": 1}
@@ -34,8 +34,8 @@ def connection(endpoint):
 
 
 @pytest.fixture
-def runs(tmp_path):
-    return Runs(History(tmp_path / "jobs"))
+def tracker(tmp_path):
+    return JobTracker(History(tmp_path / "jobs"))
 
 
 @pytest.fixture
@@ -52,66 +52,66 @@ def speech(tmp_path, make_speech):
     return path
 
 
-async def until(runs: Runs, record_id: str, holds: Callable[[State], bool]) -> State:
+async def until(tracker: JobTracker, record_id: str, holds: Callable[[JobState], bool]) -> JobState:
     """The job once `holds` is true of it."""
     async with asyncio.timeout(JOB_SECONDS):
-        while not holds(state := runs.state(record_id)):
+        while not holds(state := tracker.state(record_id)):
             await asyncio.sleep(0.05)
     return state
 
 
-def is_over(state: State) -> bool:
+def is_over(state: JobState) -> bool:
     return state.record.is_over
 
 
-def test_a_job_leaves_its_verified_video_in_the_history(runs, connection, portrait, speech):
-    async def story() -> State:
-        record = await runs.start(connection, portrait, speech, SHORT)
-        return await until(runs, record.id, is_over)
+def test_a_job_leaves_its_verified_video_in_the_history(tracker, connection, portrait, speech):
+    async def story() -> JobState:
+        record = await tracker.start(connection, portrait, speech, SHORT)
+        return await until(tracker, record.id, is_over)
 
     record = asyncio.run(story()).record
 
     assert record.status == "COMPLETED"
     assert record.output["seed"] == 1
-    assert runs.history.video(record).stat().st_size == record.output["size_bytes"]
-    assert History(runs.history.directory).all() == [record]
-    texts = [path.read_bytes() for path in runs.history.directory.rglob("*.json")]
+    assert tracker.history.video(record).stat().st_size == record.output["size_bytes"]
+    assert History(tracker.history.directory).all() == [record]
+    texts = [path.read_bytes() for path in tracker.history.directory.rglob("*.json")]
     assert not any(connection.api_key.get_secret_value().encode() in text for text in texts)
 
 
-def test_a_job_is_followed_again_after_a_restart(runs, connection, portrait, speech):
+def test_a_job_is_tracked_again_after_a_restart(tracker, connection, portrait, speech):
     async def begin() -> str:
-        record = await runs.start(connection, portrait, speech, SHORT)
-        await runs.close()
+        record = await tracker.start(connection, portrait, speech, SHORT)
+        await tracker.close()
         return record.id
 
-    async def go_on(record_id: str) -> State:
-        later = Runs(History(runs.history.directory))
-        assert not later.state(record_id).is_followed
+    async def go_on(record_id: str) -> JobState:
+        later = JobTracker(History(tracker.history.directory))
+        assert not later.state(record_id).is_tracked
         later.resume(connection)
         return await until(later, record_id, is_over)
 
     assert asyncio.run(go_on(asyncio.run(begin()))).record.status == "COMPLETED"
 
 
-def test_a_job_of_another_endpoint_is_not_asked_for(runs, connection, portrait, speech):
+def test_a_job_of_another_endpoint_is_not_asked_for(tracker, connection, portrait, speech):
     async def story() -> bool:
-        record = await runs.start(connection, portrait, speech, SHORT)
-        await runs.close()
-        later = Runs(History(runs.history.directory))
+        record = await tracker.start(connection, portrait, speech, SHORT)
+        await tracker.close()
+        later = JobTracker(History(tracker.history.directory))
         other = Connection(name="other", url=connection.url, api_key=connection.api_key)
         later.resume(other)
-        return later.state(record.id).is_followed
+        return later.state(record.id).is_tracked
 
     assert not asyncio.run(story())
 
 
-def test_a_cancelled_job_ends_at_the_endpoint_too(runs, connection, endpoint, portrait, speech):
-    async def story() -> State:
-        record = await runs.start(connection, portrait, speech, LONG)
-        await until(runs, record.id, lambda state: state.progress is not None)
-        await runs.cancel(record.id)
-        return await until(runs, record.id, is_over)
+def test_a_cancelled_job_ends_at_the_endpoint_too(tracker, connection, endpoint, portrait, speech):
+    async def story() -> JobState:
+        record = await tracker.start(connection, portrait, speech, LONG)
+        await until(tracker, record.id, lambda state: state.progress is not None)
+        await tracker.cancel(record.id)
+        return await until(tracker, record.id, is_over)
 
     record = asyncio.run(story()).record
 
@@ -119,13 +119,13 @@ def test_a_cancelled_job_ends_at_the_endpoint_too(runs, connection, endpoint, po
     assert endpoint.state(record.job_id).status == "CANCELLED"
 
 
-def test_a_failure_keeps_the_field_that_it_concerns(runs, connection, tmp_path, speech):
+def test_a_failure_keeps_the_field_that_it_concerns(tracker, connection, tmp_path, speech):
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no image at all")
 
-    async def story() -> State:
-        record = await runs.start(connection, bad, speech, SHORT)
-        return await until(runs, record.id, is_over)
+    async def story() -> JobState:
+        record = await tracker.start(connection, bad, speech, SHORT)
+        return await until(tracker, record.id, is_over)
 
     record = asyncio.run(story()).record
 
@@ -142,31 +142,31 @@ def test_a_failure_keeps_the_field_that_it_concerns(runs, connection, tmp_path, 
     ],
 )
 def test_a_job_that_was_not_sent_is_not_in_the_history(
-    runs, connection, portrait, speech, fields, change, error
+    tracker, connection, portrait, speech, fields, change, error
 ):
     values = {"name": "x", "url": connection.url, "api_key": connection.api_key, **change}
     with pytest.raises(error):
-        asyncio.run(runs.start(Connection(**values), portrait, speech, fields))
-    assert runs.history.all() == []
+        asyncio.run(tracker.start(Connection(**values), portrait, speech, fields))
+    assert tracker.history.all() == []
 
 
-def test_inputs_that_are_too_large_are_refused_in_words(runs, connection, portrait, tmp_path):
+def test_inputs_that_are_too_large_are_refused_in_words(tracker, connection, portrait, tmp_path):
     recording = tmp_path / "long.wav"
     recording.write_bytes(bytes(8_000_000))
     with pytest.raises(InvalidInputError, match=r"8\.0 MB") as caught:
-        asyncio.run(runs.start(connection, portrait, recording, {}))
+        asyncio.run(tracker.start(connection, portrait, recording, {}))
     assert caught.value.field == "audio"
 
 
 def test_a_page_that_goes_away_while_the_inputs_are_sent_stops_nothing(
-    runs, connection, portrait, speech
+    tracker, connection, portrait, speech
 ):
-    async def story() -> State:
-        page = asyncio.create_task(runs.start(connection, portrait, speech, SHORT))
-        while not runs.history.all():
+    async def story() -> JobState:
+        page = asyncio.create_task(tracker.start(connection, portrait, speech, SHORT))
+        while not tracker.history.all():
             await asyncio.sleep(0.01)
         page.cancel()
-        return await until(runs, runs.history.all()[0].id, is_over)
+        return await until(tracker, tracker.history.all()[0].id, is_over)
 
     assert asyncio.run(story()).record.status == "COMPLETED"
 
@@ -175,7 +175,7 @@ def test_a_page_that_goes_away_while_the_inputs_are_sent_stops_nothing(
 
 
 def test_a_large_recording_goes_through_the_bucket_of_the_studios_own_endpoint(
-    runs, portrait, make_speech, tmp_path, random_model
+    tracker, portrait, make_speech, tmp_path, random_model
 ):
     recording = tmp_path / "long.wav"
     recording.write_bytes(make_speech(240.0, 24_000))
@@ -183,10 +183,10 @@ def test_a_large_recording_goes_through_the_bucket_of_the_studios_own_endpoint(
 
     with LocalEndpointProcess(tmp_path / "local", Path(sys.executable), random_model) as local:
 
-        async def story() -> State:
+        async def story() -> JobState:
             fields = {**SHORT, "max_seconds": 0.4}
-            record = await runs.start(local.connection(), portrait, recording, fields)
-            return await until(runs, record.id, is_over)
+            record = await tracker.start(local.connection(), portrait, recording, fields)
+            return await until(tracker, record.id, is_over)
 
         record = asyncio.run(story()).record
         url = local.connection().url

@@ -1,4 +1,4 @@
-"""The studio's jobs while they run: a task follows each of them, whatever the pages do."""
+"""Tracks the studio's jobs while they run: a task for each of them, whatever the pages do."""
 
 import asyncio
 import logging
@@ -27,19 +27,19 @@ RETRY_SECONDS = 5.0  # after an endpoint has not answered; the job may well go o
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class JobState:
     """One job as a page shows it."""
 
     record: Record
-    is_followed: bool
+    is_tracked: bool
     progress: Progress | None = None
     left_seconds: float | None = None
-    elapsed_seconds: float = 0.0  # since this process began to follow it
-    note: str = ""  # what keeps it
+    elapsed_seconds: float = 0.0  # since this process began to track it
+    note: str = ""  # what it waits for
 
 
-class Run:
-    """One job that is followed."""
+class TrackedJob:
+    """One job that this process tracks."""
 
     def __init__(self, record: Record) -> None:
         self.record = record
@@ -51,22 +51,22 @@ class Run:
         self.started_at = time.monotonic()
         self.note = ""
 
-    def state(self) -> State:
-        """The job now; the remaining time goes on between two answers, while there are some."""
+    def state(self) -> JobState:
+        """The job now; the remaining time counts down between two polls, unless there is a note."""
         now = time.monotonic()
         left = self.progress.eta_seconds if self.progress and not self.note else None
         if left is not None:
             left = max(0.0, left - (now - self.progress_at))
         elapsed = now - self.started_at
-        return State(self.record, True, self.progress, left, elapsed, self.note)
+        return JobState(self.record, True, self.progress, left, elapsed, self.note)
 
 
-class Runs:
-    """Every job that this process follows, and the history of the others."""
+class JobTracker:
+    """Every job that this process tracks, and the history of the others."""
 
     def __init__(self, history: History) -> None:
         self.history = history
-        self._runs: dict[str, Run] = {}
+        self._jobs: dict[str, TrackedJob] = {}
 
     async def start(
         self, connection: Connection, portrait: Path, speech: Path, fields: dict[str, Any]
@@ -78,125 +78,125 @@ class Runs:
             EndpointError: the endpoint did not take it.
             ValueError: an address or a key that cannot be one.
         """
-        _require_room(connection, portrait, speech)
+        _require_body_size(connection, portrait, speech)
         record = await asyncio.to_thread(
             self.history.add,
             portrait,
             speech,
             fields,
             endpoint=connection.name,
-            busy=self._runs.keys(),
+            busy=self._jobs.keys(),
         )
-        run = self._follow(record, connection)
-        await asyncio.shield(run.sent)  # a page that goes away stops nothing
-        return run.record
+        tracked = self._track(record, connection)
+        await asyncio.shield(tracked.sent)  # a page that goes away stops nothing
+        return tracked.record
 
     def resume(self, connection: Connection) -> None:
-        """Follows the endpoint's unfinished jobs that nobody follows."""
+        """Tracks the endpoint's unfinished jobs that are not tracked yet."""
         for record in self.history.all():
-            is_waiting = not record.is_over and record.id not in self._runs
+            is_waiting = not record.is_over and record.id not in self._jobs
             if is_waiting and record.job_id is not None and record.endpoint == connection.name:
-                self._follow(record, connection)
+                self._track(record, connection)
 
     async def cancel(self, record_id: str) -> None:
         """Tells the endpoint to end the job.
 
         Raises:
-            EndpointError: it did not hear.
+            EndpointError: it did not answer, or refused.
         """
-        run = self._runs.get(record_id)
-        if run is None or run.job is None:
+        tracked = self._jobs.get(record_id)
+        if tracked is None or tracked.job is None:
             return
-        run.note = "Cancelling"
+        tracked.note = "Cancelling"
         try:
-            status = await run.job.cancel()
+            status = await tracked.job.cancel()
         except EndpointError:
-            run.note = ""
+            tracked.note = ""
             raise
         if status.status == "CANCELLED":
-            self._save(run, status="CANCELLED")
-            run.task.cancel()
+            self._save(tracked, status="CANCELLED")
+            tracked.task.cancel()
 
-    def state(self, record_id: str | None) -> State | None:
+    def state(self, record_id: str | None) -> JobState | None:
         """The job; None if it is unknown."""
-        if run := self._runs.get(record_id or ""):
-            return run.state()
+        if tracked := self._jobs.get(record_id or ""):
+            return tracked.state()
         record = self.history.get(record_id)
-        return State(record, False) if record else None
+        return JobState(record, False) if record else None
 
-    def states(self) -> list[State]:
+    def states(self) -> list[JobState]:
         """Every job, newest first."""
         states = (self.state(record.id) for record in self.history.all())
         return [state for state in states if state]
 
     async def close(self) -> None:
-        """Stops following; the jobs go on at their endpoints."""
-        tasks = [run.task for run in self._runs.values()]
+        """Stops tracking; the jobs go on at their endpoints."""
+        tasks = [tracked.task for tracked in self._jobs.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _follow(self, record: Record, connection: Connection) -> Run:
-        run = Run(record)
-        self._runs[record.id] = run
-        run.task = asyncio.create_task(self._run(run, connection))
-        run.task.add_done_callback(lambda _: self._runs.pop(record.id))
-        return run
+    def _track(self, record: Record, connection: Connection) -> TrackedJob:
+        tracked = TrackedJob(record)
+        self._jobs[record.id] = tracked
+        tracked.task = asyncio.create_task(self._send_and_watch(tracked, connection))
+        tracked.task.add_done_callback(lambda _: self._jobs.pop(record.id))
+        return tracked
 
-    async def _run(self, run: Run, connection: Connection) -> None:
+    async def _send_and_watch(self, tracked: TrackedJob, connection: Connection) -> None:
         try:
             async with connection.open() as endpoint:
-                if run.record.job_id is None:
-                    run.job = await endpoint.submit(
-                        self.history.portrait(run.record),
-                        self.history.speech(run.record),
-                        **run.record.fields,
+                if tracked.record.job_id is None:
+                    tracked.job = await endpoint.submit(
+                        self.history.portrait(tracked.record),
+                        self.history.speech(tracked.record),
+                        **tracked.record.fields,
                     )
-                    self._save(run, job_id=run.job.id, status="IN_QUEUE")
-                    run.sent.set_result(None)
+                    self._save(tracked, job_id=tracked.job.id, status="IN_QUEUE")
+                    tracked.sent.set_result(None)
                 else:
-                    run.job = endpoint.job(run.record.job_id)
-                await self._watch(run, run.job)
+                    tracked.job = endpoint.job(tracked.record.job_id)
+                await self._watch(tracked, tracked.job)
         except Exception as error:
-            if run.record.job_id is None:  # the inputs are still on the page
-                self.history.remove(run.record)
-                run.sent.set_exception(error)
+            if tracked.record.job_id is None:  # the inputs are still on the page
+                self.history.remove(tracked.record)
+                tracked.sent.set_exception(error)
             else:
-                self._save(run, status="FAILED", error=_told(error))
+                self._save(tracked, status="FAILED", error=_error_fields(error))
 
-    async def _watch(self, run: Run, job: AsyncAvatarJob) -> None:
+    async def _watch(self, tracked: TrackedJob, job: AsyncAvatarJob) -> None:
         """Returns when the job is over and its video is here."""
         while True:
             try:
                 async for status in job.updates():
-                    self._note(run, status)
+                    self._note(tracked, status)
                 break
             except EndpointUnavailableError:
-                run.note = "The endpoint does not answer. Trying again"
+                tracked.note = "The endpoint does not answer. Trying again"
                 await asyncio.sleep(RETRY_SECONDS)
         if status.status == "COMPLETED":
-            run.note = "Fetching the video"
-            await job.download(self.history.video(run.record))
+            tracked.note = "Fetching the video"
+            await job.download(self.history.video(tracked.record))
         error = asdict(status.error) if status.error else None
-        self._save(run, status=status.status, output=status.output or {}, error=error)
+        self._save(tracked, status=status.status, output=status.output or {}, error=error)
 
-    def _note(self, run: Run, status: JobStatus) -> None:
-        run.note = "" if run.note != "Cancelling" else run.note
+    def _note(self, tracked: TrackedJob, status: JobStatus) -> None:
+        tracked.note = "" if tracked.note != "Cancelling" else tracked.note
         if status.progress is not None:
-            run.progress, run.progress_at = status.progress, time.monotonic()
-        if not status.is_over and status.status != run.record.status:
-            self._save(run, status=status.status)
+            tracked.progress, tracked.progress_at = status.progress, time.monotonic()
+        if not status.is_over and status.status != tracked.record.status:
+            self._save(tracked, status=status.status)
 
-    def _save(self, run: Run, **changes: Any) -> None:
-        run.record = replace(run.record, **changes)
-        self.history.save(run.record)
+    def _save(self, tracked: TrackedJob, **changes: Any) -> None:
+        tracked.record = replace(tracked.record, **changes)
+        self.history.save(tracked.record)
 
 
-def _require_room(connection: Connection, portrait: Path, speech: Path) -> None:
-    """Returns if the files can be sent.
+def _require_body_size(connection: Connection, portrait: Path, speech: Path) -> None:
+    """Checks that the files fit into a request, if there is no bucket for them.
 
     Raises:
-        InvalidInputError: they are too large, and there is no bucket for them.
+        InvalidInputError: they are too large.
     """
     sizes = {"image": portrait.stat().st_size, "audio": speech.stat().st_size}
     if connection.uploads is None and sum(sizes.values()) * 4 / 3 > MAX_BODY_BYTES:
@@ -208,12 +208,12 @@ def _require_room(connection: Connection, portrait: Path, speech: Path) -> None:
         )
 
 
-def _told(error: Exception) -> dict[str, Any]:
+def _error_fields(error: Exception) -> dict[str, Any]:
     """An error as the record keeps it."""
     if isinstance(error, DownloadError):
         message = f"The video was made but could not be fetched: {error}"
         return asdict(JobError("DOWNLOAD_FAILED", message))
     if isinstance(error, EndpointError):
         return asdict(JobError("ENDPOINT", str(error)))
-    logger.error("a job could not be followed: %s", type(error).__name__)
+    logger.error("a job could not be tracked: %s", type(error).__name__)
     return asdict(JobError("INTERNAL", f"the studio itself failed ({type(error).__name__})"))
