@@ -19,13 +19,14 @@ test: lint types unit
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/deptry .
 	$(BIN)/hadolint Dockerfile
 
 types: $(VENV)/ready
 	$(BIN)/mypy
 
 unit: $(VENV)/ready
-	$(BIN)/pytest
+	$(BIN)/pytest --cov --cov-report=term:skip-covered
 
 # The longest cases, one of them at the published width (10 GB), and processes killed in mid-job.
 slow: $(VENV)/ready

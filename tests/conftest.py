@@ -269,6 +269,8 @@ def worker_environment(object_store, random_model, tmp_path_factory) -> Mapping[
         "RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS": "true",  # the media server's
         # torch's own cache, which outlives a job, away from the job's temporary files
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("torch-cache")),
+        # where coverage is measured, it is in the worker's processes too
+        **{name: os.environ[name] for name in ("COVERAGE_PROCESS_CONFIG",) if name in os.environ},
         **object_store.environment,
     }
 
