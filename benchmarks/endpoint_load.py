@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -52,7 +53,7 @@ def serve(pipe: Connection, directory: str) -> None:
         pipe.recv()
 
 
-def follow(client: httpx.Client, numbers: range) -> tuple[list[float], list[dict[str, object]]]:
+def follow(client: httpx.Client, numbers: range) -> tuple[list[float], list[dict[str, Any]]]:
     """Seconds of each status answer, and the last state of each job."""
     seconds: list[float] = []
     states = []
@@ -61,7 +62,7 @@ def follow(client: httpx.Client, numbers: range) -> tuple[list[float], list[dict
         job = {"input": {"number": number}}
         job_ids.append(client.post("/run", json=job).raise_for_status().json()["id"])
     for job_id in job_ids:
-        state = {"status": "IN_QUEUE"}
+        state: dict[str, Any] = {"status": "IN_QUEUE"}
         while state["status"].startswith("IN_"):
             time.sleep(0.05)
             begun = time.perf_counter()

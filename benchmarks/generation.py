@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,17 +92,20 @@ def measure_steps(
         report(size=size, of=name, seconds=round(seconds, 3), peak_gib=found["peak_gib"][name])
         return result
 
+    def forward(inputs: dict[str, Any]) -> Any:
+        return model(**inputs)
+
     model.set_attention_backend(backend_of(device))
     late = {}
     for name, float8 in (("quality", False), ("8 bits", True)):
         call = kinds["early"] | {"float8": float8}
-        record(f"{name}, early step", lambda call=call: model(**call))
+        record(f"{name}, early step", partial(forward, call))
         call = kinds["late"] | {"float8": float8, "return_cached_tokens": True}
-        output = record(f"{name}, late step", lambda call=call: model(**call))
+        output = record(f"{name}, late step", partial(forward, call))
         late[name] = output.sample
         call = kinds["late"] | {"float8": float8, "cached_tokens": output.cached_tokens}
         del output
-        record(f"{name}, cached step", lambda call=call: model(**call))
+        record(f"{name}, cached step", partial(forward, call))
         del call
     if device.type == "cuda":
         model.set_attention_backend(reference.FLASH_ATTENTION)
@@ -149,8 +153,8 @@ def roofline(
     product, *_ = measure(device, lambda: torch.nn.functional.linear(x, weight))
     shape = (1, tokens, config.num_attention_heads, config.attention_head_dim)
     query, key, value = (torch.randn(shape, device=device).to(dtype) for _ in range(3))
-    processor = model.transformer_blocks[0].attn.processor
-    attention, *_ = measure(device, lambda: attend(query, key, value, processor))
+    block: Any = model.transformer_blocks[0]
+    attention, *_ = measure(device, lambda: attend(query, key, value, block.attn.processor))
     blocks = config.num_layers + config.num_single_layers
     # 24 D^2 operations a token and block, of which the measured product has 8 D^2
     seconds = 2 * blocks * (3 * product + attention)
@@ -169,16 +173,16 @@ def jobs(steps: dict[str, float], stages: dict[str, float]) -> dict[str, dict[st
     """Seconds of a whole job of one window, by preset and by the published way."""
     found = {}
     for name, preset in PRESETS.items():
-        full = computed_step_indices(STEPS, preset.step_cache_schedule)
-        early = sum(index < PROMPT_GUIDED_STEPS for index in full)
+        computed = computed_step_indices(STEPS, preset.step_cache_schedule)
+        early = sum(index < PROMPT_GUIDED_STEPS for index in computed)
         arithmetic = "8 bits" if preset.float8 else "quality"
         denoise = early * steps[f"{arithmetic}, early step"]
-        denoise += (len(full) - early) * steps[f"{arithmetic}, late step"]
-        denoise += (STEPS - len(full)) * steps[f"{arithmetic}, cached step"]
+        denoise += (len(computed) - early) * steps[f"{arithmetic}, late step"]
+        denoise += (STEPS - len(computed)) * steps[f"{arithmetic}, cached step"]
         found[name] = {"denoise": denoise, "whole": denoise + stages["encode"] + stages["decode"]}
-    full = len(computed_step_indices(STEPS))
-    denoise = full * steps["published, computed step"]
-    denoise += (STEPS - full) * steps["published, cached step"]
+    num_computed = len(computed_step_indices(STEPS))
+    denoise = num_computed * steps["published, computed step"]
+    denoise += (STEPS - num_computed) * steps["published, cached step"]
     whole = denoise + stages["published encode"] + stages["published decode"]
     found["published"] = {"denoise": denoise, "whole": whole}
     for job in found.values():

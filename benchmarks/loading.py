@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from diffusers import AutoencoderKLHunyuanVideo, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKLHunyuanVideo, FlowMatchEulerDiscreteScheduler, ModelMixin
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -47,6 +47,7 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaModel,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     WhisperConfig,
     WhisperFeatureExtractor,
@@ -57,6 +58,7 @@ from builder.convert import MODEL_INDEX
 from worker.generation.pipeline import HunyuanVideoAvatarPipeline
 from worker.loading import loader
 from worker.loading.loader import Reading
+from worker.model.encoders import canonical_name
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
 
 GB = 1e9
@@ -96,7 +98,7 @@ SIZES = {
 # The model directory
 
 
-def networks(size: Size) -> dict[str, tuple[nn.Module, torch.dtype]]:
+def networks(size: Size) -> dict[str, tuple[ModelMixin | PreTrainedModel, torch.dtype]]:
     """Every network without storage, and what its weights are stored in."""
     llava = LlavaConfig(
         text_config=LlamaConfig(
@@ -180,7 +182,7 @@ def write_model(directory: Path, size: Size) -> None:
 def write_tokenizer(directory: Path, vocabulary: int) -> None:
     """Writes a tokenizer whose files are as large as the published one's: reading takes time."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pairs = itertools.product(letters, repeat=2)
+    pairs = itertools.product(letters, letters)
     triples = ((a + b, c) for a, b, c in itertools.product(letters, repeat=3))
     merges = list(itertools.islice(itertools.chain(pairs, triples), vocabulary - len(letters)))
     words = [*letters, *(first + second for first, second in merges)]
@@ -210,7 +212,7 @@ def write_shards(
             room = SHARD_BYTES
         shards[-1][name] = tuple(tensor.shape)
         room -= num_bytes
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     writes = []
     for number, shapes in enumerate(shards, start=1):
         suffix = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
@@ -346,11 +348,11 @@ def compare(directory: Path, components: Mapping[str, Any]) -> int:
     compared = 0
     for path in weight_files(directory):
         network = components[path.parent.name]
-        names = {loader.canonical_name(name): name for name in network.state_dict()}
+        names = {canonical_name(name): name for name in network.state_dict()}
         with safe_open(path, framework="pt") as file:
             keys = list(file.keys())
             for key in keys[:: math.ceil(len(keys) / 4)]:
-                found = network.state_dict()[names[loader.canonical_name(key)]]
+                found = network.state_dict()[names[canonical_name(key)]]
                 stored = file.get_tensor(key)
                 dtype = DTYPES.get(path.parent.name, DTYPES["default"])
                 expected = (
@@ -585,7 +587,7 @@ def measure(directory: Path, limit_seconds: float, only: list[str]) -> list[dict
         # What loads nothing needs no process of its own, whose imports take seconds.
         alone = step.cache is not None
         for measured in in_own_process(step, directory, left) if alone else step.run(directory):
-            line = {"step": step.name, "cached_before": round(share, 3)} | measured
+            line: dict[str, Any] = {"step": step.name, "cached_before": round(share, 3)} | measured
             if "seconds" in line:
                 rate = line["bytes"] / line["seconds"]
                 line |= {"seconds": round(line["seconds"], 3), "gbps": round(rate / GB, 2)}

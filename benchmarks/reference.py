@@ -5,6 +5,8 @@ on 129 copies of the portrait twice, and diffusers' own tiled decode. Where the 
 more (float32 parts, padded text, a wait for the GPU in each step) it is given less to do here.
 """
 
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKLHunyuanVideo
 from diffusers.models.transformers.transformer_hunyuan_video import (
@@ -39,6 +41,7 @@ def forward(
     audio_tokens = model.audio_proj(inputs["audio_embeds"].to(image.dtype))  # (2, T, A, D)
     if cached_tokens is None:
         gate = model.gate_audio(inputs["face_mask"], num_frames)[:, :, 1:]  # (2, S, T, 1)
+        block: Any
         for block in model.transformer_blocks:
             image, text = HunyuanVideoTransformerBlock.forward(
                 block, image, text, temb, None, rotary

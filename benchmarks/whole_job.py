@@ -95,7 +95,8 @@ def run(
         channels=1,
     )
     box = (size.width / 4, size.height / 4, size.width / 2, size.height / 2)
-    params = GenerationParams(resolution=min(size), preset=preset, face_box=box)
+    fields = {"resolution": min(size), "preset": preset, "face_box": box}
+    params = GenerationParams.model_validate(fields)
     seconds: dict[str, float] = {}
 
     def timed(name: str, call: Callable[[], Any]) -> Any:

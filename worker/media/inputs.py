@@ -36,7 +36,7 @@ from worker.shapes import SAMPLE_RATE_HZ
 with warnings.catch_warnings():
     # pydub looks for an ffmpeg on PATH, which nothing here calls, and imports the old audioop
     warnings.simplefilter("ignore")
-    from pydub import AudioSegment
+    from pydub import AudioSegment as AudioSegment  # its other users import it from here
 
 MIN_SPEECH_SECONDS = 0.08  # one frame of video, at the lower of the frame rates
 MAX_RECORDING_RATE_HZ = 48_000  # above it nothing is audible
