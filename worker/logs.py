@@ -10,7 +10,7 @@ from avatar_client.contract.redaction import redact
 job_id: ContextVar[str | None] = ContextVar("job_id", default=None)
 
 # At DEBUG these write signed requests, headers and whole answers.
-CHATTY = ("boto3", "botocore", "s3transfer", "urllib3", "PIL")
+CHATTY = ("boto3", "botocore", "s3transfer", "urllib3", "httpx", "httpcore", "PIL")
 
 
 def configure(level: str, process: str = "") -> None:

@@ -54,10 +54,10 @@ class _JobSettings(FromEnvironment):
         "leaves them. Read by `worker/import_guard.py` before anything else is imported.",
     )
     max_input_bytes: int = Field(
-        default=64 * 2**20, ge=1, description="Largest image or audio file accepted, in bytes."
+        default=256 * 2**20, ge=1, description="Largest image or audio file accepted, in bytes."
     )
     max_image_pixels: int = Field(
-        default=50_000_000, ge=1, description="Largest image accepted, in pixels."
+        default=250_000_000, ge=1, description="Largest image accepted, in pixels."
     )
     max_audio_seconds: float = Field(
         default=60.0,

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self, TypeVar
+from urllib.parse import unquote
 
 from pydantic import (
     BaseModel,
@@ -57,12 +58,13 @@ class MediaSource:
         text = value.strip()
         scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", text)
         if scheme is None:
-            return cls(content=_decode_base64(text))
+            return cls(content=_decode_base64(value))
         if scheme[1].lower() == "data":
             head, comma, payload = text.partition(",")
-            if not comma or not head.lower().endswith(";base64"):
+            parameters = [part.strip().lower() for part in head.split(";")]
+            if not comma or "base64" not in parameters[1:]:
                 raise ValueError("a data: URI must be data:<type>;base64,<data>")
-            return cls(content=_decode_base64(payload))
+            return cls(content=_decode_base64(unquote(payload)))  # `+`, `/` and `=` may be escaped
         if scheme[1].lower() not in ("https", "http"):
             raise InputUrlBlockedError("only https URLs are fetched", field=info.field_name)
         if len(text) > 4096 or not text.isprintable() or " " in text:
@@ -76,13 +78,29 @@ class MediaSource:
 
 
 def _decode_base64(text: str) -> bytes:
+    """The bytes of base64 in its common forms: with line breaks, for URLs, without padding.
+
+    A blank inside is a `+` that a form has decoded: left out, it would shift all bits behind it.
+    """
+    lines = text.splitlines()
+    whole = lines[0] if len(lines) == 1 else ""
+    if whole != whole.strip() and len(whole) % 4 == 0:
+        compact = whole  # a blank at its end is such a `+`, too, or the length would be another
+    else:
+        compact = "".join(line.strip(" \t") for line in lines)
+        if whole != whole.strip() and len(compact) % 4:
+            raise ValueError("is base64 with a blank at its end, which may stand for a '+'")
+    compact = compact.replace(" ", "+").translate(_URL_SAFE).rstrip("=")
     try:
-        content = base64.b64decode(re.sub(r"\s+", "", text), validate=True)
+        content = base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
     except (binascii.Error, ValueError):  # ValueError: not ASCII
         raise ValueError("is neither an https URL, a data: URI nor base64") from None
     if not content:
         raise ValueError("is empty")
     return content
+
+
+_URL_SAFE = str.maketrans("-_", "+/")
 
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -221,7 +239,9 @@ class GenerationParams(_Frozen):
 class JobInput(GenerationParams):
     """The `input` object of a job."""
 
-    image: Media = Field(description="The portrait. Any raster image that Pillow reads.")
+    image: Media = Field(
+        description="The portrait: JPEG, PNG, WebP, GIF, TIFF, BMP, AVIF, JPEG 2000 or PPM."
+    )
     audio: Media = Field(
         description="The speech: wav, mp3, m4a, ogg, opus, flac, webm, or the sound of an mp4."
     )

@@ -1,7 +1,11 @@
+import base64
+import gzip
 import socket
 import ssl
 import threading
 import time
+import tracemalloc
+import zlib
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -162,7 +166,7 @@ def test_a_query_and_odd_characters_reach_the_server(fetch, media_server):
     ],
 )
 def test_addresses_that_are_not_public_and_https_are_never_contacted(fetch, url, monkeypatch):
-    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: pytest.fail("contacted"))
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("contacted"))
 
     with pytest.raises(InputUrlBlockedError) as caught:
         fetch(url, allow_private=False)
@@ -402,3 +406,124 @@ def test_a_store_must_be_public_and_https_if_a_client_chose_it(localhost_is_publ
         assert caught.value.field == "s3Config.endpointUrl"
     download.check_endpoint("https://127.0.0.1:9000", field="x", allow_private=False)
     download.check_endpoint("http://10.1.2.3:9000", field="x", allow_private=True)
+
+
+# Addresses as they are given
+
+
+@pytest.mark.parametrize("target", ["/f/a%2cb.png?sig=x%2fy", "/f/a%2Cb.png?sig=x%2Fy%20+&e=;'()"])
+def test_every_escape_stays_as_it_was_written(fetch, target):
+    requests = []
+    with raw_server(
+        lambda connection: connection.sendall(http_answer(b"x")), requests=requests
+    ) as port:
+        assert fetch(f"http://127.0.0.1:{port}{target}") == b"x"
+
+    assert requests[0].startswith(f"GET {target} HTTP/1.1\r\n".encode())
+
+
+def test_a_redirect_may_be_written_in_utf_8(fetch):
+    requests = []
+
+    def answer(connection):
+        if len(requests) == 1:
+            location = "/bild/größe.png?ü=ß".encode()
+            connection.sendall(b"HTTP/1.1 302 Found\r\nLocation: " + location + b"\r\n\r\n")
+        else:
+            connection.sendall(http_answer(b"picture"))
+
+    with raw_server(answer, requests=requests) as port:
+        assert fetch(f"http://127.0.0.1:{port}/a") == b"picture"
+
+    assert requests[1].startswith(b"GET /bild/gr%C3%B6%C3%9Fe.png?%C3%BC=%C3%9F HTTP/1.1\r\n")
+
+
+def test_a_name_and_a_password_in_the_address_are_sent_to_its_host_alone(fetch):
+    first, second = [], []
+    file = http_answer(b"file")
+    with raw_server(lambda connection: connection.sendall(file), requests=second) as elsewhere:
+        there = http_answer(status="302 Found", Location=f"http://127.0.0.1:{elsewhere}/file")
+        with raw_server(lambda connection: connection.sendall(there), requests=first) as port:
+            assert fetch(f"http://user:p%40ss@127.0.0.1:{port}/a") == b"file"
+
+    assert b"Authorization: Basic " + base64.b64encode(b"user:p@ss") in first[0]
+    assert b"authorization" not in second[0].lower()
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "GZIP", "deflate", "x-gzip"])
+def test_what_is_stored_compressed_is_undone(fetch, encoding):
+    content = b"sound " * 100
+    body = zlib.compress(content) if encoding == "deflate" else gzip.compress(content)
+
+    answer = http_answer(body, **{"Content-Encoding": encoding})
+    with raw_server(lambda connection: connection.sendall(answer)) as port:
+        assert fetch(f"http://127.0.0.1:{port}/a") == content
+
+
+def test_a_bomb_ends_at_the_limit_and_costs_no_memory(fetch):
+    body = gzip.compress(bytes(300 * 2**20))
+    answer = http_answer(body, **{"Content-Encoding": "gzip"})
+    tracemalloc.start()
+    with (
+        raw_server(lambda connection: connection.sendall(answer)) as port,
+        pytest.raises(InputTooLargeError),
+    ):
+        fetch(f"http://127.0.0.1:{port}/a", max_bytes=2**20)
+
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20 * 2**20
+
+
+@pytest.mark.parametrize("encoding", ["br", "zstd", "gzip, gzip"])
+def test_a_compression_that_is_not_undone_is_told(fetch, encoding):
+    answer = http_answer(b"x", **{"Content-Encoding": encoding})
+    with (
+        raw_server(lambda connection: connection.sendall(answer)) as port,
+        pytest.raises(InputDownloadError, match="compressed"),
+    ):
+        fetch(f"http://127.0.0.1:{port}/a")
+
+
+def test_a_name_server_that_does_not_answer_ends_at_the_deadline(fetch, monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(20))
+    begun = time.monotonic()
+
+    with pytest.raises(InputDownloadError, match="longer than the limit"):
+        fetch("https://slow.example/x", timeout_seconds=0.5)
+
+    assert time.monotonic() - begun < 5
+
+
+class Stopped(Exception):  # noqa: N818
+    pass
+
+
+@pytest.mark.parametrize("hangs", ["before the head", "in the head", "in the body"])
+def test_a_stop_is_met_while_the_server_hangs(tmp_path, hangs):
+    stopped = threading.Event()
+
+    def answer(connection):
+        if hangs != "before the head":
+            whole = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nfew"
+            connection.sendall(whole if hangs == "in the body" else whole[:20])
+        stopped.set()
+        connection.recv(1)  # until the client leaves
+
+    def check():
+        if stopped.is_set():
+            raise Stopped
+
+    with raw_server(answer) as port:
+        begun = time.monotonic()
+        with pytest.raises(Stopped):
+            download.download(
+                f"http://127.0.0.1:{port}/a",
+                tmp_path / "file",
+                max_bytes=1000,
+                timeout_seconds=60,
+                field="image",
+                allow_private=True,
+                check=check,
+            )
+        assert time.monotonic() - begun < 5
