@@ -97,11 +97,11 @@ def test_the_reference_s_fixed_list_ends_early_with_fewer_steps():
     assert 59 not in resolve_computed_steps("reference", 60)
 
 
-def test_full_steps_can_be_given():
+def test_computed_steps_can_be_given():
     assert resolve_computed_steps([0, 3], 5) == {0, 3}
 
 
 @pytest.mark.parametrize("computed_steps", [[1, 2], [], [0, 5]])
-def test_full_steps_that_cannot_run_are_refused(computed_steps):
+def test_computed_steps_that_cannot_run_are_refused(computed_steps):
     with pytest.raises(ValueError, match="computed_steps must"):
         resolve_computed_steps(computed_steps, 5)

@@ -31,7 +31,7 @@ def test_presets_cost_less_in_their_order():
     assert costs[-1] < costs[0] / 2
 
 
-def test_the_share_of_the_work_follows_the_full_steps():
+def test_the_share_of_the_work_follows_the_computed_steps():
     shares = [work_share(step, 50, REFERENCE_SCHEDULE) for step in range(51)]
     assert shares[0] == 0
     assert shares[-1] == 1
