@@ -27,7 +27,7 @@ from worker.generation.sampling import prepare_latents
 from worker.loading import loader
 from worker.loading.offload import DECODER_SCRATCH_BYTES, GIB, USABLE_SHARE, make_plan
 from worker.model.attention import fastest_backend
-from worker.multi_gpu.process_group import Sharing
+from worker.multi_gpu.parallel import NoParallel
 from worker.shapes import SAMPLE_RATE_HZ, FrameSize
 
 PLANS = ["141:704x768", "24:704x768", "16:704x768", "12:512x512", "8:512x512", "6:384x384"]
@@ -80,7 +80,7 @@ def measure(pipeline: HunyuanVideoAvatarPipeline, size: FrameSize) -> dict[str, 
         reference_latents=reference,
         branches=branches,
         options=DenoiseOptions(),
-        sharing=Sharing(),
+        parallel=NoParallel(),
     )
 
     def step(index: int, *, cached: bool) -> Any:

@@ -4,8 +4,8 @@
     python -m benchmarks.two_gpus --device cpu --sizes 64x32 --backend native --num-layers 2 \
         --num-single-layers 2 --num-attention-heads 2
 
-The processes are the worker's own, and so is the loop; the weights are random, from the same seed
-in each process. Prints one JSON object a size: the median seconds of a computed step with both
+The rank processes are the worker's own, and so is the loop; the weights are random, from the same
+seed on each rank. Prints one JSON object a size: the median seconds of a computed step with both
 CFG branches, alone and together, their ratio, and how far apart the latents are.
 """
 
@@ -34,17 +34,13 @@ from worker.generation.conditioning import Conditioning
 from worker.generation.engine import Engine
 from worker.generation.pipeline import HunyuanVideoAvatarPipeline
 from worker.loading import loader
-from worker.multi_gpu import controller, rank_process
+from worker.multi_gpu.controller import RankController
 from worker.settings import Settings
 from worker.shapes import SPATIAL_COMPRESSION, WINDOW_FRAMES
 
 TEXT_POSITIONS, TEXT_LENGTH = 831, 400
-JOIN_PATIENCE_SECONDS = 120.0
-
-
-def main(descriptor: int) -> None:
-    """The process of a further GPU."""
-    rank_process.main(descriptor, load)
+LOAD = "benchmarks.two_gpus:load"  # for the rank processes
+LOAD_TIMEOUT_SECONDS = 120.0
 
 
 def load(settings: Settings, device: torch.device) -> Engine:
@@ -119,7 +115,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure() -> None:
+def main() -> None:
     """The command."""
     arguments = parse_arguments()
     started = time.monotonic()
@@ -128,7 +124,6 @@ def measure() -> None:
         torch.device("cuda", index) if on_gpu else torch.device("cpu")
         for index in range(arguments.num_gpus)
     ]
-    controller.FOLLOWER = "benchmarks.two_gpus"
     with tempfile.TemporaryDirectory() as directory:
         model = {
             "backend": arguments.backend,
@@ -140,14 +135,14 @@ def measure() -> None:
         }
         (Path(directory) / "model.json").write_text(json.dumps(model))
         settings = Settings(model_dir=directory)
-        members = controller.Team(settings, devices)
+        ranks = RankController(settings, devices, LOAD)
         engine = load(settings, devices[0])
         report(torch=torch.__version__, gpu=engine.gpu_name, num_gpus=arguments.num_gpus)
         sizes = [tuple(map(int, size.split("x"))) for size in arguments.sizes]
         jobs = [random_conditioning(engine, *size) for size in sizes]
         alone = [time_steps(engine, job, arguments.num_steps) for job in jobs]
-        members.join(engine.pipeline.transformer, JOIN_PATIENCE_SECONDS)
-        engine = replace(engine, team=members)
+        ranks.join(engine.pipeline.transformer, LOAD_TIMEOUT_SECONDS)
+        engine = replace(engine, ranks=ranks)
     for size, job, (seconds_alone, expected) in zip(arguments.sizes, jobs, alone, strict=True):
         seconds, latents = time_steps(engine, job, arguments.num_steps)
         report(
@@ -159,10 +154,10 @@ def measure() -> None:
             peak_gib=engine.peak_memory_gib,
         )
     report(seconds_in_all=round(time.monotonic() - started, 1))
-    members.close()
+    ranks.close()
     sys.stdout.flush()
     os._exit(0)  # NCCL's own end waits for processes that are gone
 
 
 if __name__ == "__main__":
-    measure()
+    main()

@@ -121,7 +121,7 @@ def run(
         "denoise", lambda: engine.denoise(conditioning, params, SEED, lambda step, steps: None)
     )
     with tempfile.TemporaryDirectory() as directory:
-        chunks = decoded() if published else engine.frames(conditioning, latents)
+        chunks = decoded() if published else engine.decode_frames(conditioning, latents)
         timed(
             "decode and write",
             lambda: write_video(

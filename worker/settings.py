@@ -97,8 +97,12 @@ class PlatformSettings(FromEnvironment):
     runpod_skip_gpu_check: bool = False  # a worker without a GPU may start
 
 
-def keep_to_this_machine() -> None:
-    """Sets what libraries read in the processes of one worker, unless the operator has set it."""
+def configure_collectives() -> None:
+    """Has Gloo and NCCL talk over the loopback interface, between processes of one machine.
+
+    They read it from the environment, here and in the rank processes. What the operator has set
+    stays.
+    """
     for name, value in {
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from avatar_client.contract.request import GenerationParams
-from worker.generation.engine import Engine
+from worker.generation.engine import Engine, rank_devices
 from worker.settings import Settings
 
 
@@ -21,8 +21,8 @@ def engine(random_model) -> Engine:
 def video(engine: Engine) -> np.ndarray:
     params = GenerationParams(resolution=256, num_inference_steps=2)
     conditioning = engine.encode(Image.new("RGB", (64, 64)), np.zeros(1280, np.float32), params)
-    latents = engine.denoise(conditioning, params, 7, lambda step, num_steps: None)
-    return np.concatenate(list(engine.frames(conditioning, latents)))
+    latents = engine.denoise(conditioning, params, 7)
+    return np.concatenate(list(engine.decode_frames(conditioning, latents)))
 
 
 def test_a_warm_up_goes_the_whole_way_and_changes_no_job(engine, caplog):
@@ -46,6 +46,12 @@ def test_on_a_gpu_the_model_is_warm_when_it_is_loaded(random_model, caplog):
     with caplog.at_level(logging.INFO, "worker.generation.engine"):
         Engine.load(Settings(model_dir=str(random_model)))
     assert "warmed up in" in caplog.text
+
+
+@pytest.mark.parametrize(("num_gpus", "num_ranks"), [(0, 1), (1, 1), (2, 2), (3, 2), (9, 8)])
+def test_both_cfg_branches_get_equally_many_ranks(num_gpus, num_ranks):
+    settings = Settings(avatar_model="demo", num_gpus=num_gpus)
+    assert len(rank_devices(settings)) == num_ranks
 
 
 def test_on_a_cpu_the_memory_of_one_tensor_serves_the_next(random_model):

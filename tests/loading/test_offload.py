@@ -201,7 +201,7 @@ def test_a_video_of_networks_on_the_host_is_the_same(toy_model, resident_blocks)
 def test_a_size_that_the_plan_cannot_make_is_refused_with_those_that_it_can():
     plan = make_plan(5 * GIB, PUBLISHED)
     engine = Engine(None, CPU, 0.0, None, plan, has_float8=False)  # type: ignore[arg-type]
-    engine.require_room(Image.new("RGB", (300, 300)), 256)
+    engine.require_fits_memory(Image.new("RGB", (300, 300)), 256)
     with pytest.raises(InputTooLargeError, match=r"640 x 1280 .*: 256, 384$") as refused:
-        engine.require_room(Image.new("RGB", (300, 600)), 704)
+        engine.require_fits_memory(Image.new("RGB", (300, 600)), 704)
     assert refused.value.field == "resolution"

@@ -1,4 +1,4 @@
-"""The process of a further GPU whose model has heads to share, and that model."""
+"""The demo model with heads to share, for a rank and for the worker's own process."""
 
 import time
 
@@ -9,14 +9,12 @@ from worker.generation.engine import Engine
 from worker.generation.pipeline import HunyuanVideoAvatarPipeline
 from worker.loading import loader
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
-from worker.multi_gpu import rank_process
+from worker.settings import Settings
+
+LOAD = f"{__name__}:load"
 
 
-def main(descriptor):
-    rank_process.main(descriptor, load)
-
-
-def load(settings, device):
+def load(settings: Settings, device: torch.device) -> Engine:
     torch.set_num_threads(1)
     torch.accelerator.device_count = lambda: 1  # a CPU has 0, and diffusers divides by it
     started = time.monotonic()

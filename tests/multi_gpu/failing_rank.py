@@ -1,4 +1,4 @@
-"""The process of a further GPU, with a fault that FOLLOWER_FAULT names."""
+"""The model of a rank process, with a fault that RANK_FAULT names."""
 
 import os
 import time
@@ -6,23 +6,20 @@ import time
 import torch
 
 from worker.generation.engine import Engine
-from worker.multi_gpu import rank_process
+from worker.settings import Settings
 
+LOAD = f"{__name__}:load"
 PASSES = 3  # that go well before the fault
 
 
-def main(descriptor):
-    rank_process.main(descriptor, load)
-
-
-def load(settings, device):
-    fault = os.environ["FOLLOWER_FAULT"]
+def load(settings: Settings, device: torch.device) -> Engine:
+    fault = os.environ["RANK_FAULT"]
     if fault == "load":
         raise OSError("no weights here")
     engine = Engine.load(settings, device)
     passes = []
 
-    def fail(*_):
+    def fail(*_: object) -> None:
         passes.append(1)
         if len(passes) > PASSES and fault == "memory":
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")

@@ -1,16 +1,23 @@
-"""Jobs for several processes: small ones, whose passes take some hundredths of a second."""
+"""Jobs for several ranks: small ones, whose passes take some hundredths of a second."""
+
+import os
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import psutil
 from PIL import Image
 
 from avatar_client.contract.request import GenerationParams
+from tests.support.golden_transformer import relative_difference
 from worker.generation.conditioning import Conditioning
 from worker.generation.engine import Engine
 from worker.settings import Settings
 
 TWO = Settings(avatar_model="demo", num_gpus=2)
 SIDE = 32  # px
+# A batch of two, or heads of several ranks, are summed in another order; latents are bfloat16.
+TOLERANCE = 1e-3
 NUM_STEPS = 12  # the last two without the negative prompt, some of them cached
 
 
@@ -30,9 +37,16 @@ def conditioning(engine: Engine, seconds: float = 0.2, width: int = SIDE) -> Con
     )
 
 
-def go_on(step: int, num_steps: int) -> None: ...
+def assert_as_alone(engine: Engine, *job: Any) -> None:
+    """The latents of all ranks are those of the first alone."""
+    expected = replace(engine, ranks=None).denoise(*job)
+    assert relative_difference(engine.denoise(*job), expected) < TOLERANCE
 
 
-def follower_of(engine: Engine) -> psutil.Process:
-    [member] = engine.team._members
-    return psutil.Process(member.process.pid)
+def rank_process_of(pid: int | None = None) -> psutil.Process:
+    """The only rank process of the worker with that process id; without one, of this process."""
+    children = psutil.Process(pid or os.getpid()).children()
+    [process] = [
+        child for child in children if "worker.multi_gpu.rank_process" in " ".join(child.cmdline())
+    ]
+    return process

@@ -1,83 +1,142 @@
-"""Several processes make one video. On a CPU they are those of a worker with several GPUs."""
+"""What becomes of a job, and of the worker, when one of its ranks is lost."""
 
-from dataclasses import replace
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from avatar_client.contract import job_errors
-from tests.multi_gpu.jobs import NUM_STEPS, SIDE, TWO, conditioning, go_on, params
-from worker.generation.engine import Engine, _devices
-from worker.settings import Settings
+from tests.multi_gpu import failing_rank
+from tests.multi_gpu.jobs import TWO, conditioning, params, rank_process_of
+from worker.generation import engine as engine_module
+from worker.generation.engine import Engine
+from worker.multi_gpu import controller
+from worker.multi_gpu.controller import RankController
+from worker.service import fitness
+from worker.service.worker import Worker
+
+Start = Callable[..., Engine]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As many as another process has, or the last bits of sums may differ."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-    torch.set_num_threads(before)
+@pytest.fixture
+def put_fault(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Has the rank processes of an engine fail as `failing_rank.py` says."""
+
+    def put_fault(fault: str) -> None:
+        monkeypatch.setattr(engine_module, "RANK_LOAD", failing_rank.LOAD)
+        monkeypatch.setenv("RANK_FAULT", fault)
+
+    return put_fault
 
 
-@pytest.fixture(scope="module")
-def engine():
-    """Two processes; whatever a test does to a job, they go on."""
-    engine = Engine.start(TWO)
-    yield engine
-    assert not engine.team.is_lost
-    engine.team.close()
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    """Starts an engine whose ranks a test may lose; arguments are limits of the controller."""
+    engines = []
+
+    def start(**limits: float) -> Engine:
+        for name, value in limits.items():
+            monkeypatch.setattr(controller, name, value)
+        engines.append(Engine.start(TWO))
+        return engines[-1]
+
+    yield start
+    for engine in engines:
+        engine.close()
 
 
-def assert_as_alone(engine: Engine, *arguments) -> None:
-    """A batch of two rounds other last bits than two of one, and latents are kept in bfloat16."""
-    expected = replace(engine, team=None).denoise(*arguments, go_on)
-    difference = (engine.denoise(*arguments, go_on) - expected).norm() / expected.norm()
-    assert difference < 1e-3
+@pytest.mark.slow
+def test_a_rank_process_that_is_killed_fails_the_job_at_once_and_for_a_retry(start: Start) -> None:
+    engine = start()
+    lost_at = []
 
-
-@pytest.mark.parametrize(
-    ("seconds", "guidance_scale", "num_workers"),
-    [(0.2, 7.5, 2), (6.0, 7.5, 2), (0.2, 1.0, 1)],
-    ids=["one window", "two windows", "without guidance"],
-)
-def test_two_processes_make_the_latents_of_one(engine, seconds, guidance_scale, num_workers):
-    job = (conditioning(engine, seconds), params(guidance_scale=guidance_scale), 7)
-    assert engine.num_gpus(job[1]) == num_workers
-    assert_as_alone(engine, *job)
-
-
-def test_jobs_of_different_sizes_follow_each_other(engine):
-    for width, num_steps in [(SIDE, 2), (3 * SIDE, 3), (SIDE, 1)]:
-        job = (conditioning(engine, width=width), params(num_steps), 1)
-        assert_as_alone(engine, *job)
-
-
-@pytest.mark.parametrize("last_step", [1, 5, NUM_STEPS])
-def test_a_job_that_is_stopped_after_a_step_leaves_the_next_one_whole(engine, last_step):
-    def stop(step: int, num_steps: int) -> None:
-        if step == last_step:
-            raise job_errors.DeadlineExceededError("over")
+    def kill(step: int, num_steps: int) -> None:
+        if step == 3:
+            rank_process_of().kill()
+            lost_at.append(time.monotonic())
 
     job = (conditioning(engine), params(), 7)
-    with pytest.raises(job_errors.DeadlineExceededError):
-        engine.denoise(*job, stop)
-    assert_as_alone(engine, *job)
+    with pytest.raises(job_errors.GpuFaultError) as caught:
+        engine.denoise(*job, kill)
+    assert time.monotonic() - lost_at[0] < 5.0
+    assert caught.value.retryable
+    assert caught.value.refresh_worker
+    assert engine.is_lost
+    with pytest.raises(job_errors.GpuFaultError):  # nor is another job begun
+        engine.denoise(*job)
 
 
-def test_the_other_process_computes_half_of_the_passes(engine):
-    own = []
-    hook = engine.pipeline.transformer.register_forward_hook(lambda *_: own.append(1))
+def test_memory_that_is_too_small_on_another_gpu_is_told_as_that(
+    start: Start, put_fault: Callable[[str], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    put_fault("memory")
+    engine = start()
+    with pytest.raises(job_errors.OutOfMemoryError):
+        engine.denoise(conditioning(engine), params(), 7)
+    assert engine.is_lost
+    assert "GPU 1: OutOfMemoryError: CUDA out of memory" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_failure_of_rank_0_in_a_step_is_told_as_its_own_and_loses_the_others(
+    start: Start,
+) -> None:
+    engine = start()
+    calls = []
+
+    def fail(*_: object) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    hook = engine.pipeline.transformer.register_forward_pre_hook(fail)
+    with pytest.raises(job_errors.OutOfMemoryError):
+        engine.denoise(conditioning(engine), params(), 7)
+    hook.remove()
+    assert engine.is_lost
+    rank_process = rank_process_of()
+    engine.close()
+    assert not rank_process.is_running()
+
+
+@pytest.mark.slow
+def test_a_rank_process_that_is_stopped_is_lost(start: Start) -> None:
+    engine = start(HEARTBEAT_TIMEOUT_SECONDS=3.0)
+
+    def stop(step: int, num_steps: int) -> None:
+        if step == 2:
+            rank_process_of().suspend()
+
+    with pytest.raises(job_errors.GpuFaultError):
+        engine.denoise(conditioning(engine), params(), 7, stop)
+
+
+def test_a_rank_that_cannot_load_its_model_keeps_the_worker_from_starting(
+    put_fault: Callable[[str], None],
+) -> None:
+    put_fault("load")
+    worker = Worker(TWO)
+    worker.load()
+    [check] = [check for check in fitness.checks(worker) if check.__name__ == "model"]
+    with pytest.raises(RuntimeError, match="GPU 1: OSError: no weights here"):
+        check()
+
+
+def test_a_rank_process_that_dies_while_it_imports_is_told_with_its_status() -> None:
+    ranks = RankController(TWO, [torch.device("cpu")] * 2, "tests.no_such_module:load")
     try:
-        engine.denoise(conditioning(engine), params(5), 7, go_on)
+        with pytest.raises(RuntimeError, match="GPU 1: its process ended with status 1"):
+            ranks.join(None, timeout_seconds=60.0)
     finally:
-        hook.remove()
-    assert len(own) == 5
+        ranks.close()
 
 
-@pytest.mark.parametrize(("num_gpus", "num_processes"), [(0, 1), (1, 1), (2, 2), (3, 2), (9, 8)])
-def test_both_sides_of_the_guidance_get_equally_many_processes(num_gpus, num_processes):
-    settings = Settings(avatar_model="demo", num_gpus=num_gpus)
-    assert len(_devices(settings)) == num_processes
+def test_a_rank_that_takes_too_long_to_load_keeps_the_others_from_joining(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(controller, "EXIT_TIMEOUT_SECONDS", 0.0)
+    ranks = RankController(TWO, [torch.device("cpu")] * 2, failing_rank.LOAD)
+    with pytest.raises(RuntimeError, match="GPU 1: not ready after 0 s"):
+        ranks.join(None, timeout_seconds=0.0)
+    ranks.close()

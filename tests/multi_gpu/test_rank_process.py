@@ -1,4 +1,4 @@
-"""`handler.py` with two processes for two GPUs, as it runs on the platform."""
+"""`handler.py` with two ranks for two GPUs, as it runs on the platform."""
 
 import base64
 import time
@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from local_endpoint import JobRecord, LocalEndpoint, WorkerProcess
+from tests.multi_gpu.jobs import rank_process_of
 
 ROOT = Path(__file__).parents[2]
 JOB_SECONDS = 120.0  # far more than a small job takes
@@ -29,7 +30,7 @@ def make_job(make_portrait, make_speech):
 
 @pytest.fixture
 def start_worker(own_endpoint, worker_environment, tmp_path) -> Iterator:
-    """Starts a worker of two processes, ready for jobs of `own_endpoint`."""
+    """Starts a worker of two ranks, ready for jobs of `own_endpoint`."""
     workers = []
 
     def start(script: Path = ROOT / "handler.py", **environment: str) -> WorkerProcess:
@@ -43,14 +44,6 @@ def start_worker(own_endpoint, worker_environment, tmp_path) -> Iterator:
     yield start
     for worker in workers:
         worker.kill()
-
-
-def follower_of(worker: WorkerProcess) -> psutil.Process:
-    family = psutil.Process(worker.pid).children()
-    [follower] = [
-        child for child in family if "worker.multi_gpu.rank_process" in " ".join(child.cmdline())
-    ]
-    return follower
 
 
 def meet_denoising(endpoint: LocalEndpoint, job_id: str) -> None:
@@ -75,9 +68,9 @@ def require_retry_and_a_new_worker(job: JobRecord, worker: WorkerProcess) -> Non
     assert list(worker.temporary_directory.iterdir()) == []
 
 
-def test_jobs_are_made_cancelled_and_lost_with_a_process(own_endpoint, start_worker, make_job):
+def test_jobs_are_made_cancelled_and_lost_with_a_rank_process(own_endpoint, start_worker, make_job):
     worker = start_worker()
-    follower = follower_of(worker)
+    rank_process = rank_process_of(worker.pid)
     cancelled_id = own_endpoint.submit(make_job(num_inference_steps=MANY_STEPS))
     next_id = own_endpoint.submit(make_job(seed=7))
     meet_denoising(own_endpoint, cancelled_id)
@@ -89,7 +82,7 @@ def test_jobs_are_made_cancelled_and_lost_with_a_process(own_endpoint, start_wor
 
     lost_id = own_endpoint.submit(make_job(num_inference_steps=MANY_STEPS))
     meet_denoising(own_endpoint, lost_id)
-    follower.kill()
+    rank_process.kill()
     killed_at = time.monotonic()
     lost = own_endpoint.wait(lost_id, JOB_SECONDS)
     assert time.monotonic() - killed_at < 10.0
@@ -101,8 +94,8 @@ def test_jobs_are_made_cancelled_and_lost_with_a_process(own_endpoint, start_wor
 def test_a_job_is_given_up_though_its_thread_waits_for_the_other_gpu_for_ever(
     own_endpoint, start_worker, make_job
 ):
-    script = ROOT / "tests" / "hanging_handler.py"
-    worker = start_worker(script, FOLLOWER_FAULT="hang", PYTHONPATH=str(ROOT))
+    script = ROOT / "tests" / "multi_gpu" / "hanging_handler.py"
+    worker = start_worker(script, RANK_FAULT="hang", PYTHONPATH=str(ROOT))
     family = psutil.Process(worker.pid).children(recursive=True)
     job = own_endpoint.wait(
         own_endpoint.submit(make_job(num_inference_steps=MANY_STEPS)), JOB_SECONDS
@@ -113,9 +106,9 @@ def test_a_job_is_given_up_though_its_thread_waits_for_the_other_gpu_for_ever(
 
 
 @pytest.mark.slow
-def test_a_worker_that_loses_a_process_between_jobs_ends(own_endpoint, start_worker):
+def test_a_worker_that_loses_a_rank_process_between_jobs_ends(own_endpoint, start_worker):
     worker = start_worker()
-    follower_of(worker).kill()
+    rank_process_of(worker.pid).kill()
     assert worker.wait(timeout_seconds=10.0) == 1
 
 
@@ -127,7 +120,7 @@ def test_sigterm_lets_the_running_job_finish_and_no_process_stays(
     family = psutil.Process(worker.pid).children(recursive=True)
     job_id = own_endpoint.submit(make_job(num_inference_steps=6))
     meet_denoising(own_endpoint, job_id)
-    for process in (psutil.Process(worker.pid), follower_of(worker)):
+    for process in (psutil.Process(worker.pid), rank_process_of(worker.pid)):
         process.terminate()  # as a terminal does: all of them get it
     assert own_endpoint.wait(job_id, JOB_SECONDS).status == "COMPLETED"
     assert worker.wait(timeout_seconds=10.0) == 0
@@ -138,12 +131,12 @@ def test_sigterm_lets_the_running_job_finish_and_no_process_stays(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["idle", "at work"])
-def test_a_worker_that_is_killed_takes_the_other_process_with_it(
+def test_a_worker_that_is_killed_takes_its_rank_process_with_it(
     own_endpoint, start_worker, make_job, when
 ):
     worker = start_worker()
-    follower = follower_of(worker)
+    rank_process = rank_process_of(worker.pid)
     if when == "at work":
         meet_denoising(own_endpoint, own_endpoint.submit(make_job(num_inference_steps=MANY_STEPS)))
     psutil.Process(worker.pid).kill()
-    require_gone(follower)
+    require_gone(rank_process)

@@ -14,7 +14,7 @@ from worker.generation import cfg, sampling
 from worker.generation.conditioning import POSITIVE, Conditioning
 from worker.generation.options import DenoiseOptions
 from worker.model.transformer import CachedTokens, HunyuanVideoAvatarTransformer3DModel
-from worker.multi_gpu.process_group import Sharing
+from worker.multi_gpu.parallel import BranchParallel
 from worker.shapes import WINDOW_LATENTS, resolve_computed_steps
 
 
@@ -69,7 +69,7 @@ class Denoiser:
     reference_latents: Tensor  # (1, C, 33, h, w)
     branches: Sequence[cfg.CFGBranch]  # that this process computes
     options: DenoiseOptions
-    sharing: Sharing  # with the processes that compute the other branches
+    parallel: BranchParallel  # with the ranks that compute the other branches
 
     def step(self, latents: Tensor, step: Step) -> Tensor:  # 2 x (1, C, T, h, w) float32
         """The latents after the step; where windows overlap, their mean."""
@@ -80,7 +80,7 @@ class Denoiser:
         count = torch.zeros_like(latents[:1, :1, :, :1, :1])  # (1, 1, T, 1, 1)
         for start in sampling.window_starts(self.conditioning.plan, step.index):
             window = sampling.gather_circular(latents, 2, start, WINDOW_LATENTS)
-            velocities = self.sharing.exchange(self.velocities(window, start, step))
+            velocities = self.parallel.all_gather(self.velocities(window, start, step))
             velocity = cfg.apply_cfg(velocities, step.guidance_weight)
             window = window + velocity * step.sigma_change
             window = window.to(self.options.latents_dtype or torch.bfloat16).float()

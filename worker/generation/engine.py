@@ -1,14 +1,14 @@
-"""The model on its device: chooses the device, and what of the model lies there when.
+"""The model on its devices: chooses them, and what of the model lies there when.
 
-Jobs call `encode`, `denoise` and `frames` one after the other. Whatever torch raises inside them
-becomes an error of ours here.
+Jobs call `encode`, `denoise` and `decode_frames` one after the other. Whatever torch raises inside
+them becomes an error of ours here.
 """
 
-import contextlib
 import ctypes
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from worker.generation.cfg import uses_cfg
 from worker.generation.conditioning import Conditioning
 from worker.generation.face import TorchScriptFaceDetector
 from worker.generation.options import DenoiseOptions
-from worker.generation.pipeline import HunyuanVideoAvatarPipeline
+from worker.generation.pipeline import HunyuanVideoAvatarPipeline, OnStep
 from worker.generation.prefetch import prefetch
 from worker.loading import loader, model_directory
 from worker.loading.loader import LoadReport
@@ -38,14 +38,16 @@ from worker.loading.offload import (
 from worker.model import autoencoder
 from worker.model.attention import fastest_backend
 from worker.model.linear import float8_works
-from worker.multi_gpu.controller import Team
-from worker.multi_gpu.process_group import NUM_SIDES, USABLE, Sharing
+from worker.multi_gpu.controller import RankController
+from worker.multi_gpu.parallel import BranchParallel, NoParallel
+from worker.multi_gpu.process_group import NUM_CFG_BRANCHES, RANK_COUNTS
 from worker.settings import Settings
 from worker.shapes import LONG_SIDE, SAMPLE_RATE_HZ, fit_size
 
 logger = logging.getLogger(__name__)
 
-OTHERS_SECONDS = 60  # beyond this GPU's own loading and as much again, for the other GPUs'
+RANK_LOAD = "worker.generation.engine:Engine.load"  # what a rank process runs; tests put faults in
+RANK_LOAD_SECONDS = 60  # beyond this GPU's own loading and as much again, for the other ranks'
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 TRIAL_SIDE = 64  # px
 TRIAL_TOLERANCE = 0.05  # bfloat16 and another order of sums; where tokens are mixed up it is over 1
@@ -53,7 +55,13 @@ TRIAL_TOLERANCE = 0.05  # bfloat16 and another order of sums; where tokens are m
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """A loaded model."""
+    """A loaded model, alone on its device or at the head of other ranks.
+
+    It is in one of these states:
+        loaded: as `load` returns it; computes alone.
+        joined: as `join` returns it; the ranks of the other GPUs take part in each job.
+        lost: a rank was lost, for good. No job is begun any more; only `close` is left.
+    """
 
     pipeline: HunyuanVideoAvatarPipeline
     device: torch.device
@@ -61,30 +69,30 @@ class Engine:
     load_report: LoadReport
     plan: MemoryPlan | None = None  # None: on a CPU
     has_float8: bool = False  # whether the linear layers can compute in 8 bits here
-    team: Team | None = None  # the processes of the other GPUs; None: there are none
+    ranks: RankController | None = None  # of the other GPUs; None: there are none
 
     @classmethod
     def start(cls, settings: Settings) -> "Engine":
         """Loads the model on each GPU that the settings allow, side by side.
 
-        Call it from a thread that lasts as long as the process: the other GPUs' end with it.
+        Call it from a thread that lasts as long as the process: the rank processes end with it.
 
         Raises:
             OSError, RuntimeError, ValueError: as `load`, on any GPU; too few GPUs.
         """
-        devices = _devices(settings)
+        devices = rank_devices(settings)
         if len(devices) == 1:
             return cls.load(settings)
-        team = Team(settings, devices)
+        ranks = RankController(settings, devices, RANK_LOAD)
         try:
             engine = cls.load(settings, devices[0])
-            return engine.join(team, OTHERS_SECONDS + 2 * engine.load_seconds)
+            return engine.join(ranks, RANK_LOAD_SECONDS + 2 * engine.load_seconds)
         except BaseException:
-            team.close()
+            ranks.close()
             raise
 
-    def join(self, team: Team, patience_seconds: float) -> "Engine":
-        """This engine at the head of the other GPUs' processes, once they have loaded.
+    def join(self, ranks: RankController, timeout_seconds: float) -> "Engine":
+        """This engine at the head of the other ranks, once they have loaded.
 
         A small job, alone and together, shows that all of them compute the same.
 
@@ -101,14 +109,14 @@ class Engine:
             width=TRIAL_SIDE,
         )
         params = GenerationParams(num_inference_steps=1)
-        expected = self.denoise(trial, params, 0, go_on)
-        team.join(self.pipeline.transformer, patience_seconds)
-        engine = replace(self, team=team)
-        latents = engine.denoise(trial, params, 0, go_on)
+        expected = self.denoise(trial, params, 0)
+        ranks.join(self.pipeline.transformer, timeout_seconds)
+        engine = replace(self, ranks=ranks)
+        latents = engine.denoise(trial, params, 0)
         off = ((latents - expected).norm() / expected.norm()).item()
         if not off < TRIAL_TOLERANCE:
             raise RuntimeError(f"the GPUs together compute other values than one: {off:.0%} off")
-        logger.info("%d GPUs work together", team.num_processes)
+        logger.info("%d GPUs work together", ranks.num_ranks)
         return engine
 
     @classmethod
@@ -156,14 +164,14 @@ class Engine:
         waveform = np.zeros(round(SAMPLE_RATE_HZ / params.fps), np.float32)
         try:
             conditioning = self.encode(portrait, waveform, params)
-            latents = self.denoise(conditioning, params, 0, go_on)
-            for _ in self.frames(conditioning, latents):
+            latents = self.denoise(conditioning, params, 0)
+            for _ in self.decode_frames(conditioning, latents):
                 pass
         except job_errors.WorkerError as error:
             raise RuntimeError(f"the warm-up failed: {error.__cause__}") from error
         logger.info("warmed up in %.1f s", time.monotonic() - started)
 
-    def require_room(self, portrait: Image.Image, resolution: int) -> None:
+    def require_fits_memory(self, portrait: Image.Image, resolution: int) -> None:
         """Returns if a video of that portrait fits into the GPU's memory.
 
         Raises:
@@ -204,24 +212,36 @@ class Engine:
         conditioning: Conditioning,
         params: GenerationParams,
         seed: int,
-        on_step: Callable[[int, int], None],
-        sharing: Sharing | None = None,
+        on_step: OnStep | None = None,
     ) -> torch.Tensor:
-        """Latents of the video; `on_step(step, num_steps)` may raise to stop between two steps.
+        """Latents of the video, from all ranks that it has work for.
 
-        With `sharing` this process follows the one that began the job; else it begins it.
+        `on_step(step, num_steps)` may raise to stop between two steps.
         """
-        generator = torch.Generator(self.device).manual_seed(seed)
         options = DenoiseOptions.from_params(params, has_float8=self.has_float8)
-        with _failures_as_ours(), contextlib.ExitStack() as stack:
-            if self.team is not None:
-                num_sides = _num_sides(params)
-                sharing = stack.enter_context(self.team.job(conditioning, params, seed, num_sides))
-            return self.pipeline.denoise(
-                conditioning, options, generator=generator, on_step=on_step, sharing=sharing
-            )
+        job: AbstractContextManager[BranchParallel] = nullcontext(NoParallel())
+        if self.ranks is not None:
+            job = self.ranks.job(conditioning, options, seed, _num_cfg_branches(params))
+        with _failures_as_ours(), job as parallel:
+            return self.denoise_part(conditioning, options, seed, parallel, on_step)
 
-    def frames(self, conditioning: Conditioning, latents: torch.Tensor) -> Generator[np.ndarray]:
+    def denoise_part(
+        self,
+        conditioning: Conditioning,
+        options: DenoiseOptions,
+        seed: int,
+        parallel: BranchParallel,
+        on_step: OnStep | None = None,
+    ) -> torch.Tensor:
+        """The same, by what this rank does of it. The other ranks do no more; raises as torch."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return self.pipeline.denoise(
+            conditioning, options, generator=generator, on_step=on_step, parallel=parallel
+        )
+
+    def decode_frames(
+        self, conditioning: Conditioning, latents: torch.Tensor
+    ) -> Generator[np.ndarray]:
         """The video in chunks of (frames, height, width, 3) uint8, cut and not rounded.
 
         A GPU decodes the next chunk while the last one is used: close what is not used up.
@@ -231,32 +251,34 @@ class Engine:
             scratch_bytes = DECODER_SCRATCH_BYTES
         decoded = self.pipeline.decode_frames(latents, conditioning.num_frames, scratch_bytes)
         chunks = map(to_uint8, decoded)  # keeps no chunk, as a loop would
-        with _failures_as_ours(), contextlib.closing(decoded):
+        with _failures_as_ours(), closing(decoded):
             yield from prefetch(chunks) if self.device.type == "cuda" else chunks
 
     def num_gpus(self, params: GenerationParams) -> int:
         """How many GPUs (on a CPU: processes) generate such a video."""
-        return self.team.num_workers(_num_sides(params)) if self.team is not None else 1
+        if self.ranks is None:
+            return 1
+        return self.ranks.num_active_ranks(_num_cfg_branches(params))
 
     @property
     def num_ranks(self) -> int:
         """Processes of this model: one, or one for each GPU that works on a job."""
-        return self.team.num_processes if self.team is not None else 1
+        return self.ranks.num_ranks if self.ranks is not None else 1
 
     @property
     def is_lost(self) -> bool:
         """Whether another rank is lost: the worker must end, and be started anew."""
-        return self.team is not None and self.team.is_lost
+        return self.ranks is not None and self.ranks.is_lost
 
     @property
     def stuck_error(self) -> job_errors.WorkerError | None:
         """The error of a job whose thread waits in vain for a lost rank; None: it does not."""
-        return self.team.hopeless if self.team is not None else None
+        return self.ranks.stuck_error if self.ranks is not None else None
 
     def close(self) -> None:
         """Ends the other ranks' processes, if there are any."""
-        if self.team is not None:
-            self.team.close()
+        if self.ranks is not None:
+            self.ranks.close()
 
     @property
     def gpu_name(self) -> str | None:
@@ -284,35 +306,31 @@ def check_gpu() -> None:
         raise RuntimeError("the GPU computed a wrong sum")
 
 
-def _devices(settings: Settings) -> list[torch.device]:
-    """One for each process that the settings allow.
+def rank_devices(settings: Settings) -> list[torch.device]:
+    """One for each rank that the settings allow.
 
     Raises:
         RuntimeError: there are fewer GPUs than the settings ask for.
     """
     num_visible = torch.cuda.device_count()
     if num_visible == 0:
-        return [torch.device("cpu")] * _usable(settings.num_gpus or 1)
+        return [torch.device("cpu")] * _usable_num_ranks(settings.num_gpus or 1)
     if settings.num_gpus > num_visible:
         raise RuntimeError(f"NUM_GPUS is {settings.num_gpus}, and {num_visible} are visible")
-    usable = _usable(settings.num_gpus or num_visible)
+    usable = _usable_num_ranks(settings.num_gpus or num_visible)
     if usable < num_visible:
         logger.warning("%d of %d GPUs are used", usable, num_visible)
     return [torch.device("cuda", index) for index in range(usable)]
 
 
-def _usable(number: int) -> int:
-    """How many processes of at most so many can share the work."""
-    return max(usable for usable in USABLE if usable <= number)
+def _usable_num_ranks(number: int) -> int:
+    """How many ranks, of at most so many, can share the work."""
+    return max(count for count in RANK_COUNTS if count <= number)
 
 
-def go_on(step: int, num_steps: int) -> None:
-    """After a step of a job that nothing here stops."""
-
-
-def _num_sides(params: GenerationParams) -> int:
-    """Sides of the guidance that such a video has."""
-    return NUM_SIDES if uses_cfg(params.guidance_scale) else 1
+def _num_cfg_branches(params: GenerationParams) -> int:
+    """CFG branches of such a video."""
+    return NUM_CFG_BRANCHES if uses_cfg(params.guidance_scale) else 1
 
 
 def _dtypes(device: torch.device) -> dict[str, torch.dtype]:
@@ -421,7 +439,7 @@ def to_uint8(frames: torch.Tensor) -> np.ndarray:
     return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-@contextlib.contextmanager
+@contextmanager
 def _failures_as_ours() -> Iterator[None]:
     try:
         yield

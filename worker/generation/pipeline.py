@@ -54,7 +54,7 @@ from worker.loading.offload import HostedNetwork
 from worker.model import autoencoder
 from worker.model import encoders as encoders  # diffusers loads from modules that are there already
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
-from worker.multi_gpu.process_group import Sharing
+from worker.multi_gpu.parallel import BranchParallel, NoParallel
 from worker.shapes import ComputedSteps, FrameSize, count_frames
 
 OnStep = Callable[[int, int], None]
@@ -281,7 +281,7 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
         latents: Tensor | None = None,
         reference_noise: Tensor | None = None,
         on_step: OnStep | None = None,
-        sharing: Sharing | None = None,
+        parallel: BranchParallel | None = None,
     ) -> Tensor:
         """Latents of the video (1, C, kept latents, h, w), still scaled, from noise.
 
@@ -291,30 +291,30 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
             generator, latents, reference_noise: as `prepare_latents` takes them.
             on_step: called as `on_step(step, num_inference_steps)` after each finished step, with
                 step counted from 1; what it raises ends the loop and reaches the caller.
-            sharing: with the processes that run this loop too; the first one's noise counts.
+            parallel: the other ranks that run this loop too; rank 0's noise counts.
 
         Raises:
             ValueError: noise of another shape; unusable steps.
         """
-        sharing = sharing or Sharing()
+        parallel = parallel or NoParallel()
         scaling_factor = self.vae.config.scaling_factor
         noise = prepare_latents(conditioning, scaling_factor, generator, latents, reference_noise)
-        latents, reference_latents = map(sharing.same, noise)
+        latents, reference_latents = map(parallel.broadcast, noise)
         steps = denoising_steps(options, self.scheduler, latents.device)
         denoiser = self.denoiser_class(
             transformer=self.transformer,
             conditioning=conditioning,
             reference_latents=reference_latents,
-            branches=sharing.own(cfg_branches(conditioning, uses_cfg=options.uses_cfg)),
+            branches=parallel.local_branches(cfg_branches(conditioning, uses_cfg=options.uses_cfg)),
             options=options,
-            sharing=sharing,
+            parallel=parallel,
         )
         with self.in_use("transformer"), self.progress_bar(total=len(steps)) as progress:
             for step in steps:
-                sharing.begin_step()
+                parallel.begin_step()
                 latents = denoiser.step(latents, step)
                 progress.update()
-                sharing.end_step()
+                parallel.end_step()
                 if on_step is not None:
                     on_step(step.index + 1, len(steps))
         return latents[:, :, : conditioning.plan.kept_latents]

@@ -1,14 +1,11 @@
-"""The other GPUs of this worker: a process for each, started, watched and ended by the worker.
+"""The ranks of the other GPUs: a process for each, started, watched and ended by the worker.
 
-A process loads the model onto its GPU (`rank_process.py`), joins the group and follows each job
-that the worker generates. Small words go over a pipe to each: a job's header, "the step begins",
-"the job is over"; tensors go from GPU to GPU (`process_group.py`). Between two jobs a process
-sleeps at its pipe and keeps its GPU idle. The end of the pipe is its end too, so none outlives the
-worker, however that ends.
-
-A thread of the worker watches: a process that ends, that says that it failed, that is silent, or
-that leaves the worker's own GPU waiting is the loss of the whole team. The thread that generates
-may then wait for ever; `hopeless` says so to whoever waits for it.
+The worker's own process is rank 0. A rank process loads the model onto its GPU
+(`rank_process.py`), joins the process group and takes part in each job that the worker generates.
+Small messages go over a pipe to each (`messages.py`): a job's header, "the step begins", "the job
+is over"; tensors go from GPU to GPU (`process_group.py`). Between two jobs a rank process sleeps at
+its pipe and keeps its GPU idle. The end of the pipe is its end too, so none outlives the worker,
+however that ends.
 """
 
 import contextlib
@@ -23,30 +20,35 @@ import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum, auto
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from avatar_client.contract.job_errors import GpuFaultError, OutOfMemoryError, WorkerError
-from avatar_client.contract.request import GenerationParams
+from avatar_client.contract.job_errors import WorkerError
 from worker import logs
-from worker.multi_gpu.process_group import Group, GroupSharing, Sharing, outline
-from worker.settings import Settings, keep_to_this_machine
+from worker.multi_gpu.messages import (
+    HEARTBEAT_SECONDS,
+    Message,
+    RankFailure,
+    RankJob,
+    RankStart,
+)
+from worker.multi_gpu.parallel import BranchParallel, NoParallel, RankParallel
+from worker.multi_gpu.process_group import ProcessGroup, tensor_specs
+from worker.settings import Settings, configure_collectives
 
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parents[2]
-FOLLOWER = "worker.multi_gpu.rank_process"  # its `main(descriptor)` is what a process runs
 
-BEAT_SECONDS = 1.0  # how often a process says that it lives
-SILENT_SECONDS = 60.0  # without a beat a process is stopped; more than any call keeps it from one
-LAGGING_SECONDS = 180.0  # for another GPU's velocity; more than compiling takes
-GRACE_SECONDS = 2.0  # for a thread to notice by itself that another process is lost
-JOIN_SECONDS = 120.0  # to meet, and to find the ways between GPUs
-LEAVE_SECONDS = 5.0  # before a process that should end is killed
+# Without a heartbeat a rank process is stopped; more than any call keeps it from one.
+HEARTBEAT_TIMEOUT_SECONDS = 60.0
+GATHER_TIMEOUT_SECONDS = 180.0  # for another rank's velocity; more than compiling takes
+GRACE_SECONDS = 2.0  # for a thread to notice by itself that another rank is lost
+JOIN_TIMEOUT_SECONDS = 120.0  # to meet, and to find the ways between GPUs
+EXIT_TIMEOUT_SECONDS = 5.0  # before a process that should end is killed
 
 # A forked child of the worker (the SDK's heartbeat) must not keep the pipes open.
 _pipes: "weakref.WeakSet[Connection]" = weakref.WeakSet()
@@ -61,234 +63,232 @@ def _close_pipes() -> None:
 os.register_at_fork(after_in_child=_close_pipes)
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
-    """To a process, first: who it is."""
-
-    settings: Settings
-    rank: int
-    num_processes: int
-    device: torch.device
-    rendezvous: Path
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """To a process: what to generate together. The tensors come afterwards, from GPU to GPU."""
-
-    job_id: str | None
-    conditioning: Any  # outlines in the place of tensors
-    params: GenerationParams
-    seed: int
-    num_sides: int
-
-
-class Word(Enum):
-    """What else the pipes carry."""
-
-    JOIN = auto()  # to a process: all have loaded, now meet
-    STEP = auto()  # to a process: the next step begins
-    END = auto()  # to a process: the job is over, or was ended
-    LOADED = auto()  # from a process
-    JOINED = auto()  # from a process
-    BEAT = auto()  # from a process
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """From a process, last: why it ends."""
-
-    reason: str  # for the log
-    out_of_memory: bool
-
-    def as_error(self) -> WorkerError:
-        """What the client of the job is told."""
-        if self.out_of_memory:
-            return OutOfMemoryError("the memory of a GPU is too small for this resolution")
-        return GpuFaultError("one of the GPUs that work together failed")
-
-
 @dataclass(slots=True)
-class _Member:
-    """One of the other processes."""
+class Rank:
+    """The controller's handle of one rank process."""
 
-    rank: int
+    number: int  # from 1; the worker itself is rank 0
     process: "subprocess.Popen[bytes]"
     pipe: Connection
-    heard_at: float | None = None  # None: it is still importing
-    said: Word | None = None  # last, beats aside
+    last_sign_at: float | None = None  # of life; None: it is still importing
+    last_message: Message | None = None  # heartbeats aside
+
+    @classmethod
+    def start(cls, number: int, load: str) -> "Rank":
+        """Starts the process, whose model is loaded by the function with that import path."""
+        ours, theirs = multiprocessing.Pipe()
+        _pipes.add(ours)
+        code = (
+            f"import sys; sys.path.insert(0, {str(ROOT)!r}); "
+            "from worker.multi_gpu.rank_process import main; "
+            f"main({theirs.fileno()}, {load!r})"
+        )
+        with theirs:
+            process = subprocess.Popen(  # noqa: S603  # our own module
+                [sys.executable, "-c", code],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+            )
+        return cls(number, process, ours)
+
+    def send(self, message: object) -> None:
+        """Sends one message. A process that has ended gets none; the watch tells of its end."""
+        with contextlib.suppress(OSError):
+            self.pipe.send(message)
+
+    def how_it_ended(self) -> str:
+        """For the log, once its end of the pipe is closed."""
+        try:
+            status = self.process.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            return "closed its pipe"
+        return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
 
 
-class Team:
-    """The processes of the other GPUs. Its methods are for one thread, but for the properties.
+class RankController:
+    """The rank processes of a worker. Its methods are for one thread, but for the properties.
 
-    Starts the processes and returns at once; `join` waits for them.
+    It is in one of these states:
+        starting: the processes import and load their models. The constructor returns here.
+        idle: all have joined the process group and sleep at their pipes. From `join`, and from
+            each job's end.
+        in a job: between two steps. `job` begins it; its end, or an exception, leads back to idle.
+        in a step: the ranks need each other's tensors. Before the first step, too, and after the
+            last until all GPUs are done. An exception here leads to lost.
+        lost: a rank process ended, said that it failed, was silent, or left rank 0's GPU waiting;
+            or rank 0 failed in a step. From any state above, for good: no job is begun any more,
+            and only `close` is left.
+        closed: the processes have ended. By `close`, from any state.
+
+    A thread of its own watches for the loss. The thread that generates may then wait for ever;
+    `stuck_error` says so to whoever waits for it.
 
     Args:
         settings: the worker's.
-        devices: one for each process; the first is the worker's own.
+        devices: one for each rank; the first is the worker's own.
+        load: what loads a rank's model, as `rank_process.main` takes it.
     """
 
-    def __init__(self, settings: Settings, devices: list[torch.device]) -> None:
-        keep_to_this_machine()
-        self.num_processes = len(devices)
+    def __init__(self, settings: Settings, devices: list[torch.device], load: str) -> None:
+        configure_collectives()
+        self.num_ranks = len(devices)
         self._device = devices[0]
-        self._directory = tempfile.TemporaryDirectory(prefix="avatar-team-")
+        self._directory = tempfile.TemporaryDirectory(prefix="avatar-ranks-")
         self._rendezvous = Path(self._directory.name) / "rendezvous"
-        self._group: Group | None = None
-        self._sharing: GroupSharing | None = None  # of the running job
+        self._group: ProcessGroup | None = None
+        self._parallel: RankParallel | None = None  # of the running job
         self._changed = threading.Condition()
-        self._failure: Failure | None = None
+        self._failure: RankFailure | None = None
         self._failed_at = 0.0
         self._closing = False
-        self._members = [_start_member(rank) for rank in range(1, len(devices))]
-        for member in self._members:
-            rank = member.rank
-            start = Start(settings, rank, len(devices), devices[rank], self._rendezvous)
-            with contextlib.suppress(OSError):  # it has ended: the watch says so
-                member.pipe.send(start)
-        self._watch = threading.Thread(target=self._watch_members, name="team", daemon=True)
+        self._ranks = [Rank.start(number, load) for number in range(1, len(devices))]
+        for each in self._ranks:
+            device = devices[each.number]
+            each.send(RankStart(settings, each.number, len(devices), device, self._rendezvous))
+        self._watch = threading.Thread(target=self._watch_ranks, name="ranks", daemon=True)
         self._watch.start()
 
-    def join(self, transformer: Any, patience_seconds: float) -> None:
-        """Returns when each process has loaded its model and met the others.
+    def join(self, transformer: Any, timeout_seconds: float) -> None:
+        """Returns when each rank has loaded its model and joined the process group.
 
         Args:
             transformer: this process's, which may have to share its passes.
-            patience_seconds: how long to wait for their models.
+            timeout_seconds: for their models.
 
         Raises:
-            RuntimeError: a process failed or was too slow; says which and why.
+            RuntimeError: a rank failed or was too slow; says which and why.
         """
-        self._await(Word.LOADED, patience_seconds)
-        self._tell(Word.JOIN)
-        deadline = time.monotonic() + JOIN_SECONDS
-        self._group = Group(0, self.num_processes, self._rendezvous, self._device)
+        self._await(Message.LOADED, timeout_seconds)
+        self._send(Message.JOIN, range(self.num_ranks))
+        deadline = time.monotonic() + JOIN_TIMEOUT_SECONDS
+        self._group = ProcessGroup(0, self.num_ranks, self._rendezvous, self._device)
         self._group.check(lambda: self._failure is not None or time.monotonic() > deadline)
-        self._group.share_tokens(transformer)
-        self._await(Word.JOINED, max(0.0, deadline - time.monotonic()))
+        self._group.enable_context_parallel(transformer)
+        self._await(Message.JOINED, max(0.0, deadline - time.monotonic()))
 
-    def num_workers(self, num_sides: int) -> int:
-        """How many processes compute so many sides of the guidance."""
+    def num_active_ranks(self, num_cfg_branches: int) -> int:
+        """How many ranks, with this one, compute so many CFG branches."""
         assert self._group is not None
-        return len(self._group.ranks(num_sides))
+        return len(self._group.active_ranks(num_cfg_branches))
 
     @contextlib.contextmanager
     def job(
-        self, conditioning: Any, params: GenerationParams, seed: int, num_sides: int
-    ) -> Iterator[Sharing]:
-        """A job in all processes that its sides need. An exception ends it in them, too.
+        self, conditioning: Any, options: Any, seed: int, num_cfg_branches: int
+    ) -> Iterator[BranchParallel]:
+        """A job on all ranks that its CFG branches need. An exception ends it on them, too.
 
-        One that comes between two steps leaves the team whole; after any other the processes may
-        wait for each other for ever, and the team is lost.
+        One that comes between two steps leaves the ranks idle; after any other they may wait for
+        each other for ever, and are lost.
+
+        Args:
+            conditioning: a dataclass; its tensors are sent.
+            options, seed: whatever the ranks' engines take besides.
+            num_cfg_branches: that the job has.
 
         Raises:
-            WorkerError: another process was lost.
+            WorkerError: a rank was lost.
         """
         assert self._group is not None
-        if self.num_workers(num_sides) == 1:
-            yield Sharing()
+        if self.num_active_ranks(num_cfg_branches) == 1:
+            yield NoParallel()
             return
-        ranks = self._group.ranks(num_sides)
-        sharing = GroupSharing(self._group, num_sides, lambda: self._begin_step(ranks))
-        self._sharing = sharing
+        ranks = self._group.active_ranks(num_cfg_branches)
+        parallel = RankParallel(self._group, num_cfg_branches, lambda: self._begin_step(ranks))
+        self._parallel = parallel
         try:
-            self._require_whole()
-            params = GenerationParams(  # without a job's pictures and sounds
-                **{name: getattr(params, name) for name in GenerationParams.model_fields}
-            )
-            header = Job(logs.job_id.get(), outline(conditioning), params, seed, num_sides)
-            self._tell(header, ranks)
-            self._group.send(conditioning, num_sides)
-            yield sharing
-            self._finish()
+            self._require_all()
+            specs = tensor_specs(conditioning)
+            self._send(RankJob(logs.job_id.get(), specs, options, seed, num_cfg_branches), ranks)
+            self._group.send_tensors(conditioning, num_cfg_branches)
+            yield parallel
+            self._finish(parallel)
         except BaseException as error:
-            loss = self._loss_behind(error) if sharing.in_step else None
+            loss = self._loss_behind(error) if parallel.in_step else None
             if loss is not None:
                 raise loss from error
             raise
         finally:
-            self._sharing = None
-            self._tell(Word.END, ranks)
+            self._parallel = None
+            self._send(Message.END, ranks)
 
     def _begin_step(self, ranks: range) -> None:
-        self._require_whole()
-        self._tell(Word.STEP, ranks)
+        self._require_all()
+        self._send(Message.STEP, ranks)
 
-    def _require_whole(self) -> None:
+    def _require_all(self) -> None:
         if self._failure is not None:
             raise self._failure.as_error()
 
-    def _finish(self) -> None:
-        """Waits for the last step, so that a process that fails in it fails this job."""
-        assert self._sharing is not None
-        self._sharing.in_step = True
+    def _finish(self, parallel: RankParallel) -> None:
+        """Waits for the last step, so that a rank that fails in it fails this job."""
+        parallel.in_step = True
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
 
     def _loss_behind(self, error: BaseException) -> WorkerError | None:
-        """The loss of another process that led to an error inside a step; None: it came first."""
-        with self._changed:  # the watch may hear of it a little later than the thread
+        """The loss of another rank that led to an error inside a step; None: it came first."""
+        with self._changed:  # the watch may learn of it a little later than the thread
             self._changed.wait_for(lambda: self._failure is not None, GRACE_SECONDS)
         if self._failure is not None:
             return self._failure.as_error()
-        self._lose(Failure(f"the worker's own process failed in a step: {error!r}", False))
+        self._lose(RankFailure(f"the worker's own process failed in a step: {error!r}"))
         return None
 
     @property
     def is_lost(self) -> bool:
-        """Whether a process is lost: the worker must end, and be started anew."""
+        """Whether a rank is lost: the worker must end, and be started anew."""
         return self._failure is not None
 
     @property
-    def hopeless(self) -> WorkerError | None:
-        """The error of a job whose thread waits in vain for a lost process."""
+    def stuck_error(self) -> WorkerError | None:
+        """The error of a job whose thread waits in vain for a lost rank; None: it does not."""
         failure = self._failure
         late = time.monotonic() - self._failed_at > GRACE_SECONDS
-        sharing = self._sharing
-        waits = sharing is not None and sharing.in_step
+        parallel = self._parallel
+        waits = parallel is not None and parallel.in_step
         return failure.as_error() if failure is not None and waits and late else None
 
     def close(self) -> None:
-        """Ends the processes."""
+        """Ends the rank processes."""
         if self._closing:
             return
         self._closing = True
         self._watch.join()  # it reads the pipes
-        for member in self._members:
-            member.pipe.close()
-        deadline = time.monotonic() + LEAVE_SECONDS
-        for member in self._members:
+        for rank in self._ranks:
+            rank.pipe.close()
+        deadline = time.monotonic() + EXIT_TIMEOUT_SECONDS
+        for rank in self._ranks:
             try:
-                member.process.wait(max(0.0, deadline - time.monotonic()))
+                rank.process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                member.process.kill()
-                member.process.wait()
+                rank.process.kill()
+                rank.process.wait()
         if self._group is not None:
             self._group.close()
         self._directory.cleanup()
 
-    def _tell(self, message: object, ranks: range | None = None) -> None:
-        for member in self._members:
-            if ranks is None or member.rank in ranks:
-                with contextlib.suppress(OSError):  # it has ended: the watch says so
-                    member.pipe.send(message)
+    def _send(self, message: object, ranks: range) -> None:
+        for rank in self._ranks:
+            if rank.number in ranks:
+                rank.send(message)
 
-    def _await(self, word: Word, patience_seconds: float) -> None:
-        """Returns when each process has said the word."""
+    def _await(self, message: Message, timeout_seconds: float) -> None:
+        """Returns when each rank has sent the message."""
 
         def is_over() -> bool:
-            return self._failure is not None or all(m.said is word for m in self._members)
+            return self._failure is not None or all(
+                rank.last_message is message for rank in self._ranks
+            )
 
         with self._changed:
-            in_time = self._changed.wait_for(is_over, patience_seconds)
+            in_time = self._changed.wait_for(is_over, timeout_seconds)
         if self._failure is not None:
             raise RuntimeError(self._failure.reason)
         if not in_time:
-            silent = ", ".join(str(m.rank) for m in self._members if m.said is not word)
-            raise RuntimeError(f"GPU {silent}: not ready after {patience_seconds:.0f} s")
+            late = [str(rank.number) for rank in self._ranks if rank.last_message is not message]
+            raise RuntimeError(f"GPU {', '.join(late)}: not ready after {timeout_seconds:.0f} s")
 
-    def _lose(self, failure: Failure) -> None:
+    def _lose(self, failure: RankFailure) -> None:
         with self._changed:
             if self._failure is None and not self._closing:
                 self._failed_at = time.monotonic()
@@ -296,59 +296,37 @@ class Team:
                 logger.error("%s", failure.reason)
             self._changed.notify_all()
 
-    def _watch_members(self) -> None:
-        """Listens to the processes until the first loss, or the end."""
+    def _watch_ranks(self) -> None:
+        """Receives what the rank processes send until the first loss, or the end."""
         awaited, since = None, time.monotonic()
-        pipes = {member.pipe: member for member in self._members}
+        ranks = {rank.pipe: rank for rank in self._ranks}
         while not self._closing and self._failure is None:
-            for pipe in wait(list(pipes), timeout=BEAT_SECONDS):
-                self._hear(pipes[pipe])  # type: ignore[index]
+            for pipe in wait(list(ranks), timeout=HEARTBEAT_SECONDS):
+                self._receive(ranks[pipe])  # type: ignore[index]
             now = time.monotonic()
-            for member in self._members:
-                if member.heard_at and now - member.heard_at > SILENT_SECONDS:
-                    member.process.kill()
-                    self._lose(Failure(f"GPU {member.rank}: no sign of life", False))
-            sharing = self._sharing
+            for rank in self._ranks:
+                if rank.last_sign_at and now - rank.last_sign_at > HEARTBEAT_TIMEOUT_SECONDS:
+                    rank.process.kill()
+                    self._lose(RankFailure(f"GPU {rank.number}: no sign of life"))
+            parallel = self._parallel
             waits_for = None
             with contextlib.suppress(RuntimeError):  # of this process's GPU: its thread tells
-                waits_for = sharing.awaited() if sharing is not None else None
+                waits_for = parallel.awaited_gather() if parallel is not None else None
             if waits_for is None or waits_for is not awaited:
                 awaited, since = waits_for, now
-            elif now - since > LAGGING_SECONDS:
-                self._lose(Failure("a GPU does not send what it should compute", False))
+            elif now - since > GATHER_TIMEOUT_SECONDS:
+                self._lose(RankFailure("a GPU does not send what it should compute"))
 
-    def _hear(self, member: _Member) -> None:
+    def _receive(self, rank: Rank) -> None:
         try:
-            message = member.pipe.recv()
+            message = rank.pipe.recv()
         except (EOFError, OSError):
-            self._lose(Failure(f"GPU {member.rank}: its process {_ended(member.process)}", False))
+            self._lose(RankFailure(f"GPU {rank.number}: its process {rank.how_it_ended()}"))
             return
-        member.heard_at = time.monotonic()
-        if isinstance(message, Failure):
+        rank.last_sign_at = time.monotonic()
+        if isinstance(message, RankFailure):
             self._lose(message)
-        elif message is not Word.BEAT:
+        elif message is not Message.HEARTBEAT:
             with self._changed:
-                member.said = message
+                rank.last_message = message
                 self._changed.notify_all()
-
-
-def _start_member(rank: int) -> _Member:
-    ours, theirs = multiprocessing.Pipe()
-    _pipes.add(ours)
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from {FOLLOWER} import main; "
-    with theirs:
-        process = subprocess.Popen(  # noqa: S603  # our own module
-            [sys.executable, "-c", f"{code}main({theirs.fileno()})"],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-        )
-    return _Member(rank, process, ours)
-
-
-def _ended(process: "subprocess.Popen[bytes]") -> str:
-    """How a process ended whose pipe is closed."""
-    try:
-        status = process.wait(GRACE_SECONDS)
-    except subprocess.TimeoutExpired:
-        return "closed its pipe"
-    return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"

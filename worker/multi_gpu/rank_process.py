@@ -1,83 +1,107 @@
-"""The process of one further GPU: loads the model, then follows the jobs of the worker's first GPU.
+"""The process of one further GPU: loads the model, then takes part in the jobs of rank 0.
 
-It serves no queue and knows no client: what to do comes over a pipe from the worker that started
-it, and the end of that pipe is its end. See `worker/multi_gpu/controller.py`.
+It serves no queue and knows no client: what to do comes over a pipe from the controller that
+started it, and the end of that pipe is its end. What loads the model is named by its import path,
+so that nothing of the model is known here.
 """
 
 import ctypes
 import logging
 import os
+import pkgutil
 import signal
 import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from avatar_client.contract.job_errors import OutOfMemoryError
 from worker import logs
-from worker.generation.engine import Engine, go_on
-from worker.multi_gpu.controller import BEAT_SECONDS, Failure, Job, Start, Word
-from worker.multi_gpu.process_group import Group, GroupSharing
+from worker.multi_gpu.messages import (
+    HEARTBEAT_SECONDS,
+    Message,
+    RankFailure,
+    RankJob,
+    RankStart,
+)
+from worker.multi_gpu.parallel import BranchParallel, RankParallel
+from worker.multi_gpu.process_group import ProcessGroup
 from worker.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-Load = Callable[[Settings, torch.device], Engine]
-
 _PR_SET_PDEATHSIG = 1
 
 
+class RankEngine(Protocol):
+    """What a rank process asks of its loaded model."""
+
+    @property
+    def pipeline(self) -> Any:
+        """Holds the `transformer` whose passes may have to be shared."""
+
+    def denoise_part(
+        self, conditioning: Any, options: Any, seed: int, parallel: BranchParallel
+    ) -> object:
+        """Denoises this rank's part of a job. What comes out is rank 0's to use."""
+
+
 class _JobEndedError(Exception):
-    """The worker has ended the job before its last step."""
+    """The controller has ended the job before its last step."""
 
 
-def main(descriptor: int, load: Load = Engine.load) -> None:
-    """Follows until the worker ends; never returns.
+def main(descriptor: int, load: str) -> None:
+    """Takes part in jobs until the controller ends; never returns.
 
     Args:
-        descriptor: of the pipe to the worker.
-        load: gives the model on its device.
+        descriptor: of the pipe to the controller.
+        load: the import path, `module:name`, of a function that takes the worker's settings and
+            a device and returns a `RankEngine`.
     """
     # The worker may finish a job after a signal that all processes get; the pipe says when to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if prctl := getattr(ctypes.CDLL(None), "prctl", None):
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    leader = _Leader(Connection(descriptor))
-    start: Start = leader.hear()
-    who = f"GPU {start.rank}"
-    logs.configure(start.settings.runpod_log_level, process=who)
+    # before the first heartbeat: an import may keep Python from the next one for long
+    load_engine: Callable[[Settings, torch.device], RankEngine] = pkgutil.resolve_name(load)
+    pipe = ControllerPipe(Connection(descriptor))
+    start: RankStart = pipe.recv()
+    name = f"GPU {start.rank}"
+    logs.configure(start.settings.runpod_log_level, process=name)
     try:
-        engine = load(start.settings, start.device)
-        leader.say(Word.LOADED)
-        leader.hear()
-        group = Group(start.rank, start.num_processes, start.rendezvous, start.device)
-        group.check(lambda: False)  # the worker waits for it with a limit, and ends this process
-        group.share_tokens(engine.pipeline.transformer)
-        leader.say(Word.JOINED)
+        engine = load_engine(start.settings, start.device)
+        pipe.send(Message.LOADED)
+        pipe.recv()
+        group = ProcessGroup(start.rank, start.num_ranks, start.rendezvous, start.device)
+        group.check(lambda: False)  # the controller waits with a limit, and ends this process
+        group.enable_context_parallel(engine.pipeline.transformer)
+        pipe.send(Message.JOINED)
         while True:
-            _follow(leader.hear(), leader, engine, group)
+            message = pipe.recv()
+            if isinstance(message, RankJob):  # else the end of a job that ended here, too
+                _take_part(message, pipe, engine, group)
     except BaseException as error:
-        logger.exception("the process failed")
+        logger.exception("the rank process failed")
         cause = error.__cause__ or error
-        reason = f"{who}: {type(cause).__name__}: {cause}"
+        reason = f"{name}: {type(cause).__name__}: {cause}"
         out_of_memory = isinstance(error, OutOfMemoryError | torch.OutOfMemoryError)
-        leader.say(Failure(reason, out_of_memory))
+        pipe.send(RankFailure(reason, out_of_memory))
         os._exit(1)  # what torch would wait for on its way out may be what failed
 
 
-def _follow(message: Any, leader: "_Leader", engine: Engine, group: Group) -> None:
-    """Takes part in one job."""
-    if not isinstance(message, Job):
-        return  # the end of a job that ended here, too
-    logs.job_id.set(message.job_id)
-    conditioning = group.receive(message.conditioning, message.num_sides)
-    sharing = GroupSharing(group, message.num_sides, leader.await_step)
+def _take_part(
+    job: RankJob, pipe: "ControllerPipe", engine: RankEngine, group: ProcessGroup
+) -> None:
+    """Denoises one job together with the other ranks."""
+    logs.job_id.set(job.job_id)
+    conditioning = group.receive_tensors(job.conditioning, job.num_cfg_branches)
+    parallel = RankParallel(group, job.num_cfg_branches, pipe.await_step)
     try:
-        engine.denoise(conditioning, message.params, message.seed, go_on, sharing)
+        engine.denoise_part(conditioning, job.options, job.seed, parallel)
         if group.device.type != "cpu":
             torch.accelerator.synchronize(group.device)  # a failure shows itself here at the latest
     except _JobEndedError:
@@ -86,24 +110,24 @@ def _follow(message: Any, leader: "_Leader", engine: Engine, group: Group) -> No
         logs.job_id.set(None)
 
 
-class _Leader:
-    """The worker, as this process hears it. This process ends with it."""
+class ControllerPipe:
+    """A rank process's end of the pipe to the controller. The process ends with the pipe."""
 
-    def __init__(self, pipe: Connection) -> None:
-        self._pipe = pipe
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
         self._lock = threading.Lock()
-        self._heard: SimpleQueue[Any] = SimpleQueue()
-        threading.Thread(target=self._listen, name="pipe", daemon=True).start()
-        threading.Thread(target=self._beat, name="beat", daemon=True).start()
+        self._received: SimpleQueue[Any] = SimpleQueue()
+        threading.Thread(target=self._receive, name="pipe", daemon=True).start()
+        threading.Thread(target=self._send_heartbeats, name="heartbeat", daemon=True).start()
 
-    def say(self, message: object) -> None:
+    def send(self, message: object) -> None:
         """Sends one message."""
         with self._lock:
-            self._pipe.send(message)
+            self._connection.send(message)
 
-    def hear(self) -> Any:
-        """The next message."""
-        return self._heard.get()
+    def recv(self) -> Any:
+        """The next message, once there is one."""
+        return self._received.get()
 
     def await_step(self) -> None:
         """Returns when the next step begins.
@@ -111,20 +135,20 @@ class _Leader:
         Raises:
             _JobEndedError: it does not.
         """
-        if self.hear() is not Word.STEP:
+        if self.recv() is not Message.STEP:
             raise _JobEndedError
 
-    def _listen(self) -> None:
+    def _receive(self) -> None:
         try:
             while True:
-                self._heard.put(self._pipe.recv())
+                self._received.put(self._connection.recv())
         except (EOFError, OSError):
             os._exit(0)  # the main thread may be waiting for a GPU
 
-    def _beat(self) -> None:
+    def _send_heartbeats(self) -> None:
         pause = threading.Event()
         try:
-            while not pause.wait(BEAT_SECONDS):
-                self.say(Word.BEAT)
+            while not pause.wait(HEARTBEAT_SECONDS):
+                self.send(Message.HEARTBEAT)
         except OSError:
             os._exit(0)

@@ -255,7 +255,7 @@ class Worker:
                     f"reaches over the image's {portrait.width} x {portrait.height} pixels",
                     field="face_box",
                 )
-        self.engine.require_room(portrait, params.resolution)
+        self.engine.require_fits_memory(portrait, params.resolution)
         return portrait, speech
 
     def _plan(
@@ -311,7 +311,7 @@ class Worker:
         self._speed.record(flops, run.stage_seconds["denoise_seconds"])
 
         # closed, or a stopped job's frames are still decoded while the next job begins
-        with run.stage("decode"), closing(engine.frames(conditioning, latents)) as frames:
+        with run.stage("decode"), closing(engine.decode_frames(conditioning, latents)) as frames:
             thumbnail_path = directory / "thumbnail.jpg" if params.output.thumbnail else None
             video = write_video(
                 directory / "video.mp4",

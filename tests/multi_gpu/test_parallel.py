@@ -1,0 +1,73 @@
+"""Several ranks make one video. On a CPU they are the processes of a worker with several GPUs."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from avatar_client.contract import job_errors
+from tests.multi_gpu.jobs import NUM_STEPS, SIDE, TWO, assert_as_alone, conditioning, params
+from worker.generation.engine import Engine
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As many as a rank process has, or the last bits of sums may differ."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    """Two ranks; whatever a test does to a job, they go on."""
+    engine = Engine.start(TWO)
+    yield engine
+    assert not engine.is_lost
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "guidance_scale", "num_active_ranks"),
+    [(0.2, 7.5, 2), (6.0, 7.5, 2), (0.2, 1.0, 1)],
+    ids=["one window", "two windows", "without guidance"],
+)
+def test_two_ranks_make_the_latents_of_one(
+    engine: Engine, seconds: float, guidance_scale: float, num_active_ranks: int
+) -> None:
+    job = (conditioning(engine, seconds), params(guidance_scale=guidance_scale), 7)
+    assert engine.num_gpus(job[1]) == num_active_ranks
+    assert_as_alone(engine, *job)
+
+
+def test_jobs_of_different_sizes_follow_each_other(engine: Engine) -> None:
+    for width, num_steps in [(SIDE, 2), (3 * SIDE, 3), (SIDE, 1)]:
+        job = (conditioning(engine, width=width), params(num_steps), 1)
+        assert_as_alone(engine, *job)
+
+
+@pytest.mark.parametrize("last_step", [1, 5, NUM_STEPS])
+def test_a_job_that_is_stopped_after_a_step_leaves_the_next_one_whole(
+    engine: Engine, last_step: int
+) -> None:
+    def stop(step: int, num_steps: int) -> None:
+        if step == last_step:
+            raise job_errors.DeadlineExceededError("over")
+
+    job = (conditioning(engine), params(), 7)
+    with pytest.raises(job_errors.DeadlineExceededError):
+        engine.denoise(*job, stop)
+    assert_as_alone(engine, *job)
+
+
+def test_the_other_rank_computes_half_of_the_passes(engine: Engine) -> None:
+    own = []
+    hook = engine.pipeline.transformer.register_forward_hook(lambda *_: own.append(1))
+    try:
+        engine.denoise(conditioning(engine), params(5), 7)
+    finally:
+        hook.remove()
+    assert len(own) == 5

@@ -1,0 +1,48 @@
+"""Ranks with other models than the demo's: a process is in one process group at a time."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.multi_gpu import demo_rank
+from tests.multi_gpu.jobs import TOLERANCE, assert_as_alone, conditioning, params
+from tests.support.golden_transformer import relative_difference
+from worker.generation.engine import Engine
+from worker.multi_gpu.controller import RankController
+from worker.settings import Settings
+
+pytestmark = pytest.mark.slow
+
+
+def test_each_rank_loads_the_model_from_the_disk(toy_model: Path) -> None:
+    engine = Engine.start(Settings(model_dir=str(toy_model), num_gpus=2))
+    try:
+        assert_as_alone(engine, conditioning(engine), params(3), 7)
+    finally:
+        engine.close()
+
+
+def test_four_ranks_make_the_latents_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two for each CFG branch, which share the tokens of each pass."""
+    monkeypatch.setattr(torch.accelerator, "device_count", torch.accelerator.device_count)
+    threads = torch.get_num_threads()
+    settings = Settings(avatar_model="demo")
+    ranks = RankController(settings, [torch.device("cpu")] * 4, demo_rank.LOAD)
+    try:
+        engine = demo_rank.load(settings, torch.device("cpu"))
+        jobs = [
+            (conditioning(engine), params(), 7),
+            (conditioning(engine, seconds=6.0), params(3), 7),  # two windows
+            (conditioning(engine), params(3, guidance_scale=1.0), 7),
+        ]
+        alone = [engine.denoise(*job) for job in jobs]
+        engine = engine.join(ranks, timeout_seconds=120.0)
+        together = [engine.denoise(*job) for job in jobs]
+        num_gpus = [engine.num_gpus(settings) for _, settings, _ in jobs]
+    finally:
+        ranks.close()
+        torch.set_num_threads(threads)
+    assert num_gpus == [4, 4, 2]
+    for latents, expected in zip(together, alone, strict=True):
+        assert relative_difference(latents, expected) < TOLERANCE
