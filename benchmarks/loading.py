@@ -57,7 +57,8 @@ from transformers import (
 from builder.convert import MODEL_INDEX
 from worker.generation.pipeline import HunyuanVideoAvatarPipeline
 from worker.loading import loader
-from worker.loading.loader import Reading
+from worker.loading.files import PAGE_BYTES, BlockReader
+from worker.loading.transfer import Place, Reading
 from worker.model.encoders import canonical_name
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
 
@@ -280,7 +281,7 @@ def cached_share(directory: Path) -> float:
     cached = []
     for path in weight_files(directory):
         size = path.stat().st_size
-        with loader._File(path) as file:
+        with BlockReader(path) as file:
             step = 16 * MIB
             cached += [file.is_cached(start, start + step) for start in range(0, size, step)]
     return float(np.mean(cached))
@@ -304,7 +305,7 @@ def by_worker_through_the_cache(directory: Path) -> Iterator[dict[str, Any]]:
 def by_worker_in_other_settings(directory: Path) -> Iterator[dict[str, Any]]:
     """The same with other threads and blocks, one after the other."""
     for num_threads, mib in ((16, 16), (24, 32), (32, 32), (16, 64), (24, 16), (8, 32)):
-        reading = Reading(num_threads, mib * MIB - loader.PAGE_BYTES)
+        reading = Reading(num_threads, mib * MIB - PAGE_BYTES)
         measured = load_as_worker(directory, reading)[1]
         yield measured | {"threads": num_threads, "block_mib": mib}
         gc.collect()
@@ -313,7 +314,7 @@ def by_worker_in_other_settings(directory: Path) -> Iterator[dict[str, Any]]:
 
 def by_worker_to_the_host(directory: Path) -> Iterator[dict[str, Any]]:
     """The same with the two large networks on the host, from where a GPU can fetch their blocks."""
-    placement: dict[str, loader.Place] = {
+    placement: dict[str, Place] = {
         "text_encoder": "host",
         "transformer": "host",
         "default": "device",
@@ -325,7 +326,7 @@ def by_worker_to_the_host(directory: Path) -> Iterator[dict[str, Any]]:
 
 
 def load_as_worker(
-    directory: Path, reading: Reading, placement: Mapping[str, loader.Place] | None = None
+    directory: Path, reading: Reading, placement: Mapping[str, Place] | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The components, and how they came."""
     gc.disable()  # as the worker does at its start

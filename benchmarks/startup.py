@@ -41,7 +41,6 @@ MODULES = {
     "worker.generation.engine": ["Engine.load"],
     "worker.loading.loader": ["load"],
     "worker.generation.pipeline": [],
-    "worker.demo": [],
     "worker.model.transformer": [],
     "torch": [],
     "torch._C": [],
@@ -164,7 +163,7 @@ def start_once(endpoint: LocalEndpoint, *, probe: bool) -> Start:
         with worker:
             worker.wait_until_polling(TIMEOUT_SECONDS)
             seconds = time.monotonic() - begun
-            times = psutil.Process(worker._process.pid).cpu_times()
+            times = psutil.Process(worker.pid).cpu_times()
         notes = json.loads(notes_path.read_text()) if probe else {"spans": []}
     rows, threads = {}, {}
     for span in notes["spans"]:

@@ -29,11 +29,11 @@ from benchmarks.random_model import (
     report,
     synchronize,
 )
-from worker import demo
 from worker.generation.conditioning import Conditioning
 from worker.generation.engine import Engine
 from worker.generation.pipeline import HunyuanVideoAvatarPipeline
 from worker.loading import loader
+from worker.loading.model_directory import DEMO_DIR
 from worker.multi_gpu.controller import RankController
 from worker.settings import Settings
 from worker.shapes import SPATIAL_COMPRESSION, WINDOW_FRAMES
@@ -52,7 +52,7 @@ def load(settings: Settings, device: torch.device) -> Engine:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     transformer = build_transformer(device, dtype, **model["transformer"])
     transformer.set_attention_backend(model["backend"])
-    components, report_of_load = loader.load(demo.MODEL_DIR, device, {"default": torch.float32})
+    components, report_of_load = loader.load(DEMO_DIR, device, {"default": torch.float32})
     pipeline = HunyuanVideoAvatarPipeline(**components | {"transformer": transformer})
     pipeline.set_progress_bar_config(disable=True)
     return Engine(pipeline, device, time.monotonic() - started, report_of_load)

@@ -29,10 +29,9 @@ from PIL import Image
 
 from tests.demo import talking
 from training import world
-from worker.demo import MODEL_DIR
 from worker.generation import cfg, pipeline, sampling
 from worker.generation.engine import Engine
-from worker.loading.model_directory import require_whole
+from worker.loading.model_directory import DEMO_DIR, require_whole
 from worker.service.worker import Worker
 from worker.settings import Settings
 from worker.shapes import SAMPLE_RATE_HZ, VideoPlan
@@ -175,8 +174,8 @@ def require_closed_mouth(video: Video) -> None:
 
 
 def test_the_model_is_whole_and_small():
-    require_whole(MODEL_DIR, hashes=True)
-    assert sum(path.stat().st_size for path in MODEL_DIR.rglob("*") if path.is_file()) <= 12e6
+    require_whole(DEMO_DIR, hashes=True)
+    assert sum(path.stat().st_size for path in DEMO_DIR.rglob("*") if path.is_file()) <= 12e6
 
 
 def test_a_face_that_was_never_seen_speaks_with_a_voice_that_was_never_heard(speak):

@@ -18,8 +18,9 @@ from builder.convert import convert
 from tests.support.golden_weights import build_toy_checkpoint
 from worker.generation.engine import Engine
 from worker.generation.pipeline import HunyuanVideoAvatarPipeline
-from worker.loading import loader
-from worker.loading.loader import PAGE_BYTES, Reading
+from worker.loading import layout, loader
+from worker.loading.files import PAGE_BYTES, BlockReader
+from worker.loading.transfer import HostMemory, Reading, Transfer
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
 from worker.settings import Settings
 
@@ -130,7 +131,7 @@ def test_the_memory_that_the_weights_take_is_known_from_their_headers(models):
         expected = sum(size.total_bytes for size in sizes.values())
         assert taken == pytest.approx(expected, rel=0.2)  # gaps between tensors
         for name, size in sizes.items():
-            assert len(size.block_bytes) == len(loader.blocks(components[name]))
+            assert len(size.block_bytes) == len(layout.blocks(components[name]))
 
 
 # Where the weights lie
@@ -152,7 +153,7 @@ def test_each_block_has_one_storage_of_its_own_and_what_is_left_has_one_more(
     components, _ = loader.load(models[variant], CPU, ON_CPU, {"default": place})
     for name in loader.NETWORKS:
         network = components[name]
-        blocks = loader.blocks(network)
+        blocks = layout.blocks(network)
         outside = tensors_of(network)
         seen: set[int] = set()
         for block, module in blocks.items():
@@ -168,7 +169,7 @@ def test_each_block_has_one_storage_of_its_own_and_what_is_left_has_one_more(
 
 def test_tensors_begin_at_multiples_of_256_bytes_and_waste_no_more_than_that(toy_model):
     components, _ = loader.load(toy_model, CPU, ON_CPU, {"default": "host"})
-    for block in loader.blocks(components["transformer"]).values():
+    for block in layout.blocks(components["transformer"]).values():
         own = tensors_of(block).values()
         assert {tensor.data_ptr() % 256 for tensor in own} == {0}
         used = sum(tensor.nbytes for tensor in own)
@@ -178,7 +179,7 @@ def test_tensors_begin_at_multiples_of_256_bytes_and_waste_no_more_than_that(toy
 def test_blocks_are_the_entries_of_the_outermost_lists(toy_model):
     components, _ = loader.load(toy_model, CPU, ON_CPU)
     config = components["transformer"].config
-    names = list(loader.blocks(components["transformer"]))
+    names = list(layout.blocks(components["transformer"]))
     for kind, count in {
         "transformer_blocks": config.num_layers,
         "single_transformer_blocks": config.num_single_layers,
@@ -186,7 +187,7 @@ def test_blocks_are_the_entries_of_the_outermost_lists(toy_model):
     }.items():
         of_kind = [name for name in names if name.startswith(f"{kind}.")]
         assert of_kind == [f"{kind}.{index}" for index in range(count)]
-    assert "language_model.layers.0" in loader.blocks(components["text_encoder"])
+    assert "language_model.layers.0" in layout.blocks(components["text_encoder"])
 
 
 def test_buffers_that_are_in_no_file_lie_with_their_block(tmp_path):
@@ -199,7 +200,7 @@ def test_buffers_that_are_in_no_file_lie_with_their_block(tmp_path):
     network = torch.nn.Sequential(torch.nn.ModuleList([Layer(), Layer()]), Layer())
     weights = {name: torch.rand(3, 5) for name in network.state_dict()}
     save_file(weights, tmp_path / "model.safetensors")
-    with loader._Transfer(CPU, SMALL) as transfer:
+    with Transfer(CPU, SMALL) as transfer:
         transfer.fill(network, tmp_path, torch.float32, "host")
         transfer.finish()
     assert_same(network.state_dict(), weights)
@@ -211,7 +212,7 @@ def test_buffers_that_are_in_no_file_lie_with_their_block(tmp_path):
 
 
 def test_the_host_s_memory_is_given_back_with_the_last_tensor_in_it():
-    memory = loader._HostMemory(1000)
+    memory = HostMemory(1000)
     tensor = memory.tensor()[256:512]
     watched = weakref.ref(memory)
     del memory
@@ -233,7 +234,7 @@ def test_a_gpu_can_fetch_by_itself_what_stays_on_the_host(variant, models):
         assert tensor.is_pinned()
     for tensor in tensors_of(components["vae"]).values():
         assert tensor.is_cuda
-    for block in loader.blocks(components["transformer"]).values():
+    for block in layout.blocks(components["transformer"]).values():
         assert len(storages(tensors_of(block).values())) == 1
 
 
@@ -302,7 +303,7 @@ def test_one_changed_byte_of_a_header_is_named_or_changes_nothing(tmp_path):
         )
         network = torch.nn.Sequential(torch.nn.Linear(5, 3, device="meta"))
         try:
-            with loader._Transfer(CPU, SMALL) as transfer:
+            with Transfer(CPU, SMALL) as transfer:
                 transfer.fill(network, tmp_path, torch.float32, "device")
                 transfer.finish()
         except (OSError, ValueError) as error:
@@ -355,6 +356,11 @@ def drop_from_page_cache(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def is_cached(path: Path) -> bool:
+    with BlockReader(path) as file:
+        return file.is_cached(0, path.stat().st_size)
+
+
 def memory_bytes(field: str) -> int:
     """A figure of this process: VmRSS, or VmHWM, the most that VmRSS has been."""
     status = Path("/proc/self/status").read_text()
@@ -375,7 +381,7 @@ def test_beside_the_weights_only_the_ring_takes_memory(larger_model):
 def test_a_file_outside_the_page_cache_is_read_past_it_and_one_inside_from_it(larger_model):
     path = larger_model / TRANSFORMER_FILE
     drop_from_page_cache(path)
-    if loader._File(path).is_cached(0, path.stat().st_size):
+    if is_cached(path):
         pytest.skip("the file system keeps its files in memory")
     for _ in range(2):  # the first load leaves nothing in the cache
         _, report = loader.load(larger_model, CPU, ON_CPU)

@@ -74,7 +74,7 @@ def test_the_places_are_searched_in_their_order(tmp_path):
         model_directory.find(settings, tmp_path)
 
 
-def test_the_choice_says_why_each_place_before_it_was_passed_over(tmp_path):
+def test_the_choice_says_why_each_place_before_it_was_skipped(tmp_path):
     make_model(tmp_path / model_directory.VOLUME_DIR)
     (tmp_path / model_directory.BAKED_DIR).mkdir(parents=True)
 
@@ -82,11 +82,18 @@ def test_the_choice_says_why_each_place_before_it_was_passed_over(tmp_path):
 
     assert str(found) == (
         f"model directory {tmp_path / model_directory.VOLUME_DIR} (the network volume); "
-        "passed over: "
+        "skipped: "
         "MODEL_DIR: is not set; "
         f"the image: {tmp_path / model_directory.BAKED_DIR}: model_index.json is missing; "
         f"RunPod's model cache: {snapshot(tmp_path, 'x').parents[1]} has no snapshot"
     )
+
+
+def test_the_demo_model_is_whole_and_comes_first_where_it_is_asked_for(tmp_path):
+    make_model(tmp_path / model_directory.BAKED_DIR)
+    found = model_directory.find(Settings(avatar_model="demo"), tmp_path)
+    assert found.path == model_directory.DEMO_DIR
+    assert found.skipped == ()
 
 
 def test_no_model_anywhere_is_an_error_that_names_every_place(tmp_path):
@@ -131,7 +138,7 @@ def test_the_links_of_the_model_cache_are_followed(tmp_path):
         model_directory.find(settings, tmp_path)
 
 
-def test_a_damaged_model_is_not_passed_over(tmp_path):
+def test_a_damaged_model_is_not_skipped(tmp_path):
     given = make_model(tmp_path / "given")
     make_model(tmp_path / model_directory.BAKED_DIR)
     cut(given / "vae" / "model.safetensors")

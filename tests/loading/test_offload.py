@@ -1,4 +1,4 @@
-"""The plan for the GPU's memory, and networks that come block by block."""
+"""The plan for the GPU's memory, and models that are offloaded to the host."""
 
 import re
 
@@ -10,16 +10,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from avatar_client.contract.job_errors import InputTooLargeError
-from worker.generation.engine import Engine, _hosted, load_pipeline
+from worker.generation.engine import Engine, load_pipeline
 from worker.loading.offload import (
     DECODER_BYTES,
     GIB,
-    SLOTS,
-    HostedNetwork,
+    NUM_PREFETCH_BUFFERS,
     MemoryPlan,
     NetworkSize,
-    _activation_bytes,
+    OffloadedModel,
+    activation_bytes,
     make_plan,
+    offload_models,
 )
 
 CPU = torch.device("cpu")
@@ -38,7 +39,7 @@ PUBLISHED = {
 # The plan
 
 
-def test_where_everything_fits_everything_stays():
+def test_where_everything_fits_everything_is_resident():
     plan = make_plan(79 * GIB, PUBLISHED)
     assert plan.all_resident
     assert plan.resolutions() == [256, 384, 512, 704]
@@ -54,7 +55,7 @@ def test_where_everything_fits_everything_stays():
         (8, [256, 384, 512]),
     ],
 )
-def test_smaller_gpus_make_large_videos_with_fewer_blocks_that_stay(gib, resolutions):
+def test_smaller_gpus_make_large_videos_with_fewer_resident_blocks(gib, resolutions):
     plan = make_plan((gib - 1) * GIB, PUBLISHED)
     assert not plan.all_resident
     assert plan.resolutions() == resolutions
@@ -79,16 +80,16 @@ def test_no_plan_takes_more_than_there_is(budget):
         stay = sum(others[: plan.resident_blocks - 1]) + last
         weights = stay + transformer.streamed_bytes
         beside = stay - last + PUBLISHED["vae"].total_bytes + DECODER_BYTES
-    assert weights + _activation_bytes(plan.max_tokens) <= budget
+    assert weights + activation_bytes(plan.max_tokens) <= budget
     assert beside <= budget
     assert 1 <= plan.resident_blocks <= plan.num_blocks
 
 
-# Blocks that come
+# Offloaded models
 
 
 class Counted(torch.nn.Module):
-    """Blocks in a row, whose weights lie in one storage each."""
+    """Blocks in a row, each with its weights in one storage."""
 
     def __init__(self, count: int) -> None:
         super().__init__()
@@ -107,79 +108,79 @@ def host_addresses(network: torch.nn.Module) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("resident", [0, 1, 3, 6, 7])
-def test_a_network_that_comes_block_by_block_computes_the_same(resident):
+def test_a_model_that_is_onloaded_block_by_block_computes_the_same(resident):
     network, x = Counted(7), torch.randn(2, 3)
     orders = [range(7), range(6, 7), range(7), range(3, 5), range(7)]  # some skip, some go back
     expected = [network(x, order) for order in orders]
-    at_home = host_addresses(network)
-    hosted = HostedNetwork(network, list(network.blocks), CPU, resident)
+    on_host = host_addresses(network)
+    offloaded = OffloadedModel(network, list(network.blocks), CPU, resident)
     away = []
     for block in network.blocks:
         block.register_forward_hook(
-            lambda *_: away.append(sum(host_addresses(network)[n] != at_home[n] for n in at_home))
+            lambda *_: away.append(sum(host_addresses(network)[n] != on_host[n] for n in on_host))
         )
 
     for _ in range(2):
-        with hosted.in_use():
+        with offloaded.in_use():
             for order, result in zip(orders, expected, strict=True):
                 assert torch.equal(network(x, order), result)
 
     assert max(away) <= 7 + 1
-    kept = {name for name in at_home if host_addresses(network)[name] != at_home[name]}
-    assert len(kept) == resident  # what stays; all else is at home again
+    kept = {name for name in on_host if host_addresses(network)[name] != on_host[name]}
+    assert len(kept) == resident  # all else is on the host again
     assert "blocks.6.weight" in kept or not resident
 
 
-def test_blocks_that_come_share_two_places():
+def test_blocks_that_are_not_resident_share_two_buffers():
     network = Counted(9)
-    hosted = HostedNetwork(network, list(network.blocks), CPU, resident=2)
-    places = []
+    offloaded = OffloadedModel(network, list(network.blocks), CPU, resident=2)
+    addresses = []
     for block in network.blocks:
-        block.register_forward_hook(lambda block, *_: places.append(block.weight.data_ptr()))
+        block.register_forward_hook(lambda block, *_: addresses.append(block.weight.data_ptr()))
 
-    with hosted.in_use():
+    with offloaded.in_use():
         network(torch.zeros(1, 3), range(9))
         network(torch.zeros(1, 3), range(9))
 
-    assert len(set(places)) == SLOTS + 2
+    assert len(set(addresses)) == NUM_PREFETCH_BUFFERS + 2
 
 
-def test_a_network_that_comes_whole_leaves_whole_even_after_a_failure():
+def test_a_model_that_is_onloaded_whole_is_offloaded_whole_even_after_a_failure():
     network, x = Counted(3), torch.randn(2, 3)
-    expected, at_home = network(x, range(3)), host_addresses(network)
-    hosted = HostedNetwork(network, list(network.blocks), CPU, resident=None)
+    expected, on_host = network(x, range(3)), host_addresses(network)
+    offloaded = OffloadedModel(network, list(network.blocks), CPU, resident=None)
 
     def fail() -> None:
-        with hosted.in_use():
+        with offloaded.in_use():
             assert torch.equal(network(x, range(3)), expected)
             away = host_addresses(network)
-            assert all(away[name] != at_home[name] for name in at_home)
+            assert all(away[name] != on_host[name] for name in on_host)
             raise RuntimeError("stopped")
 
     with pytest.raises(RuntimeError, match="stopped"):
         fail()
-    assert host_addresses(network) == at_home
+    assert host_addresses(network) == on_host
 
 
-def test_weights_that_lie_apart_are_refused():
+def test_weights_in_several_storages_are_refused():
     network = torch.nn.Sequential(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="one storage"):
-        HostedNetwork(network, [network[0]], CPU, resident=0)
+        OffloadedModel(network, [network[0]], CPU, resident=0)
 
 
 # The whole model
 
 
 @pytest.mark.parametrize("resident_blocks", [1, 4])
-def test_a_video_of_networks_on_the_host_is_the_same(toy_model, resident_blocks):
-    size = MemoryPlan(0, False, resident_blocks, 8, 10**6)
+def test_a_video_of_offloaded_models_is_the_same(toy_model, resident_blocks):
+    plan = MemoryPlan(0, False, resident_blocks, 8, 10**6)
     frames = []
     for placement in ({"default": "device"}, {"default": "host", "audio_encoder": "device"}):
         pipeline, _ = load_pipeline(toy_model, CPU, FLOAT32, placement)
         pipeline.set_progress_bar_config(disable=True)
         if placement["default"] == "host":
-            pipeline.hosted = _hosted(pipeline, CPU, size)
-            at_home = {name: host_addresses(getattr(pipeline, name)) for name in pipeline.hosted}
+            pipeline.offloaded = offload_models(pipeline.components, CPU, plan)
+            on_host = {name: host_addresses(getattr(pipeline, name)) for name in pipeline.offloaded}
         output = pipeline(
             image=Image.new("RGB", (64, 64), "red"),
             audio=np.zeros(2560, np.float32),
@@ -192,7 +193,7 @@ def test_a_video_of_networks_on_the_host_is_the_same(toy_model, resident_blocks)
         )
         frames.append(output.frames)
     assert (frames[0] - frames[1]).abs().max() < 1e-4
-    for name, addresses in at_home.items():
+    for name, addresses in on_host.items():
         now = host_addresses(getattr(pipeline, name))
         stayed = {re.match(r".*?\.\d+", key)[0] for key in now if now[key] != addresses[key]}
         assert len(stayed) == (resident_blocks if name == "transformer" else 0)

@@ -4,10 +4,10 @@ import time
 
 import torch
 
-from worker import demo
 from worker.generation.engine import Engine
 from worker.generation.pipeline import HunyuanVideoAvatarPipeline
 from worker.loading import loader
+from worker.loading.model_directory import DEMO_DIR
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
 from worker.settings import Settings
 
@@ -18,7 +18,7 @@ def load(settings: Settings, device: torch.device) -> Engine:
     torch.set_num_threads(1)
     torch.accelerator.device_count = lambda: 1  # a CPU has 0, and diffusers divides by it
     started = time.monotonic()
-    components, report = loader.load(demo.MODEL_DIR, device, {"default": torch.float32})
+    components, report = loader.load(DEMO_DIR, device, {"default": torch.float32})
     config = dict(components["transformer"].config) | {"num_attention_heads": 2}
     with torch.random.fork_rng():
         torch.manual_seed(1)

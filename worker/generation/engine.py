@@ -18,7 +18,6 @@ from PIL import Image
 
 from avatar_client.contract import job_errors
 from avatar_client.contract.request import GenerationParams
-from worker import demo
 from worker.generation.cfg import uses_cfg
 from worker.generation.conditioning import Conditioning
 from worker.generation.face import TorchScriptFaceDetector
@@ -26,15 +25,16 @@ from worker.generation.options import DenoiseOptions
 from worker.generation.pipeline import HunyuanVideoAvatarPipeline, OnStep
 from worker.generation.prefetch import prefetch
 from worker.loading import loader, model_directory
-from worker.loading.loader import LoadReport
 from worker.loading.offload import (
     DECODER_SCRATCH_BYTES,
     GIB,
     USABLE_SHARE,
-    HostedNetwork,
     MemoryPlan,
     make_plan,
+    offload_models,
 )
+from worker.loading.report import LoadReport
+from worker.loading.transfer import Place
 from worker.model import autoencoder
 from worker.model.attention import fastest_backend
 from worker.model.linear import float8_works
@@ -134,14 +134,9 @@ class Engine:
         device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if device.index is not None:
             torch.cuda.set_device(device)  # for what asks for "cuda" alone
-        if settings.avatar_model == "demo":
-            model_dir = demo.MODEL_DIR
-            model_directory.require_whole(model_dir)
-        else:
-            found = model_directory.find(settings)
-            logger.info("%s", found)
-            model_dir = found.path
-        pipeline, report, plan = _load(model_dir, device, settings.memory_plan)
+        location = model_directory.find(settings)
+        logger.info("%s", location)
+        pipeline, report, plan = _load(location.path, device, settings.memory_plan)
         logger.info("weights: %s", report)
         pipeline.set_progress_bar_config(disable=True)  # the reporter's values go to the client
         load_seconds = time.monotonic() - started
@@ -333,22 +328,11 @@ def _num_cfg_branches(params: GenerationParams) -> int:
     return NUM_CFG_BRANCHES if uses_cfg(params.guidance_scale) else 1
 
 
-def _dtypes(device: torch.device) -> dict[str, torch.dtype]:
-    if device.type == "cpu":
-        return {"default": torch.float32}
-    # as the reference runs: denoiser in bfloat16, audio encoder in float32, the rest in float16
-    return {
-        "transformer": torch.bfloat16,
-        "audio_encoder": torch.float32,
-        "default": torch.float16,
-    }
-
-
 def _load(
     model_dir: Path, device: torch.device, memory_gib: float | None
 ) -> tuple[HunyuanVideoAvatarPipeline, LoadReport, MemoryPlan | None]:
     """The model where the plan for the GPU's memory wants it; on a CPU there is no plan."""
-    dtypes = _dtypes(device)
+    dtypes = loader.component_dtypes(device)
     if device.type == "cpu":
         _keep_freed_memory()
         return *load_pipeline(model_dir, device, dtypes), None
@@ -357,9 +341,9 @@ def _load(
     if plan.all_resident:
         pipeline, report = load_pipeline(model_dir, device, dtypes)
     else:
-        placement: dict[str, loader.Place] = {"default": "host", "audio_encoder": "device"}
+        placement: dict[str, Place] = {"default": "host", "audio_encoder": "device"}
         pipeline, report = load_pipeline(model_dir, device, dtypes, placement)
-        pipeline.hosted = _hosted(pipeline, device, plan)
+        pipeline.offloaded = offload_models(pipeline.components, device, plan)
     pipeline.transformer.set_attention_backend(fastest_backend(device))
     return pipeline, report, plan
 
@@ -368,7 +352,7 @@ def load_pipeline(
     model_dir: Path,
     device: torch.device,
     dtypes: Mapping[str, torch.dtype],
-    placement: Mapping[str, loader.Place] | None = None,
+    placement: Mapping[str, Place] | None = None,
 ) -> tuple[HunyuanVideoAvatarPipeline, LoadReport]:
     """The pipeline of what `loader.load` loads, and of the face detector where there is one.
 
@@ -404,24 +388,10 @@ def plan_memory(model_dir: Path, device: torch.device, memory_gib: float | None)
     Raises:
         OSError, ValueError: a file of weights cannot be read; not even the smallest video fits.
     """
-    return make_plan(_budget(device, memory_gib), loader.network_sizes(model_dir, _dtypes(device)))
-
-
-def _hosted(
-    pipeline: HunyuanVideoAvatarPipeline, device: torch.device, plan: MemoryPlan
-) -> dict[str, HostedNetwork]:
-    """The networks that the plan keeps on the host: the large ones come block by block."""
-    resident = {
-        "text_encoder": 0,
-        "text_encoder_2": None,
-        "vae": None,
-        "transformer": plan.resident_blocks,
-    }
-    return {
-        name: HostedNetwork(network, list(loader.blocks(network).values()), device, count)
-        for name, count in resident.items()
-        for network in [getattr(pipeline, name)]
-    }
+    return make_plan(
+        _budget(device, memory_gib),
+        loader.network_sizes(model_dir, loader.component_dtypes(device)),
+    )
 
 
 def _budget(device: torch.device, memory_gib: float | None) -> int:

@@ -50,7 +50,7 @@ from worker.generation.text import (
     encode_llava,
     tokenize,
 )
-from worker.loading.offload import HostedNetwork
+from worker.loading.offload import OffloadedModel
 from worker.model import autoencoder
 from worker.model import encoders as encoders  # diffusers loads from modules that are there already
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
@@ -68,8 +68,8 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
     face is found by OpenCV.
     """
 
-    # Networks that lie on the host; they come to the GPU while they are in use.
-    hosted: Mapping[str, HostedNetwork] = MappingProxyType({})
+    # By component: on the GPU only while they are in use.
+    offloaded: Mapping[str, OffloadedModel] = MappingProxyType({})
     denoiser_class = Denoiser
     _optional_components = ["face_detector"]  # noqa: RUF012 (read by diffusers)
 
@@ -351,6 +351,6 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
     @contextmanager
     def in_use(self, name: str) -> Iterator[None]:
         """Inside, the network is where it runs."""
-        hosted = self.hosted.get(name)
-        with hosted.in_use() if hosted else nullcontext():
+        offloaded = self.offloaded.get(name)
+        with offloaded.in_use() if offloaded else nullcontext():
             yield

@@ -2,31 +2,34 @@
 
 import json
 import logging
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from worker.loading import manifest
+from worker.loading.index import has_full_length
 from worker.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 BAKED_DIR = Path("models/hunyuan-video-avatar")
 VOLUME_DIR = Path("runpod-volume/hunyuan-video-avatar")
+# The demo model: the real architecture at toy width, trained in a drawn world of talking faces. It
+# needs neither a GPU nor a download, and only AVATAR_MODEL=demo selects it. Its card says more.
+DEMO_DIR = Path(__file__).parents[1] / "demo_model"
 CACHE_DIR = Path("runpod-volume/huggingface-cache/hub")  # RunPod's cached models
 
 
 @dataclass(frozen=True)
-class Found:
+class ModelLocation:
     """The model directory that the worker loads, and why it is this one."""
 
     path: Path
     place: str
-    passed_over: tuple[str, ...]  # what was looked at before, each with the reason
+    skipped: tuple[str, ...] = ()  # what was looked at before, each with the reason
 
     def __str__(self) -> str:
-        before = f"; passed over: {'; '.join(self.passed_over)}" if self.passed_over else ""
+        before = f"; skipped: {'; '.join(self.skipped)}" if self.skipped else ""
         return f"model directory {self.path} ({self.place}){before}"
 
 
@@ -34,10 +37,10 @@ class _NoModelError(Exception):
     """There is no model at a place; says why."""
 
 
-def find(settings: Settings, root: Path = Path("/")) -> Found:
-    """The first place that holds a model.
+def find(settings: Settings, root: Path = Path("/")) -> ModelLocation:
+    """The demo model if it is asked for, else the first place that holds a model.
 
-    A place without a model is passed over. A damaged model is not: whoever put it there means it
+    A place without a model is skipped. A damaged model is not: whoever put it there means it
     to be used.
 
     Args:
@@ -47,7 +50,10 @@ def find(settings: Settings, root: Path = Path("/")) -> Found:
         FileNotFoundError: no place holds a model; says why for each.
         RuntimeError: the model is damaged, by file, or its download failed.
     """
-    passed_over: list[str] = []
+    if settings.avatar_model == "demo":
+        require_whole(DEMO_DIR)
+        return ModelLocation(DEMO_DIR, "AVATAR_MODEL=demo")
+    skipped: list[str] = []
     for place, look in (
         ("MODEL_DIR", _given),
         ("the image", _baked),
@@ -61,11 +67,11 @@ def find(settings: Settings, root: Path = Path("/")) -> Found:
                 missing = "model_index.json is missing" if path.is_dir() else "no such directory"
                 raise _NoModelError(f"{path}: {missing}")
         except _NoModelError as reason:
-            passed_over.append(f"{place}: {reason}")
+            skipped.append(f"{place}: {reason}")
             continue
         require_whole(path)
-        return Found(path, place, tuple(passed_over))
-    raise FileNotFoundError(f"no model was found. {'; '.join(passed_over)}")
+        return ModelLocation(path, place, tuple(skipped))
+    raise FileNotFoundError(f"no model was found. {'; '.join(skipped)}")
 
 
 def require_whole(model_dir: Path, *, hashes: bool = False) -> None:
@@ -162,7 +168,7 @@ def _faults_without_manifest(model_dir: Path) -> list[str]:
         if part in parts and not any((model_dir / part).glob("*.safetensors")):
             faults.append(f"the weights of {part} are missing")
     for path in sorted(model_dir.glob("*/*.safetensors")):
-        if not _has_full_length(path):
+        if not has_full_length(path):
             faults.append(f"{path.parent.name}/{path.name} is cut short or too long")
     return faults
 
@@ -172,46 +178,3 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except ValueError:
         raise RuntimeError(f"{path} is damaged: it holds no JSON") from None
-
-
-def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """What a safetensors file says of each tensor, and where in the file the first one begins.
-
-    Raises:
-        ValueError: the file ends before its header does, or the header is none; names the file.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if 8 + length > size:
-            raise ValueError(f"{path} is cut short")
-        content = file.read(length)
-    try:
-        header = json.loads(content)
-    except ValueError:
-        header = None
-    if not isinstance(header, dict):
-        raise ValueError(f"{path}: the header is damaged")
-    header.pop("__metadata__", None)
-    for key, entry in header.items():
-        if not _describes_a_tensor(entry):
-            raise ValueError(f"{path}: the header is damaged at {key}")
-    return header, 8 + length
-
-
-def _describes_a_tensor(entry: Any) -> bool:
-    match entry:
-        case {"dtype": str(), "shape": [*sizes], "data_offsets": [int(), int()]}:
-            return all(isinstance(size, int) for size in sizes)
-    return False
-
-
-def _has_full_length(path: Path) -> bool:
-    """Whether the file ends where its header says that its last tensor does."""
-    try:
-        header, start = read_header(path)
-    except ValueError:
-        return False
-    ends = (entry["data_offsets"][1] for entry in header.values())
-    return bool(path.stat().st_size == start + max(ends, default=0))

@@ -1,31 +1,33 @@
-"""What lies on the GPU when: the plan for its memory, and the networks that come block by block.
+"""What is on the GPU when: the plan for its memory, and the models that are offloaded to the host.
 
-A plan is made once, from the memory there is. Where everything fits, everything stays on the GPU.
-Else the networks lie on the host (`worker.loading.loader`) and each is brought while it is in use:
-what it has besides its blocks as a whole, its blocks one after the other on a stream of their own,
-each while the one before it computes. As many of the transformer's blocks as there is room for
-stay.
+A plan is made once, from the memory there is. Where everything fits, everything is resident on the
+GPU. Else the weights are in pinned memory of the host, and each model is onloaded while it is in
+use: what it has outside its blocks as a whole, its blocks one after the other, each prefetched on a
+stream of its own while the one before it computes. As many of the transformer's blocks as there is
+room for stay resident.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from worker.loading.layout import blocks
 from worker.shapes import LONG_SIDE, FrameSize, window_tokens
 
 GIB = 2**30
-SLOTS = 2  # blocks on their way or in use, of those that do not stay
+NUM_PREFETCH_BUFFERS = 2  # for the block in use and the next one, of those that are not resident
 
 # Measured on an H200 (docs/performance.md), rounded up.
 TOKEN_BYTES = 27 * 3072  # of the denoiser at its peak, for each token of a window
 DENOISER_BYTES = GIB // 4  # whatever the size: convolutions, text, noise
-DECODER_SCRATCH_BYTES = 2**28  # of the decoder's chunk in work, where memory is short
+DECODER_SCRATCH_BYTES = 2**28  # of the chunk that is decoded, where memory is short
 DECODER_BYTES = 11 * GIB // 4  # a tile of the autoencoder then, and its frames
-TEXT_TOKENS = 831  # at most
+MAX_TEXT_TOKENS = 831  # text positions of a forward pass
 USABLE_SHARE = 0.96  # of free memory: the rest is for libraries, and lost between tensors
 
 
@@ -44,13 +46,13 @@ class NetworkSize:
     @property
     def streamed_bytes(self) -> int:
         """What it takes at least while it is in use."""
-        slots = min(SLOTS, len(self.block_bytes))
-        return self.other_bytes + slots * max(self.block_bytes, default=0)
+        buffers = min(NUM_PREFETCH_BUFFERS, len(self.block_bytes))
+        return self.other_bytes + buffers * max(self.block_bytes, default=0)
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What stays on the GPU, and the largest video that then fits."""
+    """What is resident on the GPU, and the largest video that then fits."""
 
     budget_bytes: int  # for weights and everything else
     all_resident: bool
@@ -60,7 +62,7 @@ class MemoryPlan:
 
     def fits(self, size: FrameSize) -> bool:
         """Whether a video of that size can be made."""
-        return window_tokens(size) + TEXT_TOKENS <= self.max_tokens
+        return window_tokens(size) + MAX_TEXT_TOKENS <= self.max_tokens
 
     def resolutions(self) -> list[int]:
         """The resolutions that can be made whatever the shape of the portrait."""
@@ -81,7 +83,7 @@ class MemoryPlan:
 
 
 def make_plan(budget_bytes: int, networks: Mapping[str, NetworkSize]) -> MemoryPlan:
-    """The plan for so much memory: the largest videos first, then as much that stays as possible.
+    """The plan for so much memory: the largest videos first, then as many resident blocks as fit.
 
     Raises:
         ValueError: not even the smallest video fits; says how much is missing.
@@ -90,21 +92,21 @@ def make_plan(budget_bytes: int, networks: Mapping[str, NetworkSize]) -> MemoryP
     total = sum(network.total_bytes for network in networks.values())
     num_blocks = len(transformer.block_bytes)
 
-    largest = _activation_bytes(max(map(_tokens, LONG_SIDE.items())))
+    largest = activation_bytes(max(map(_tokens, LONG_SIDE.items())))
     if total + max(largest, DECODER_BYTES) <= budget_bytes:
         room = budget_bytes - total
         return MemoryPlan(budget_bytes, True, num_blocks, num_blocks, _tokens_in(room))
 
-    # The last block, of the smaller kind, is used in every step; the others are streamed or stay.
+    # The last block, of the smaller kind, is used in every step: it is always resident.
     least = transformer.streamed_bytes + min(transformer.block_bytes)
     others = [each.streamed_bytes for name, each in networks.items() if name != "transformer"]
     beside = max(*others, networks["vae"].total_bytes + DECODER_BYTES)
     smallest = _tokens((min(LONG_SIDE), min(LONG_SIDE)))
-    missing = max(least + _activation_bytes(smallest), beside) - budget_bytes
+    missing = max(least + activation_bytes(smallest), beside) - budget_bytes
     if missing > 0:
         raise ValueError(f"{missing / GIB:.1f} GiB more of GPU memory are needed")
     max_tokens = min(_tokens_in(budget_bytes - least), max(map(_tokens, LONG_SIDE.items())))
-    room = budget_bytes - max(least + _activation_bytes(max_tokens), beside)
+    room = budget_bytes - max(least + activation_bytes(max_tokens), beside)
     resident = 1
     for num_bytes in sorted(transformer.block_bytes, reverse=True)[:-1]:
         room -= num_bytes
@@ -115,10 +117,11 @@ def make_plan(budget_bytes: int, networks: Mapping[str, NetworkSize]) -> MemoryP
 
 
 def _tokens(sides: tuple[int, int]) -> int:
-    return window_tokens(FrameSize(*sides)) + TEXT_TOKENS
+    return window_tokens(FrameSize(*sides)) + MAX_TEXT_TOKENS
 
 
-def _activation_bytes(tokens: int) -> int:
+def activation_bytes(tokens: int) -> int:
+    """What a denoising step needs beside the weights, for so many tokens of a window and text."""
     return DENOISER_BYTES + TOKEN_BYTES * tokens
 
 
@@ -126,15 +129,19 @@ def _tokens_in(num_bytes: int) -> int:
     return (num_bytes - DENOISER_BYTES) // TOKEN_BYTES
 
 
-class HostedNetwork:
-    """A network that lies on the host and is brought to the device while it is in use.
+class OffloadedModel:
+    """A model whose weights are on the host, and on the device while they are in use.
+
+    Out of use, only resident blocks are on the device. Inside `in_use` the model can run: either
+    all of it is there, or what is outside its blocks, and its blocks come as they run. After
+    `restore` it is a model on the host again, and no `OffloadedModel` any more.
 
     Args:
-        network: its weights on the host, those of each block in one storage, those outside of
+        network: its weights are on the host, those of each block in one storage, those outside of
             the blocks in one more.
         blocks: in the order in which they run. To skip some or to go back costs time alone.
-        resident: how many blocks stay on the device once they have been there; None: all come
-            when the network comes, and leave with it.
+        resident: how many blocks stay on the device once they have been there; None: all blocks
+            are onloaded when the model is, and offloaded with it.
     """
 
     def __init__(
@@ -147,108 +154,111 @@ class HostedNetwork:
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         inside = {id(module) for block in blocks for module in block.modules()}
-        self._outside = _Weights([m for m in network.modules() if id(m) not in inside])
-        self._blocks = [_Weights(list(block.modules())) for block in blocks]
+        self._outside = _FlatWeights([m for m in network.modules() if id(m) not in inside])
+        self._blocks = [_FlatWeights(list(block.modules())) for block in blocks]
         self._whole = resident is None
-        self._stays = _spread(len(blocks), resident or 0)
-        self._slots: list[_Slot] = []
+        self._resident = _spread(len(blocks), resident or 0)
+        self._buffers: list[_PrefetchBuffer] = []
         self._current: int | None = None
         self._hooks = [
-            block.register_forward_pre_hook(lambda *_, index=index: self._arrive(index))
+            block.register_forward_pre_hook(lambda *_, index=index: self._before_block(index))
             for index, block in enumerate(blocks)
             if not self._whole
         ]
 
-    def let_go(self) -> None:
-        """Brings everything back to the host, for good."""
+    def restore(self) -> None:
+        """Moves everything back to the host, for good."""
         for hook in self._hooks:
             hook.remove()
         for weights in (self._outside, *self._blocks):
-            weights.return_to_host()
+            weights.offload()
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Inside, the network can run; afterwards, what does not stay has left the device."""
-        leaving = [self._outside]
-        self._bring(self._outside)
+        """Inside, the model can run; afterwards, what is not resident is off the device."""
+        onloaded = [self._outside]
+        self._onload(self._outside)
         if self._whole:
-            leaving += self._blocks
+            onloaded += self._blocks
             for weights in self._blocks:
-                self._bring(weights)
+                self._onload(weights)
         else:
-            coming = [each for i, each in enumerate(self._blocks) if i not in self._stays]
-            leaving += coming
-            largest = max(map(len, coming), default=0)
-            self._slots = [_Slot(_empty(largest, self.device)) for _ in coming[:SLOTS]]
-            if self._stream is not None:  # other work may still read what the slots were before
+            streamed = [each for i, each in enumerate(self._blocks) if i not in self._resident]
+            onloaded += streamed
+            largest = max(map(len, streamed), default=0)
+            self._buffers = [
+                _PrefetchBuffer(_empty(largest, self.device))
+                for _ in streamed[:NUM_PREFETCH_BUFFERS]
+            ]
+            if self._stream is not None:  # other work may still read what the buffers were before
                 self._stream.wait_stream(torch.cuda.current_stream(self.device))
         try:
             yield
         finally:
             if self._stream is not None:
                 self._stream.synchronize()
-            self._slots, self._current = [], None
-            for weights in leaving:
-                weights.return_to_host()
+            self._buffers, self._current = [], None
+            for weights in onloaded:
+                weights.offload()
 
-    def _arrive(self, index: int) -> None:
-        """Before a block runs: its weights are there, and the next one's are on their way."""
+    def _before_block(self, index: int) -> None:
+        """Has a block's weights on the device before it runs, and prefetches the next one's."""
         if index == self._current:
             return
-        for slot in self._slots:
-            if slot.holds == self._current and self._stream is not None:
-                slot.free = torch.cuda.current_stream(self.device).record_event()
+        for buffer in self._buffers:
+            if buffer.block == self._current and self._stream is not None:
+                buffer.released = torch.cuda.current_stream(self.device).record_event()
         self._current = index
-        if index in self._stays:
-            self._bring(self._blocks[index])
+        if index in self._resident:
+            self._onload(self._blocks[index])
         else:
-            slot = self._fetch(index)
-            if slot.ready is not None:
-                torch.cuda.current_stream(self.device).wait_event(slot.ready)
-            self._blocks[index].lie_in(slot.memory)
-        if len(self._slots) > 1:
+            buffer = self._prefetch(index)
+            if buffer.copied is not None:
+                torch.cuda.current_stream(self.device).wait_event(buffer.copied)
+            self._blocks[index].bind_to(buffer.memory)
+        if len(self._buffers) > 1:
             following = (*range(index + 1, len(self._blocks)), *range(index))
-            self._fetch(next(i for i in following if i not in self._stays))
+            self._prefetch(next(i for i in following if i not in self._resident))
 
-    def _fetch(self, index: int) -> "_Slot":
-        """A slot that the block is in, or on its way to."""
-        for slot in self._slots:
-            if slot.holds == index:
-                return slot
-        others = [slot for slot in self._slots if slot.holds != self._current]
-        slot = (others or self._slots)[0]
+    def _prefetch(self, index: int) -> "_PrefetchBuffer":
+        """The buffer that the block is in, or being copied to."""
+        for buffer in self._buffers:
+            if buffer.block == index:
+                return buffer
+        others = [buffer for buffer in self._buffers if buffer.block != self._current]
+        buffer = (others or self._buffers)[0]
         weights = self._blocks[index]
         if self._stream is None:
-            slot.memory[: len(weights)].copy_(weights.host)
+            buffer.memory[: len(weights)].copy_(weights.host)
         else:
-            if slot.free is not None:
-                self._stream.wait_event(slot.free)
+            if buffer.released is not None:
+                self._stream.wait_event(buffer.released)
             with torch.cuda.stream(self._stream):
-                slot.memory[: len(weights)].copy_(weights.host, non_blocking=True)
-                slot.ready = self._stream.record_event()
-        slot.holds = index
-        return slot
+                buffer.memory[: len(weights)].copy_(weights.host, non_blocking=True)
+                buffer.copied = self._stream.record_event()
+        buffer.block = index
+        return buffer
 
-    def _bring(self, weights: "_Weights") -> None:
-        """Weights that are not there yet come on the stream that will read them."""
+    def _onload(self, weights: "_FlatWeights") -> None:
+        """Copies weights that are not on the device yet, on the stream that will read them."""
         if weights.memory is None:
             memory = _empty(len(weights), self.device)
             memory.copy_(weights.host, non_blocking=True)
-            weights.lie_in(memory)
+            weights.bind_to(memory)
 
 
 @dataclass
-class _Slot:
+class _PrefetchBuffer:
     """Memory on the device for one block after the other."""
 
-    memory: Tensor
-    holds: int | None = None
-    ready: "torch.cuda.Event | None" = None  # its block has come
-    free: "torch.cuda.Event | None" = None  # its block has been used
+    memory: Tensor  # (bytes,) uint8
+    block: int | None = None  # whose weights are in it, or being copied to it
+    copied: "torch.cuda.Event | None" = None  # after its block's weights
+    released: "torch.cuda.Event | None" = None  # after its block's last use
 
 
-class _Weights:
-    """The parameters and buffers of some modules, which lie in one storage on the host."""
+class _FlatWeights:
+    """The parameters and buffers of some modules, which share one storage on the host."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         tensors: dict[int, Tensor] = {}
@@ -259,18 +269,18 @@ class _Weights:
         self._on_host = [tensor.data for tensor in self._tensors]
         storages = {tensor.untyped_storage().data_ptr() for tensor in self._on_host}
         if len(storages) > 1:
-            raise ValueError("the weights of a block must lie in one storage")
+            raise ValueError("the weights of a block must be in one storage")
         if self._on_host:
             storage = self._on_host[0].untyped_storage()
             self.host = torch.empty(0, dtype=torch.uint8).set_(storage)
         else:
             self.host = torch.empty(0, dtype=torch.uint8)
-        self.memory: Tensor | None = None  # where they lie on the device
+        self.memory: Tensor | None = None  # on the device; None: they are on the host
 
     def __len__(self) -> int:
         return len(self.host)
 
-    def lie_in(self, memory: Tensor) -> None:
+    def bind_to(self, memory: Tensor) -> None:
         """Makes them views of bytes that are, or soon will be, those on the host."""
         if memory is self.memory:
             return
@@ -281,11 +291,28 @@ class _Weights:
             flat = memory[offset : offset + num_bytes].view(on_host.dtype)
             tensor.data = flat.view(on_host.shape)
 
-    def return_to_host(self) -> None:
-        """Makes them what they were."""
+    def offload(self) -> None:
+        """Makes them views of the host's storage again."""
         self.memory = None
         for tensor, on_host in zip(self._tensors, self._on_host, strict=True):
             tensor.data = on_host
+
+
+def offload_models(
+    components: Mapping[str, Any], device: torch.device, plan: MemoryPlan
+) -> dict[str, OffloadedModel]:
+    """The networks that the plan keeps on the host, by name: the large ones block by block."""
+    resident = {
+        "text_encoder": 0,
+        "text_encoder_2": None,
+        "vae": None,
+        "transformer": plan.resident_blocks,
+    }
+    return {
+        name: OffloadedModel(network, list(blocks(network).values()), device, count)
+        for name, count in resident.items()
+        for network in [components[name]]
+    }
 
 
 def _empty(num_bytes: int, device: torch.device) -> Tensor:
@@ -293,9 +320,9 @@ def _empty(num_bytes: int, device: torch.device) -> Tensor:
 
 
 def _spread(count: int, resident: int) -> frozenset[int]:
-    """Which of so many stay: the last one, and the others so that those that come lie far apart."""
+    """Which of so many blocks are resident: the last, and those that leave the others far apart."""
     streamed = count - resident
     if streamed <= 0 or not resident:
         return frozenset(range(count if resident else 0))
-    come = {math.floor(i * (count - 1) / streamed) for i in range(streamed)}
-    return frozenset(range(count)) - come
+    not_resident = {math.floor(i * (count - 1) / streamed) for i in range(streamed)}
+    return frozenset(range(count)) - not_resident
