@@ -53,7 +53,7 @@ RUN IMPORT_GUARD=require python -m worker doctor --imports
 # What the builder needs and no more, so that few changes of our code make the weights again.
 FROM packages AS bake
 COPY builder builder
-COPY worker/__init__.py worker/import_guard.py worker/
+COPY worker/__init__.py worker/atomic_file.py worker/import_guard.py worker/
 COPY worker/loading/__init__.py worker/loading/manifest.py worker/loading/
 COPY worker/model worker/model
 

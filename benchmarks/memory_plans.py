@@ -20,12 +20,19 @@ from benchmarks.random_model import report
 from worker.generation.cfg import cfg_branches
 from worker.generation.conditioning import Conditioning
 from worker.generation.denoiser import Denoiser, Step
-from worker.generation.engine import _dtypes, _hosted, load_pipeline
+from worker.generation.engine import load_pipeline
 from worker.generation.options import DenoiseOptions
 from worker.generation.pipeline import HunyuanVideoAvatarPipeline
 from worker.generation.sampling import prepare_latents
 from worker.loading import loader
-from worker.loading.offload import DECODER_SCRATCH_BYTES, GIB, USABLE_SHARE, make_plan
+from worker.loading.offload import (
+    DECODER_SCRATCH_BYTES,
+    GIB,
+    USABLE_SHARE,
+    make_plan,
+    offload_models,
+)
+from worker.loading.transfer import Place
 from worker.model.attention import fastest_backend
 from worker.multi_gpu.parallel import NoParallel
 from worker.shapes import SAMPLE_RATE_HZ, FrameSize
@@ -107,10 +114,10 @@ def main() -> None:
     parser.add_argument("--plans", nargs="+", default=PLANS, help="GiB:HxW")
     arguments = parser.parse_args()
     device = torch.device("cuda")
-    dtypes = _dtypes(device)
+    dtypes = loader.component_dtypes(device)
     sizes = loader.network_sizes(arguments.directory, dtypes)
     total = torch.cuda.get_device_properties(device).total_memory
-    placement: dict[str, loader.Place] = {"default": "host", "audio_encoder": "device"}
+    placement: dict[str, Place] = {"default": "host", "audio_encoder": "device"}
     started = time.perf_counter()
     pipeline, _ = load_pipeline(arguments.directory, device, dtypes, placement)
     report(gpu=torch.cuda.get_device_name(), load_to_host=time.perf_counter() - started)
@@ -128,16 +135,16 @@ def main() -> None:
         try:
             plan = make_plan(int(limit * USABLE_SHARE), sizes)
             line["plan"] = str(plan)
-            pipeline.hosted = _hosted(pipeline, device, plan)
+            pipeline.offloaded = offload_models(pipeline.components, device, plan)
             line |= measure(pipeline, FrameSize(height, width))
         except (RuntimeError, ValueError, ArithmeticError) as error:
             line["failed"] = f"{type(error).__name__}: {error}"[:400]
         line["peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 2)
         line["reserved_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 2)
         report(**line)
-        for hosted in pipeline.hosted.values():
-            hosted.let_go()
-        pipeline.hosted = {}
+        for model in pipeline.offloaded.values():
+            model.restore()
+        pipeline.offloaded = {}
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from builder.download import (
     require_space,
     resolve,
 )
+from worker import atomic_file
 from worker.loading import manifest
 
 logger = logging.getLogger("builder.bake")  # __name__ is __main__ on the command line
@@ -75,13 +76,14 @@ class Journal:
 
     def save(self) -> None:
         """Writes the journal whole or not at all."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         content = {
             "claim": self._claim,
             "folders": self.folders,
             "sources": self.sources,
             "files": self.files,
         }
-        manifest.write_whole(self._path, json.dumps(content, indent=2))
+        atomic_file.write_text(self._path, json.dumps(content, indent=2), durable=True)
 
 
 @dataclass(frozen=True)

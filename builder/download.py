@@ -15,7 +15,6 @@ import errno
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 import threading
@@ -33,6 +32,7 @@ from huggingface_hub import HfApi, constants, get_session, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
+from worker import atomic_file
 from worker.loading import manifest
 
 logger = logging.getLogger("builder.download")  # __name__ is __main__ on the command line
@@ -178,7 +178,9 @@ class Lock:
 
     def _write(self) -> None:
         content = {"commit": self.commit, "files": self.files}
-        manifest.write_whole(self.path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+        atomic_file.write_text(self.path, text, durable=True)
 
 
 def read_upstream() -> Upstream:
@@ -318,9 +320,7 @@ class _Fetcher:
                     raise
                 logger.warning("%s. It is from an earlier run, and fetched anew.", error)
                 left_over = False
-        with part.open("rb") as content:
-            os.fsync(content.fileno())
-        part.replace(path)
+        atomic_file.publish(part, path, durable=True)
         self._lock.record(file.path, entry)
         logger.info("%s is there", file.path)
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Size, Tensor
 
+from worker.atomic_file import atomic_write, write_text
+
 logger = logging.getLogger(__name__)
 
 MAX_SHARD_BYTES = 2 * 1024**3  # and as much memory is needed
+MODE = 0o644  # save_file leaves a file to its owner alone, and the worker is another user
 
 
 @dataclass(frozen=True)
@@ -75,17 +77,14 @@ def split(
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes the file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    _publish(part, path)
+    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n", durable=True, mode=MODE)
 
 
 def copy_file(path: Path, directory: Path) -> None:
     """Copies the file whole or not at all."""
     directory.mkdir(parents=True, exist_ok=True)
-    part = directory / f"{path.name}.part"
-    shutil.copyfile(path, part)
-    _publish(part, directory / path.name)
+    with atomic_write(directory / path.name, durable=True, mode=MODE) as part:
+        shutil.copyfile(path, part)
 
 
 def _holds(path: Path, names: Sequence[str]) -> bool:
@@ -97,16 +96,7 @@ def _holds(path: Path, names: Sequence[str]) -> bool:
 
 
 def _write(path: Path, shard: Sequence[PlannedTensors]) -> str:
-    part = path.with_name(path.name + ".part")
     tensors = {name: tensor for planned in shard for name, tensor in planned.make().items()}
-    save_file(tensors, part, metadata={"format": "pt"})
-    _publish(part, path)
+    with atomic_write(path, durable=True, mode=MODE) as part:
+        save_file(tensors, part, metadata={"format": "pt"})
     return f"written, {path.stat().st_size / 1024**2:.0f} MiB"
-
-
-def _publish(part: Path, path: Path) -> None:
-    """Gives a finished file its name, after its content has reached the disk."""
-    part.chmod(0o644)  # save_file leaves it to its owner alone
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    part.replace(path)

@@ -8,7 +8,6 @@ import asyncio
 import fcntl
 import json
 import logging
-import os
 import secrets
 import shutil
 import socket
@@ -30,6 +29,7 @@ from local_endpoint.client_api import ClientApi, answer_failures_alike
 from local_endpoint.job_queue import JobQueue, JobRecord, Webhook
 from local_endpoint.object_store import ObjectStore
 from local_endpoint.worker_api import Heartbeat, WorkerApi
+from worker.atomic_file import write_text
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -395,8 +395,4 @@ def kept_secret(path: Path) -> str:
 
 def write_private(path: Path, text: str) -> None:
     """Writes a file that this user alone can read."""
-    part = path.with_suffix(".part")
-    part.unlink(missing_ok=True)
-    with os.fdopen(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
-        file.write(text)
-    part.replace(path)
+    write_text(path, text, mode=0o600)

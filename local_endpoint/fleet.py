@@ -18,6 +18,7 @@ import psutil
 
 from local_endpoint.endpoint import LocalEndpoint
 from local_endpoint.worker_process import REPOSITORY, WorkerProcess, kill_group, new_worker_id
+from worker.atomic_file import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -155,9 +156,7 @@ class Fleet:
             }
             for worker_id, process in self._processes.items()
         ]
-        part = self._notes_path.with_suffix(".part")
-        part.write_text(json.dumps(notes))
-        part.rename(self._notes_path)
+        write_text(self._notes_path, json.dumps(notes))
 
     def _urls(self) -> list[str | None]:
         """What the workers call: the endpoint, and the store of their videos."""

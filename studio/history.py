@@ -9,7 +9,6 @@ import json
 import re
 import secrets
 import shutil
-import tempfile
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
+
+from worker.atomic_file import write_text
 
 MAX_JOBS = 24
 THUMBNAIL_SIDE = 240  # px
@@ -99,10 +100,8 @@ class History:
         """Replaces what is known of the job, in one step."""
         stored = {key: record.output[key] for key in STORED_OUTPUT_FIELDS if key in record.output}
         text = json.dumps({**asdict(record), "output": stored}, indent=1)
-        directory = self.directory / record.id
-        with tempfile.NamedTemporaryFile("w", dir=directory, delete=False) as file:
-            file.write(text)
-        Path(file.name).replace(directory / "record.json")
+        path = self.directory / record.id / "record.json"
+        write_text(path, text, mode=0o600, shared=True)
 
     def get(self, record_id: str | None) -> Record | None:
         """The record; None if there is none, or a file that is none."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from training.muon import Muon
+from worker.atomic_file import atomic_write
 
 CHECKPOINT = "checkpoint.pt"
 LOGGED_STEPS = 50
@@ -165,12 +166,11 @@ def _save(
     step: int,
 ) -> None:
     """Writes the state beside the old one first, so that a stop in between costs nothing."""
-    partial = path.with_suffix(".partial")
     state = {
         "model": model.state_dict(),
         "ema": ema,
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "step": step,
     }
-    torch.save(state, partial)
-    partial.replace(path)
+    with atomic_write(path) as part:
+        torch.save(state, part)

@@ -7,7 +7,6 @@ Imports no torch.
 
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -15,6 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import soxr
 
+from worker.atomic_file import atomic_write
 from worker.shapes import AUDIO_STATES_HZ, SAMPLE_RATE_HZ
 
 Split = Literal["train", "held_out"]
@@ -355,14 +355,14 @@ def _write_bank(split: Split, path: Path) -> None:
         for samples in (*spoken, *formant)
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
+    # others may start beside us
+    with atomic_write(path, shared=True) as part, part.open("wb") as file:
         np.savez_compressed(
             file,
             samples=np.concatenate(utterances),
             lengths=[len(samples) for samples in utterances],
             num_spoken=len(spoken),
         )
-    Path(file.name).replace(path)  # whole or not at all, for those that start beside us
 
 
 def _collect(seconds: float, synthesise: Callable[[], np.ndarray]) -> list[np.ndarray]:

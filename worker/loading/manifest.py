@@ -6,11 +6,12 @@ found too.
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from worker import atomic_file
 
 NAME = "manifest.json"
 JOURNAL = "unfinished.json"  # stands in a directory until its manifest does
@@ -18,18 +19,7 @@ JOURNAL = "unfinished.json"  # stands in a directory until its manifest does
 
 def write(model_dir: Path, content: Mapping[str, Any]) -> None:
     """Writes the manifest whole or not at all. `content["files"]` is what `describe` gives."""
-    write_whole(model_dir / NAME, _text(content))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes the file so that it is there with all its text or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    with part.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    atomic_file.write_text(model_dir / NAME, _text(content), durable=True)
 
 
 def read(model_dir: Path) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from avatar_client.contract.job_errors import EncodeError, ResultTooLargeError
+from worker.atomic_file import atomic_write
 
 if TYPE_CHECKING:
     from pydub import AudioSegment
@@ -75,9 +76,8 @@ def write_video(
     if height % 2 or width % 2:
         raise ValueError(f"{width} x {height} is odd; yuv420p has one colour for 2 x 2 pixels")
     rate = Fraction(fps).limit_denominator(1000)
-    unfinished = path.with_name(path.name + ".part")
     try:
-        with _mp4(unfinished) as container:
+        with atomic_write(path) as unfinished, _mp4(unfinished) as container:
             facts = "; ".join(f"{name}: {value}" for name, value in metadata.items())
             container.metadata["comment"] = f"AI-generated; {facts}"
             limit = _picture_limit(max_bytes, recording) if max_bytes else None
@@ -97,11 +97,8 @@ def write_video(
             for piece in pieces:
                 mux(sound.encode(piece))
             mux(sound.encode(None))
-        unfinished.rename(path)
     except av.FFmpegError as error:
         raise EncodeError("the video could not be encoded") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return VideoFile(path, num_frames, float(num_frames / rate), path.stat().st_size, sha256)
