@@ -60,15 +60,17 @@ COPY worker/model worker/model
 
 FROM bake AS weights-bf16
 ARG HF_ENDPOINT=https://huggingface.co
+ARG WEIGHTS_REVISION=
 RUN --mount=type=secret,id=hf_token \
-    /opt/venv/bin/python -m builder.bake --variant bf16 --target /model --token-file /run/secrets/hf_token \
+    /opt/venv/bin/python -m builder.bake --variant bf16 --revision "${WEIGHTS_REVISION}" --target /model --token-file /run/secrets/hf_token \
     && /opt/venv/bin/python -m builder.layers /model /layers --count 6
 
 
 FROM bake AS weights-fp8
 ARG HF_ENDPOINT=https://huggingface.co
+ARG WEIGHTS_REVISION=
 RUN --mount=type=secret,id=hf_token \
-    /opt/venv/bin/python -m builder.bake --variant fp8 --target /model --token-file /run/secrets/hf_token \
+    /opt/venv/bin/python -m builder.bake --variant fp8 --revision "${WEIGHTS_REVISION}" --target /model --token-file /run/secrets/hf_token \
     && /opt/venv/bin/python -m builder.layers /model /layers --count 4
 
 

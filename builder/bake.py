@@ -1,6 +1,7 @@
 """Makes a model directory that the worker serves, from nothing but the network.
 
-    python -m builder.bake --variant bf16|fp8 --target MODEL_DIR [--work DIR] [--token-file FILE]
+    python -m builder.bake --variant bf16|fp8 --revision COMMIT --target MODEL_DIR [--work DIR]
+        [--token-file FILE]
 
 Folder by folder of the published checkpoint: download, convert, read back, delete the source; the
 disk holds the model and one source folder at most. The same command finishes an interrupted run.
@@ -194,7 +195,9 @@ class Bake:
         logger.info("%s is baked: %d files, %.2f GB", self.target, len(files), size_gb)
 
 
-def bake(variant: Variant, target: Path, work: Path, token: str | None) -> None:
+def bake(
+    variant: Variant, target: Path, work: Path, token: str | None, revision: str | None
+) -> None:
     """Makes the model directory with the help of a work directory, which is deleted in the end.
 
     Raises:
@@ -204,7 +207,7 @@ def bake(variant: Variant, target: Path, work: Path, token: str | None) -> None:
         logger.info("%s is there already, and whole", target)
     else:
         lock = Lock(target)
-        listing = resolve(variant, lock, token)
+        listing = resolve(variant, lock, token, revision)
         journal = Journal(target, variant, listing.commit)
         Bake(variant, target, work, token, listing, lock, journal).run()
     (target / manifest.JOURNAL).unlink(missing_ok=True)
@@ -295,7 +298,8 @@ def main() -> None:
     target = arguments.target.resolve()
     work = (arguments.work or target.parent) / f"{target.name}.sources"
     try:
-        bake(arguments.variant, target, work, read_token(arguments.token_file))
+        token = read_token(arguments.token_file)
+        bake(arguments.variant, target, work, token, arguments.revision)
     except BuildError as error:
         parser.exit(error.exit_code, f"{error}\n")
 

@@ -1,6 +1,8 @@
 """Fetches the published files that a variant is made of, each checked against its hash.
 
-    python -m builder.download --variant bf16|fp8 --target DIR [--token-file FILE]
+    python -m builder.download --variant bf16|fp8 --revision COMMIT --target DIR [--token-file FILE]
+
+The revision may stand in `weights.toml` instead.
 
 What an interrupted run has fetched is kept, also of a file that it was in the middle of; therefore
 the bytes are streamed here, and only the listing, the session and the errors are huggingface_hub's:
@@ -28,7 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-from huggingface_hub import HfApi, constants, get_session, hf_hub_url
+from huggingface_hub import HfApi, ModelInfo, constants, get_session, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
@@ -54,6 +56,12 @@ class BuildError(Exception):
     """A step of the build that failed: one line, with what to do about it."""
 
     exit_code = 1
+
+
+class NoRevisionError(BuildError):
+    """Nothing says which commit is meant."""
+
+    exit_code = 2
 
 
 class AccessDeniedError(BuildError):
@@ -110,10 +118,10 @@ class Upstream:
     """What `weights.toml` says."""
 
     repository: str
-    revision: str
     licence: str
     notice: str
     files: tuple[WantedFile, ...]
+    revision: str | None = None  # a commit
 
 
 @dataclass(frozen=True)
@@ -166,7 +174,7 @@ class Lock:
         self._writing = threading.Lock()
 
     def pin(self, commit: str) -> None:
-        """Records the commit that the revision stands for."""
+        """Records the commit of the files."""
         self.commit = commit
         self._write()
 
@@ -200,24 +208,45 @@ def read_token(path: Path | None) -> str | None:
     return path.read_text().strip() or None
 
 
-def resolve(variant: Variant, lock: Lock, token: str | None) -> Listing:
+def resolve(variant: Variant, lock: Lock, token: str | None, revision: str | None) -> Listing:
     """What the hub has of the variant's files. Pins the commit in the lock.
 
+    Args:
+        revision: a commit; None: that of `weights.toml`, or of the lock.
+
     Raises:
-        BuildError: a file is not published, or is not the one that is pinned or locked.
+        BuildError: there is no revision; a file is not published, or is not the one that is pinned
+            or locked.
     """
     upstream = read_upstream()
-    pinned = re.fullmatch("[0-9a-f]{40}", upstream.revision)
-    revision = upstream.revision if pinned else lock.commit or upstream.revision
+    revision = revision or upstream.revision or lock.commit
+    info = _model_info(upstream.repository, revision or "main", token)
+    assert info.sha is not None
+    if revision is None:
+        raise NoRevisionError(
+            f"{upstream.repository}: no revision is given; main is at {info.sha} now: pass "
+            f"--revision {info.sha}, or pin it in builder/weights.toml"
+        )
+    files = _listed(upstream, info, variant, lock)
+    lock.pin(info.sha)
+    return Listing(upstream.repository, info.sha, files)
+
+
+def _model_info(repository: str, revision: str, token: str | None) -> ModelInfo:
     ask = partial(
         HfApi(token=token).model_info,
-        upstream.repository,
+        repository,
         revision=revision,
         files_metadata=True,
         timeout=LISTING_TIMEOUT_SECONDS,
     )
-    info = _persist(f"{upstream.repository} at {revision}", ask)
-    assert info.sha is not None
+    return _persist(f"{repository} at {revision}", ask)
+
+
+def _listed(
+    upstream: Upstream, info: ModelInfo, variant: Variant, lock: Lock
+) -> tuple[PublishedFile, ...]:
+    """The variant's files as they are published."""
     published = {sibling.rfilename: sibling for sibling in info.siblings or ()}
     files = []
     for wanted in upstream.files:
@@ -237,8 +266,7 @@ def resolve(variant: Variant, lock: Lock, token: str | None) -> Listing:
                 f"{upstream.repository} has no file {wanted.path} at {info.sha}: pin a revision "
                 "that has it, or correct the path, in builder/weights.toml"
             )
-    lock.pin(info.sha)
-    return Listing(upstream.repository, info.sha, tuple(files))
+    return tuple(files)
 
 
 def download(
@@ -487,11 +515,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that say what is downloaded, and as whom."""
     parser.add_argument("--variant", choices=VARIANTS, required=True)
     parser.add_argument(
+        "--revision",
+        type=_commit,
+        help="the commit of the published repository; without it, or where it is empty, that of "
+        "builder/weights.toml",
+    )
+    parser.add_argument(
         "--token-file",
         type=Path,
         help="holds a token of the Hugging Face hub, for example a build secret; without it "
         "HF_TOKEN counts",
     )
+
+
+def _commit(text: str) -> str | None:
+    """The commit that the argument names; None if it is empty, as a build's argument may be."""
+    if text and not re.fullmatch("[0-9a-f]{40}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no commit, which has 40 hexadecimal digits")
+    return text or None
 
 
 def main() -> None:
@@ -509,7 +550,7 @@ def main() -> None:
     try:
         lock = Lock(target)
         token = read_token(arguments.token_file)
-        listing = resolve(arguments.variant, lock, token)
+        listing = resolve(arguments.variant, lock, token, arguments.revision)
         download(listing, listing.files, target, lock, token)
     except BuildError as error:
         parser.exit(error.exit_code, f"{error}\n")

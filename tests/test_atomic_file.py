@@ -36,9 +36,7 @@ def test_after_a_failure_the_old_file_stays_and_nothing_else(tmp_path):
 
 def test_what_a_killed_process_has_left_is_written_over(tmp_path):
     path = tmp_path / "file"
-    with atomic_write(path) as part:
-        left_over = part
-    left_over.write_text("half of something much longer")
+    path.with_name("file.part").write_text("half of something much longer")
     write_text(path, "whole", mode=0o600)
     assert path.read_text() == "whole"
     assert list(tmp_path.iterdir()) == [path]

@@ -46,9 +46,11 @@ def command(
     variant: str = "bf16",
     code: str = "from builder import download; download.main()",
     environment: Mapping[str, str] | None = None,
+    revision: str = COMMIT,
 ) -> subprocess.Popen:
+    given = ["--variant", variant, "--revision", revision, "--target", str(target), *arguments]
     return subprocess.Popen(
-        [sys.executable, "-c", code, "--variant", variant, "--target", str(target), *arguments],
+        [sys.executable, "-c", code, *given],
         cwd=ROOT,
         env={**os.environ, "HF_HOME": str(target.parent), **hub.environment, **(environment or {})},
         stdout=subprocess.PIPE,
@@ -105,14 +107,32 @@ def test_a_second_run_fetches_nothing(hub, tmp_path):
     assert hub.requests == []
 
 
+def test_without_a_revision_nothing_is_fetched_and_the_commit_of_main_is_named(hub, tmp_path):
+    code, log = run(hub, tmp_path / "weights", revision="")
+
+    assert code == 2
+    assert f"main is at {COMMIT} now: pass --revision {COMMIT}, or pin it in builder/" in log
+    assert hub.requests == []
+    assert not (tmp_path / "weights.lock.json").exists()
+
+
+def test_a_branch_is_no_revision(hub, tmp_path):
+    code, log = run(hub, tmp_path / "weights", revision="main")
+
+    assert code == 2
+    assert "'main' is no commit, which has 40 hexadecimal digits" in log
+
+
 def test_a_later_run_asks_for_the_commit_of_the_first(hub, tmp_path):
     run(hub, tmp_path / "weights")
-    hub.commit = "f" * 40  # main has moved on
+    code, log = run(hub, tmp_path / "weights", revision="")
+    assert code == 0, log
 
-    code, log = run(hub, tmp_path / "other")
+    hub.commit = "f" * 40  # main has moved on
+    code, log = run(hub, tmp_path / "other", revision=hub.commit)
     assert code == 0, log
     assert locked(tmp_path / "other")["commit"] == "f" * 40
-    code, log = run(hub, tmp_path / "weights")
+    code, log = run(hub, tmp_path / "weights", revision="")
     assert code == 4
     assert f"{REPOSITORY} at {COMMIT}: not found (HTTP 404)" in log
 
@@ -217,7 +237,7 @@ def test_no_server_at_all_is_said_in_one_line(hub, tmp_path):
     code, log = run(hub, tmp_path / "weights", code=IMPATIENT, environment=nowhere)
 
     assert code == 5
-    assert log.splitlines()[-1].startswith(f"{REPOSITORY} at main: ")
+    assert log.splitlines()[-1].startswith(f"{REPOSITORY} at {COMMIT}: ")
     assert "Traceback" not in log
 
 
@@ -267,7 +287,7 @@ def test_a_private_repository_says_what_to_do(hub, tmp_path, status):
     code, log = run(hub, tmp_path / "weights")
 
     assert code == 3
-    assert f"{REPOSITORY} at main: access denied (HTTP {status})" in log
+    assert f"{REPOSITORY} at {COMMIT}: access denied (HTTP {status})" in log
 
 
 def test_the_token_of_a_build_secret_opens_the_files_and_goes_to_no_other_host(hub, tmp_path):

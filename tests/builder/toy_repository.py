@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.builder.hub_server import HubServer
+from tests.builder.hub_server import COMMIT, HubServer
 from tests.support.golden_weights import build_toy_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -66,7 +66,8 @@ def _spread_over_four_shards(directory: Path) -> None:
 
 def arguments(variant: str, target: Path, code: str = BAKE) -> list[str]:
     """The command that bakes; `code` may spoil something first."""
-    return [sys.executable, "-c", code, "--variant", variant, "--target", str(target)]
+    command = [sys.executable, "-c", code, "--variant", variant, "--revision", COMMIT]
+    return [*command, "--target", str(target)]
 
 
 def environment(hub: HubServer, home: Path) -> dict[str, str]:

@@ -87,6 +87,7 @@ def images(base_root, tmp_path_factory) -> Iterator[Mapping[str, Image]]:
             arguments={
                 "CUDA_VERSION": str(torch.version.cuda),
                 "HF_ENDPOINT": hub.environment["HF_ENDPOINT"],
+                "WEIGHTS_REVISION": hub.commit,
             },
             secrets={"hf_token": token},
             network=network,
