@@ -163,7 +163,7 @@ def write_model(directory: Path, size: Size) -> None:
     with ThreadPoolExecutor(WRITERS) as threads:
         for name, (network, dtype) in networks(size).items():
             (directory / name).mkdir(parents=True)
-            if name in ("vae", "transformer"):
+            if isinstance(network, ModelMixin):
                 network.save_config(directory / name)
                 stem = "diffusion_pytorch_model"
             else:

@@ -240,7 +240,7 @@ def _model_info(repository: str, revision: str, token: str | None) -> ModelInfo:
         files_metadata=True,
         timeout=LISTING_TIMEOUT_SECONDS,
     )
-    return _persist(f"{repository} at {revision}", ask)
+    return _retry(f"{repository} at {revision}", ask)
 
 
 def _listed(
@@ -356,7 +356,7 @@ class _Fetcher:
         part.touch()
         if part.stat().st_size < file.size_bytes:
             attempt = partial(self._append, file, part)
-            _persist(file.path, attempt, lambda: part.stat().st_size, self.stop)
+            _retry(file.path, attempt, lambda: part.stat().st_size, self.stop)
 
     def _append(self, file: PublishedFile, part: Path) -> None:
         """Adds what the part lacks."""
@@ -388,7 +388,7 @@ class _Fetcher:
             raise _CutError("the answer ended early")
 
 
-def _persist(
+def _retry(
     what: str,
     attempt: Callable[[], T],
     measure: Callable[[], int] = lambda: 0,

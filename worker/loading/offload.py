@@ -5,6 +5,9 @@ GPU. Else the weights are in pinned memory of the host, and each model is onload
 use: what it has outside its blocks as a whole, its blocks one after the other, each prefetched on a
 stream of its own while the one before it computes. As many of the transformer's blocks as there is
 room for stay resident.
+
+diffusers' group offloading, which `benchmarks/offload.py` measures beside this, keeps no block on
+the GPU however much room there is, allocates each block's tensors anew and copies them one by one.
 """
 
 import math
