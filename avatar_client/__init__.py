@@ -10,7 +10,7 @@
 What a request and a result are is said in `avatar_client.contract`.
 
 Needs httpx, pydantic and tqdm; boto3 only for files that go through a bucket. A name below is
-imported when it is first used: the worker, which shares the contract, needs no HTTP client.
+imported when it is first used, so that whoever imports the contract does not wait for the client.
 """
 
 import hmac

@@ -28,10 +28,8 @@ def upload(content: Path | bytes, bucket: BucketSettings) -> str:
         from boto3.s3.transfer import TransferConfig
         from botocore.config import Config
         from botocore.exceptions import BotoCoreError, ClientError
-    except ModuleNotFoundError as error:
-        raise EndpointError(
-            f"an upload needs {error.name}: pip install 'avatar-client[uploads]'"
-        ) from None
+    except ModuleNotFoundError:
+        raise EndpointError("an upload needs boto3: pip install 'avatar-client[uploads]'") from None
     store = boto3.session.Session().client(
         "s3", config=Config(**stores.client_config(bucket)), **stores.client_arguments(bucket)
     )

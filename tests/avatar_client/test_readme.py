@@ -4,12 +4,14 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import av
 import pytest
 from fastapi.testclient import TestClient
 
+from local_endpoint import LocalEndpoint, WorkerProcess
 from tests.avatar_client.answers import DONE
 
 README = Path(__file__).parents[2] / "README.md"
@@ -23,16 +25,29 @@ def example(language: str, mark: str) -> str:
     return block
 
 
+@pytest.fixture(scope="module")
+def quick_endpoint(worker_environment, tmp_path_factory) -> Iterator[LocalEndpoint]:
+    """An endpoint whose worker makes every job small."""
+    directory = tmp_path_factory.mktemp("quick-worker")
+    script = Path(__file__).with_name("quick_handler.py")
+    with (
+        LocalEndpoint() as endpoint,
+        WorkerProcess(endpoint, directory, script=script, environment=worker_environment) as worker,
+    ):
+        worker.wait_until_polling(timeout_seconds=120)
+        yield endpoint
+
+
 @pytest.fixture
-def run(endpoint, shared_worker, installed, make_portrait, make_speech, tmp_path):
-    """Runs a command beside the two files, with the client installed; its exit code and words."""
+def run(quick_endpoint, installed, make_portrait, make_speech, tmp_path):
+    """Runs a command beside the two files, with the client installed; what it printed."""
     (tmp_path / "portrait.jpg").write_bytes(make_portrait(format="JPEG"))
     (tmp_path / "speech.wav").write_bytes(make_speech(0.4))
     environment = {
         "PATH": os.pathsep.join((str(installed / "bin"), os.defpath)),
         "PYTHONPATH": str(installed),
-        "RUNPOD_API_KEY": endpoint.api_key,
-        "RUNPOD_ENDPOINT_ID": endpoint.url,
+        "RUNPOD_API_KEY": quick_endpoint.api_key,
+        "RUNPOD_ENDPOINT_ID": quick_endpoint.url,
     }
 
     def run(*command: str) -> str:
