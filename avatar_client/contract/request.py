@@ -90,6 +90,8 @@ def _decode_base64(text: str) -> bytes:
         compact = "".join(line.strip(" \t") for line in lines)
         if whole != whole.strip() and len(compact) % 4:
             raise ValueError("is base64 with a blank at its end, which may stand for a '+'")
+    if len(compact) % 4 and len(compact) < MIN_UNPADDED_CHARACTERS:
+        raise ValueError("is neither an https URL, a data: URI nor base64")
     compact = compact.replace(" ", "+").translate(_URL_SAFE).rstrip("=")
     try:
         content = base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
@@ -100,6 +102,7 @@ def _decode_base64(text: str) -> bytes:
     return content
 
 
+MIN_UNPADDED_CHARACTERS = 64  # a word or a path has no padding either, and no media is so short
 _URL_SAFE = str.maketrans("-_", "+/")
 
 
