@@ -19,6 +19,7 @@ test: lint types unit
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/deptry .
 	$(BIN)/hadolint Dockerfile
 

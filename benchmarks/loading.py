@@ -54,10 +54,10 @@ from transformers import (
     WhisperModel,
 )
 
-from builder.convert import MODEL_INDEX
 from worker.generation.pipeline import HunyuanVideoAvatarPipeline
 from worker.loading import loader
 from worker.loading.files import PAGE_BYTES, BlockReader
+from worker.loading.model_directory import DEMO_DIR
 from worker.loading.transfer import Place, Reading
 from worker.model.encoders import canonical_name
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
@@ -177,7 +177,7 @@ def write_model(directory: Path, size: Size) -> None:
     clip_tokenizer.save_pretrained(directory / "tokenizer_2")
     WhisperFeatureExtractor(feature_size=80).save_pretrained(directory / "feature_extractor")
     FlowMatchEulerDiscreteScheduler(shift=5.0).save_pretrained(directory / "scheduler")
-    (directory / "model_index.json").write_text(json.dumps(MODEL_INDEX))
+    shutil.copy(DEMO_DIR / "model_index.json", directory)
 
 
 def write_tokenizer(directory: Path, vocabulary: int) -> None:

@@ -317,7 +317,7 @@ def _open_transformer(directory: Path) -> PublishedTransformer:
         scales = _load(directory / "mp_rank_00_model_states_fp8_map.pt")
     with torch.device("meta"):
         weights = HunyuanVideoAvatarTransformer3DModel(**config).state_dict()
-    pieces = dict(_find_pieces({name: weight.shape for name, weight in weights.items()}))
+    pieces = dict(find_pieces({name: weight.shape for name, weight in weights.items()}))
     _require_published(directory, tensors, scales, pieces)
     return PublishedTransformer(config, tensors, scales, pieces)
 
@@ -343,7 +343,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     }
 
 
-def _find_pieces(shapes: Mapping[str, Size]) -> Iterator[tuple[str, Piece]]:
+def find_pieces(shapes: Mapping[str, Size]) -> Iterator[tuple[str, Piece]]:
     """Our names, each with its piece, by `TRANSFORMER_TABLE`."""
     for their_prefix, our_prefix, modules in TRANSFORMER_TABLE:
         for i in _indices(our_prefix, shapes):

@@ -36,7 +36,7 @@ def _relative(path: Path) -> str:
 
 
 @pytest.mark.parametrize("file", [*DOCUMENTS, *OTHERS, *SOURCES], ids=_relative)
-def test_every_path_and_command_named_is_there(file: Path):
+def test_every_path_and_command_named_is_there(file: Path) -> None:
     text = file.read_text()
     named = {path for path in PATH.findall(text) if not _exists(path)}
     for module in COMMAND.findall(text):
@@ -47,7 +47,7 @@ def test_every_path_and_command_named_is_there(file: Path):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=_relative)
-def test_every_link_leads_somewhere(document: Path):
+def test_every_link_leads_somewhere(document: Path) -> None:
     assert not [
         link for link in LINK.findall(document.read_text()) if not (document.parent / link).exists()
     ]
@@ -59,13 +59,13 @@ def test_every_link_leads_somewhere(document: Path):
     + sorted((ROOT / "docs").rglob("*.md")),
     ids=_relative,
 )
-def test_every_name_in_code_s_letters_is_in_the_code(document: Path):
+def test_every_name_in_code_s_letters_is_in_the_code(document: Path) -> None:
     words = set(re.findall(r"\w+", "".join(path.read_text() for path in [*SOURCES, *OTHERS])))
     named = {name for name in NAME.findall(document.read_text()) if re.search("[A-Z_.]", name)}
     assert not {name for name in named if not set(name.split(".")) <= words}
 
 
-def test_the_version_is_the_same_wherever_it_stands():
+def test_the_version_is_the_same_wherever_it_stands() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert project["project"]["dynamic"] == ["version"]
     source = project["tool"]["setuptools"]["dynamic"]["version"]["attr"]
@@ -76,7 +76,7 @@ def test_the_version_is_the_same_wherever_it_stands():
     assert f"avatar:{__version__} " in (ROOT / "README.md").read_text()
 
 
-def test_before_a_commit_a_push_and_by_hand_the_same_is_checked_as_in_ci():
+def test_before_a_commit_a_push_and_by_hand_the_same_is_checked_as_in_ci() -> None:
     in_ci = set(re.findall(r"^make ([\w ]+)$", (ROOT / ".ci/run").read_text(), re.MULTILINE))
     by_hooks = re.findall(
         r"entry: make ([\w ]+)$", (ROOT / ".pre-commit-config.yaml").read_text(), re.MULTILINE

@@ -107,7 +107,7 @@ def test_the_full_size_is_the_default_and_every_weight_of_it_has_its_place():
     with torch.device("meta"):
         weights = HunyuanVideoAvatarTransformer3DModel().state_dict()
 
-    pieces = dict(command._find_pieces({name: weight.shape for name, weight in weights.items()}))
+    pieces = dict(command.find_pieces({name: weight.shape for name, weight in weights.items()}))
 
     assert sum(weight.numel() for weight in weights.values()) == 12_991_493_184
     assert pieces.keys() == weights.keys()
