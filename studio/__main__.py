@@ -7,13 +7,11 @@ import signal
 import sys
 from pathlib import Path
 
-import worker  # noqa: F401  # first: its import guard
 from avatar_client.environment import ClientSettings
 from studio.connection import Connection
 from studio.endpoint_process import WORKER_PYTHON, LocalEndpointError, LocalEndpointProcess
 from studio.history import History
 from studio.tracker import JobTracker
-from worker.settings import Settings
 
 
 def main() -> int:
@@ -29,7 +27,8 @@ def main() -> int:
     from studio.server import serve
 
     with contextlib.ExitStack() as stack:
-        connection, uploads = None, Settings.from_env().bucket
+        settings = ClientSettings.from_env()
+        connection, uploads = None, settings.bucket
         endpoint = arguments.endpoint
         if endpoint is None:
             print("Starting an endpoint on this machine ...", flush=True)  # noqa: T201
@@ -43,7 +42,7 @@ def main() -> int:
                 return 1
             connection = local.connection()
             endpoint = connection.name
-        elif key := ClientSettings.from_env().runpod_api_key:
+        elif key := settings.runpod_api_key:
             connection = Connection(name=endpoint, url=endpoint, api_key=key, uploads=uploads)
         tracker = JobTracker(History(directory / "jobs"))
         page = Page(tracker, connection, endpoint=endpoint, uploads=uploads)

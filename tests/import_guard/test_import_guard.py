@@ -461,7 +461,7 @@ def test_a_chain_of_exceptions_ends_with_its_root_cause():
     assert [str(link).strip("'") for link in chain] == ["top", "middle", "root"]
 
 
-ENTRIES = ["handler", "worker.__main__", "local_endpoint.__main__", "avatar_client.cli"]
+ENTRIES = ["handler", "worker.__main__", "local_endpoint.__main__"]
 ENTRIES += ["demo.__main__", "builder.bake", "builder.convert", "builder.download"]
 ENTRIES += ["builder.verify", "benchmarks.generation", "benchmarks.loading"]
 ENTRIES += ["benchmarks.decode", "benchmarks.two_gpus", "worker.multi_gpu.rank_process"]
