@@ -115,8 +115,7 @@ def speak(engine, tmp_path_factory) -> Callable[..., Video]:
     One that was made before is not made again.
     """
     made: dict[str, Video] = {}
-    worker = Worker(Settings(avatar_model="demo"))
-    worker._engine = engine
+    worker = Worker(Settings(avatar_model="demo"), engine)
 
     def make(face: int = FACES[0], name: str = "romanian", fault: str = "", **fields: Any) -> Video:
         key = repr((face, name, fault, sorted(fields.items())))

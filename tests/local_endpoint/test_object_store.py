@@ -60,14 +60,14 @@ def put(bucket, tmp_path) -> Callable[[str, bytes], str]:
 def test_the_workers_storage_puts_finds_and_signs(bucket, tmp_path):
     video = tmp_path / "video.mp4"
     video.write_bytes(b"not really a video" * 1000)
-    facts = {"seed": 1, "warnings": ['zwei  Räume, "quoted" ☃'], "fps": 12.5, "nothing": None}
+    metadata = {"seed": 1, "warnings": ['zwei  Räume, "quoted" ☃'], "fps": 12.5, "nothing": None}
 
     bucket.check()
     assert bucket.head("avatar/ü 1.mp4") is None
-    bucket.put(video, "avatar/ü 1.mp4", content_type="video/mp4", facts=facts)
+    bucket.put(video, "avatar/ü 1.mp4", content_type="video/mp4", metadata=metadata)
 
     found = bucket.head("avatar/ü 1.mp4")
-    assert (found.facts, found.size_bytes) == (facts, video.stat().st_size)
+    assert (found.metadata, found.size_bytes) == (metadata, video.stat().st_size)
     answer = httpx.get(bucket.url("avatar/ü 1.mp4", 60))
     assert (answer.status_code, answer.content) == (200, video.read_bytes())
     assert answer.headers["Content-Type"] == "video/mp4"

@@ -125,7 +125,7 @@ def hasty(monkeypatch):
 def test_what_was_put_can_be_fetched_by_anyone_with_the_url(bucket, video):
     store = Storage(bucket())
 
-    store.put(video, "avatar/1.mp4", content_type="video/mp4", facts={"seed": 7})
+    store.put(video, "avatar/1.mp4", content_type="video/mp4", metadata={"seed": 7})
     url = store.url("avatar/1.mp4", 60)
 
     answer = requests.get(url)
@@ -155,55 +155,55 @@ def test_a_public_bucket_gives_a_plain_address_that_does_not_end(bucket):
     assert store.expires_at(60) is None
 
 
-def test_a_stored_object_tells_its_facts(bucket, video):
+def test_a_stored_object_tells_its_metadata(bucket, video):
     store = Storage(bucket())
-    facts = {"seed": 1, "warnings": ['zwei  Räume, "quoted" ☃'], "fps": 12.5, "nothing": None}
+    metadata = {"seed": 1, "warnings": ['zwei  Räume, "quoted" ☃'], "fps": 12.5, "nothing": None}
 
-    store.put(video, "facts.mp4", content_type="video/mp4", facts=facts)
-    found = store.head("facts.mp4")
+    store.put(video, "metadata.mp4", content_type="video/mp4", metadata=metadata)
+    found = store.head("metadata.mp4")
 
-    assert found.facts == facts
+    assert found.metadata == metadata
     assert found.size_bytes == video.stat().st_size
     assert store.head("other.mp4") is None
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.dictionaries(st.text(max_size=20), st.integers() | st.text(max_size=40), max_size=8))
-def test_any_facts_survive_as_a_header(object_store, facts):
-    assume(len(json.dumps(facts)) < 1800)
+def test_any_metadata_survives_as_a_header(object_store, metadata):
+    assume(len(json.dumps(metadata)) < 1800)
     store = Storage(bucket_at(object_store.endpoint_url, name=object_store.bucket))
 
-    store.put(Path(__file__), "any.mp4", content_type="video/mp4", facts=facts)
+    store.put(Path(__file__), "any.mp4", content_type="video/mp4", metadata=metadata)
 
-    assert store.head("any.mp4").facts == facts
+    assert store.head("any.mp4").metadata == metadata
 
 
-def test_an_object_of_other_origin_has_no_facts(bucket, object_store):
+def test_an_object_of_other_origin_has_no_metadata(bucket, object_store):
     store = Storage(bucket())
-    for metadata in ({}, {"avatar-facts": "{broken"}, {"avatar-facts": "[1]"}):
+    for values in ({}, {"avatar-metadata": "{broken"}, {"avatar-metadata": "[1]"}):
         object_store.client.put_object(
-            Bucket=object_store.bucket, Key="foreign.mp4", Body=b"x", Metadata=metadata
+            Bucket=object_store.bucket, Key="foreign.mp4", Body=b"x", Metadata=values
         )
-        assert store.head("foreign.mp4").facts == {}
+        assert store.head("foreign.mp4").metadata == {}
 
 
-def test_facts_that_do_not_fit_are_refused_before_anything_is_sent(proxy, video):
+def test_metadata_that_does_not_fit_is_refused_before_anything_is_sent(proxy, video):
     store = Storage(bucket_at(proxy.url, name="avatars"))
 
     with pytest.raises(ValueError, match="1800"):
-        store.put(video, "x.mp4", content_type="video/mp4", facts={"x": "y" * 1800})
+        store.put(video, "x.mp4", content_type="video/mp4", metadata={"x": "y" * 1800})
     assert proxy.seen == []
 
 
 def test_a_file_is_one_request_without_checksums(proxy, video):
     store = Storage(bucket_at(proxy.url, name="avatars"))
 
-    store.put(video, "plain.mp4", content_type="video/mp4", facts={"seed": 7})
+    store.put(video, "plain.mp4", content_type="video/mp4", metadata={"seed": 7})
 
     assert [(method, path) for method, path, _ in proxy.seen] == [("PUT", "/avatars/plain.mp4")]
     headers = {name.lower(): value for name, value in proxy.seen[0][2].items()}
     assert headers["content-type"] == "video/mp4"
-    assert headers["x-amz-meta-avatar-facts"] == '{"seed":7}'
+    assert headers["x-amz-meta-avatar-metadata"] == '{"seed":7}'
     assert not [name for name in headers if "checksum" in name or name == "x-amz-trailer"]
     assert "content-encoding" not in headers
 
@@ -214,13 +214,13 @@ def test_a_large_file_goes_in_parts_without_checksums(proxy, tmp_path, monkeypat
     path.write_bytes(bytes(17 * 2**20))
     store = Storage(bucket_at(proxy.url, name="avatars"))
 
-    store.put(path, "large.mp4", content_type="video/mp4", facts={"seed": 7})
+    store.put(path, "large.mp4", content_type="video/mp4", metadata={"seed": 7})
 
     assert sum(method == "PUT" for method, _, _ in proxy.seen) == 3  # of 8 MiB at most
     names = {name.lower() for _, _, headers in proxy.seen for name in headers}
     assert not [name for name in names if "checksum" in name]
     found = store.head("large.mp4")
-    assert (found.size_bytes, found.facts) == (17 * 2**20, {"seed": 7})
+    assert (found.size_bytes, found.metadata) == (17 * 2**20, {"seed": 7})
     assert requests.get(store.url("large.mp4", 60)).headers["Content-Type"] == "video/mp4"
 
 

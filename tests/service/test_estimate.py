@@ -1,38 +1,38 @@
 """What a job will cost, before it runs."""
 
+from dataclasses import replace
+
 import pytest
 
 from avatar_client.contract.presets import PRESETS, REFERENCE_SCHEDULE
-from worker.service.estimate import Speedometer, job_flops, work_share
+from worker.service.estimate import JobPlan, ThroughputEstimator
 from worker.shapes import FrameSize, VideoPlan
 
-ONE_WINDOW, TWO_WINDOWS = VideoPlan(129), VideoPlan(150)
+PLAN = JobPlan(FrameSize(256, 256), VideoPlan(129), 50, REFERENCE_SCHEDULE)
 
 
 def test_a_computed_step_costs_what_was_counted_on_the_published_model():
     # 704 x 768 with 831 text tokens: 9.75 PFLOP, counted layer by layer
-    per_step = job_flops(ONE_WINDOW, FrameSize(704, 768), 50, REFERENCE_SCHEDULE) / (30 + 20 / 60)
+    per_step = replace(PLAN, size=FrameSize(704, 768)).flops / (30 + 20 / 60)
     assert per_step == pytest.approx(9.75e15, rel=0.03)
 
 
 def test_a_second_window_doubles_the_cost():
-    size = FrameSize(256, 256)
-    assert job_flops(TWO_WINDOWS, size, 50, REFERENCE_SCHEDULE) == 2 * job_flops(
-        ONE_WINDOW, size, 50, REFERENCE_SCHEDULE
-    )
+    assert replace(PLAN, video=VideoPlan(150)).flops == 2 * PLAN.flops
 
 
 def test_presets_cost_less_in_their_order():
-    costs = [
-        job_flops(ONE_WINDOW, FrameSize(256, 256), 50, preset.step_cache_schedule)
-        for preset in PRESETS.values()
+    plans = [
+        replace(PLAN, step_cache_schedule=preset.step_cache_schedule) for preset in PRESETS.values()
     ]
+    costs = [plan.flops for plan in plans]
     assert costs == sorted(costs, reverse=True)
     assert costs[-1] < costs[0] / 2
+    assert [plan.num_computed_steps for plan in plans] == [30, 19, 12]
 
 
 def test_the_share_of_the_work_follows_the_computed_steps():
-    shares = [work_share(step, 50, REFERENCE_SCHEDULE) for step in range(51)]
+    shares = [PLAN.share_done(step) for step in range(51)]
     assert shares[0] == 0
     assert shares[-1] == 1
     assert shares == sorted(shares)
@@ -40,18 +40,18 @@ def test_the_share_of_the_work_follows_the_computed_steps():
 
 
 def test_a_worker_learns_its_rate_from_the_job_it_has_finished():
-    speed = Speedometer("NVIDIA H200")
-    before = speed.estimate_seconds(1e18)
-    speed.record(1e18, 7.0)
+    throughput = ThroughputEstimator("NVIDIA H200")
+    before = throughput.estimate_seconds(1e18)
+    throughput.record(1e18, 7.0)
     assert before is not None
-    assert before != speed.estimate_seconds(1e18) == 7.0
+    assert before != throughput.estimate_seconds(1e18) == 7.0
 
 
 def test_two_gpus_are_taken_for_twice_as_fast_until_a_job_shows_it():
-    alone, together = (Speedometer("NVIDIA H200", num_gpus=number) for number in (1, 2))
+    alone, together = (ThroughputEstimator("NVIDIA H200", num_gpus=number) for number in (1, 2))
     assert together.estimate_seconds(1e18) == pytest.approx(alone.estimate_seconds(1e18) / 2)
 
 
 def test_nobody_guesses_for_a_gpu_that_is_not_known():
-    assert Speedometer("Voodoo 2").estimate_seconds(1e18) is None
-    assert Speedometer(None).estimate_seconds(1e18) is None
+    assert ThroughputEstimator("Voodoo 2").estimate_seconds(1e18) is None
+    assert ThroughputEstimator(None).estimate_seconds(1e18) is None

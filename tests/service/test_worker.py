@@ -20,31 +20,12 @@ from worker.generation.engine import Engine
 from worker.service.worker import Worker
 from worker.settings import Settings
 
-SMALL = {"resolution": 256, "num_inference_steps": 1}
-
-
-@pytest.fixture(scope="module")
-def engine(random_model):
-    """The model of random weights, loaded once for all workers of this file."""
-    return Engine.load(Settings(model_dir=str(random_model)))
-
 
 @pytest.fixture
 def worker(engine, tmp_path, monkeypatch):
     """A worker without a bucket, its temporary files in a directory of their own."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    worker = Worker(Settings(max_audio_seconds=20.0))
-    worker._engine = engine
-    return worker
-
-
-@pytest.fixture
-def make_input(make_portrait, make_speech):
-    def make(**changes: Any) -> dict[str, Any]:
-        portrait, speech = encoded(make_portrait()), encoded(make_speech(seconds=0.4))
-        return {"image": portrait, "audio": speech, **SMALL, **changes}
-
-    return make
+    return Worker(Settings(max_audio_seconds=20.0), engine)
 
 
 def encoded(content: bytes) -> str:
@@ -165,8 +146,7 @@ def test_a_drawn_seed_makes_the_same_video_when_it_is_sent_back(worker, make_inp
 
 
 def test_a_job_over_the_workers_own_limit_ends_with_a_code(engine, make_input):
-    worker = Worker(Settings(job_timeout_seconds=0.01))
-    worker._engine = engine
+    worker = Worker(Settings(job_timeout_seconds=0.01), engine)
     output = handle(worker, make_input(num_inference_steps=100))
     assert output["error"].startswith("DEADLINE_EXCEEDED: ")
 

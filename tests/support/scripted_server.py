@@ -70,7 +70,7 @@ class ScriptedServer:
             def do_GET(self) -> None:
                 scripted._serve(self)
 
-            do_POST = do_GET  # noqa: N815
+            do_POST = do_PUT = do_GET  # noqa: N815
 
             def log_message(self, *_: Any) -> None: ...
 

@@ -24,8 +24,8 @@ from avatar_client.contract.job_errors import UploadError
 from avatar_client.contract.request import OutputOptions
 from worker.media import download
 
-FACTS = "avatar-facts"  # the metadata's name; S3 gives 2 KiB to all names and values together
-MAX_FACTS_BYTES = 1800
+METADATA_NAME = "avatar-metadata"  # S3 gives 2 KiB to all names and values together
+MAX_METADATA_BYTES = 1800
 
 STORE_ERRORS = (ClientError, BotoCoreError, Boto3Error)
 
@@ -35,7 +35,7 @@ class StoredObject:
     """An object that is there already."""
 
     size_bytes: int
-    facts: dict[str, Any]  # what `put` was given; empty for an object of other origin
+    metadata: dict[str, Any]  # what `put` was given; empty for an object of other origin
 
 
 class Storage:
@@ -63,18 +63,18 @@ class Storage:
         return self._settings.key(output.prefix, output.key or f"{job_id}.mp4")
 
     def put(
-        self, path: Path, key: str, *, content_type: str, facts: dict[str, Any] | None = None
+        self, path: Path, key: str, *, content_type: str, metadata: dict[str, Any] | None = None
     ) -> None:
-        """Uploads a file. `facts` travels as JSON in the object's metadata.
+        """Uploads a file. `metadata` travels as JSON in one value of the object's own metadata.
 
         Raises:
             UploadError: the store refused or did not answer.
-            ValueError: facts of more than 1,800 bytes.
+            ValueError: metadata of more than 1,800 bytes.
         """
-        text = json.dumps(facts or {}, separators=(",", ":"))  # ASCII, as headers must be
-        if len(text) > MAX_FACTS_BYTES:
-            raise ValueError(f"{len(text)} bytes of facts, over {MAX_FACTS_BYTES}")
-        options = {"ContentType": content_type, "Metadata": {FACTS: text}}
+        text = json.dumps(metadata or {}, separators=(",", ":"))  # ASCII, as headers must be
+        if len(text) > MAX_METADATA_BYTES:
+            raise ValueError(f"{len(text)} bytes of metadata, over {MAX_METADATA_BYTES}")
+        options = {"ContentType": content_type, "Metadata": {METADATA_NAME: text}}
         transfer = TransferConfig(multipart_threshold=stores.MULTIPART_BYTES)
         try:
             self._client.upload_file(
@@ -99,7 +99,7 @@ class Storage:
         # GET and not HEAD: an error of HEAD has no body, so a wrong secret key would look the same
         # as a key that does not exist
         answer["Body"].close()
-        return StoredObject(answer["ContentLength"], _facts(answer["Metadata"]))
+        return StoredObject(answer["ContentLength"], _parse_metadata(answer["Metadata"]))
 
     def url(self, key: str, expires_seconds: int) -> str:
         """An address from which anyone can GET the object until it expires.
@@ -154,9 +154,9 @@ def _code(error: BaseException) -> str | None:
     return str(error.response["Error"]["Code"])
 
 
-def _facts(metadata: dict[str, str]) -> dict[str, Any]:
+def _parse_metadata(values: dict[str, str]) -> dict[str, Any]:
     try:
-        facts = json.loads(metadata.get(FACTS, "{}"))
+        metadata = json.loads(values.get(METADATA_NAME, "{}"))
     except ValueError:
         return {}
-    return facts if isinstance(facts, dict) else {}
+    return metadata if isinstance(metadata, dict) else {}

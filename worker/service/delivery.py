@@ -1,8 +1,8 @@
 """How a finished video reaches the client: through a bucket or inside the reply.
 
-Decided before anything is generated, so that a job that cannot be handed over costs no GPU time.
-A job's object carries the job's fingerprint and the facts of its result: a job that the queue
-delivers twice, or whose result was lost on the way, is answered from the bucket.
+Decided before anything is generated, so that a job that cannot be delivered costs no GPU time.
+A job's object carries the job's fingerprint and the metadata of its video: a job that the queue
+hands out twice, or whose result was lost on the way, is answered from the bucket.
 """
 
 import base64
@@ -17,8 +17,8 @@ from worker.service.job_request import JobRequest
 from worker.settings import Settings
 
 MIN_BYTES_PER_SECOND = 60_000  # of video inside a reply; below it a face falls apart
-OWN_FACTS = ("fingerprint", "thumbnail")  # stored beside the facts of the reply
-NOWHERE = dict.fromkeys(
+OWN_METADATA = ("fingerprint", "thumbnail")  # stored beside the metadata of the reply
+NO_ADDRESS = dict.fromkeys(
     (
         "video_url",
         "video_base64",
@@ -41,12 +41,13 @@ class Delivery:
     max_inline_characters: int
 
     @classmethod
-    def choose(cls, request: JobRequest, settings: Settings) -> "Delivery":
+    def from_request(cls, request: JobRequest, settings: Settings) -> "Delivery":
         """The delivery that the request asks for and the settings allow.
 
         Raises:
             StorageNotConfiguredError: a bucket was asked for and none is set up.
             InputUrlBlockedError: the client's bucket lies at an address that must not be contacted.
+            InputDownloadError, InvalidInputError: as `Storage`.
         """
         options = request.input.output
         bucket = request.bucket or settings.bucket
@@ -68,11 +69,11 @@ class Delivery:
 
     @property
     def max_bytes(self) -> int | None:
-        """The largest video that can be handed over; None: any."""
+        """The largest video that can be delivered; None: any."""
         return None if self.storage else self.max_inline_characters * 3 // 4
 
-    def require_room(self, duration_seconds: float) -> None:
-        """Passes if a video of this length can be handed over.
+    def require_fits_reply(self, duration_seconds: float) -> None:
+        """Returns if a video of this length can be delivered; through a bucket any can.
 
         Raises:
             ResultTooLargeError: it does not fit into the reply.
@@ -87,22 +88,28 @@ class Delivery:
         """For a dry run."""
         return {"delivery": "s3", "key": self.key} if self.storage else {"delivery": "inline"}
 
-    def recall(self, fingerprint: str) -> dict[str, Any] | None:
-        """What the reply of an earlier run of this very job said; None if there was none."""
-        stored = self.storage.head(self.key) if self.storage else None
-        if stored is None or stored.facts.get("fingerprint") != fingerprint:
-            return None
-        facts = {name: stored.facts[name] for name in stored.facts if name not in OWN_FACTS}
-        return facts | self._addresses(has_thumbnail=stored.facts["thumbnail"])
+    def find_existing(self, fingerprint: str) -> dict[str, Any] | None:
+        """The video of an earlier run of this very job, as its reply told it; None: there is none.
 
-    def hand_over(
+        Raises:
+            UploadError: the store refused the credentials or did not answer.
+        """
+        stored = self.storage.head(self.key) if self.storage else None
+        if stored is None or stored.metadata.get("fingerprint") != fingerprint:
+            return None
+        metadata = {
+            name: value for name, value in stored.metadata.items() if name not in OWN_METADATA
+        }
+        return metadata | self._addresses(has_thumbnail=stored.metadata["thumbnail"])
+
+    def deliver(
         self,
         video: VideoFile,
         thumbnail_path: Path | None,
         fingerprint: str,
-        facts: dict[str, Any],
+        metadata: dict[str, Any],
     ) -> dict[str, Any]:
-        """Stores or encodes the video; the part of the reply that says where it is.
+        """The part of the reply that says where the video is, once it is there.
 
         Raises:
             UploadError: the store refused it or did not answer.
@@ -114,15 +121,15 @@ class Delivery:
             key = thumbnail_key(self.key)
             self.storage.put(thumbnail_path, key, content_type="image/jpeg")
         # the video last: whoever finds it finds the whole result
-        own_facts = {"fingerprint": fingerprint, "thumbnail": has_thumbnail}
-        self.storage.put(video.path, self.key, content_type="video/mp4", facts=facts | own_facts)
+        stored = metadata | {"fingerprint": fingerprint, "thumbnail": has_thumbnail}
+        self.storage.put(video.path, self.key, content_type="video/mp4", metadata=stored)
         return self._addresses(has_thumbnail=has_thumbnail)
 
     def _addresses(self, *, has_thumbnail: bool) -> dict[str, Any]:
         assert self.storage is not None
         expires_at = self.storage.expires_at(self.expires_seconds)
         thumbnail_url = self.storage.url(thumbnail_key(self.key), self.expires_seconds)
-        return NOWHERE | {
+        return NO_ADDRESS | {
             "delivery": "s3",
             "video_url": self.storage.url(self.key, self.expires_seconds),
             "thumbnail_url": thumbnail_url if has_thumbnail else None,
@@ -132,10 +139,12 @@ class Delivery:
         }
 
     def _inline(self, video: VideoFile, thumbnail_path: Path | None) -> dict[str, Any]:
-        encoded = base64.b64encode(video.path.read_bytes()).decode()
-        picture = thumbnail_path and base64.b64encode(thumbnail_path.read_bytes()).decode()
-        return NOWHERE | {
+        return NO_ADDRESS | {
             "delivery": "inline",
-            "video_base64": encoded,
-            "thumbnail_base64": picture,
+            "video_base64": _base64_of(video.path),
+            "thumbnail_base64": _base64_of(thumbnail_path) if thumbnail_path else None,
         }
+
+
+def _base64_of(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from avatar_client.contract.presets import StepCacheSchedule, computed_step_indices
 from worker.shapes import FrameSize, VideoPlan, window_tokens
 
-TEXT_TOKENS = 400  # typical valid length of the prompt, with the portrait's 576 tokens cut in
+TYPICAL_TEXT_TOKENS = 400  # valid length of the prompt, with the portrait's 576 tokens cut in
 WIDTH = 3072
 BLOCKS = 60
 BLOCK_PARAMETERS = 12.46e9
@@ -21,31 +21,43 @@ CACHED_SHARE = 1 / BLOCKS  # a cached step runs one block of 60
 RATES = {"H200": 5.7e14, "H100": 5.7e14}
 
 
-def job_flops(
-    plan: VideoPlan, size: FrameSize, num_inference_steps: int, schedule: StepCacheSchedule
-) -> float:
-    """Floating-point operations of the denoising loop, both guidance branches."""
-    tokens = window_tokens(size) + TEXT_TOKENS
-    forward = 2 * BLOCK_PARAMETERS / 2 * tokens + 4 * BLOCKS * WIDTH * tokens**2
-    steps = _cost(num_inference_steps, num_inference_steps, schedule)
-    return 2 * forward * plan.num_windows * steps
+@dataclass(frozen=True, slots=True)
+class JobPlan:
+    """How much one job generates, and in which steps: what its cost depends on."""
 
+    size: FrameSize
+    video: VideoPlan
+    num_inference_steps: int
+    step_cache_schedule: StepCacheSchedule
 
-def work_share(step: int, num_inference_steps: int, schedule: StepCacheSchedule) -> float:
-    """How much of the denoising loop's work is done after `step` steps, 0 to 1."""
-    whole = _cost(num_inference_steps, num_inference_steps, schedule)
-    return _cost(step, num_inference_steps, schedule) / whole
+    @property
+    def num_computed_steps(self) -> int:
+        """Steps that run the whole transformer."""
+        return len(self._computed_steps())
 
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of the denoising loop, both CFG branches."""
+        tokens = window_tokens(self.size) + TYPICAL_TEXT_TOKENS
+        forward = 2 * BLOCK_PARAMETERS / 2 * tokens + 4 * BLOCKS * WIDTH * tokens**2
+        return 2 * forward * self.video.num_windows * self._cost(self.num_inference_steps)
 
-def _cost(step: int, num_inference_steps: int, schedule: StepCacheSchedule) -> float:
-    """The first `step` steps, in computed steps."""
-    full = sum(index < step for index in computed_step_indices(num_inference_steps, schedule))
-    return full + CACHED_SHARE * (step - full)
+    def share_done(self, step: int) -> float:
+        """How much of the denoising loop's work is done after `step` steps, 0 to 1."""
+        return self._cost(step) / self._cost(self.num_inference_steps)
+
+    def _cost(self, step: int) -> float:
+        """The first `step` steps, in computed steps."""
+        computed = sum(index < step for index in self._computed_steps())
+        return computed + CACHED_SHARE * (step - computed)
+
+    def _computed_steps(self) -> tuple[int, ...]:
+        return computed_step_indices(self.num_inference_steps, self.step_cache_schedule)
 
 
 @dataclass(slots=True)
-class Speedometer:
-    """This worker's rate: the last finished job's, or the table's for its GPU before that."""
+class ThroughputEstimator:
+    """This worker's throughput: the last finished job's, or the table's for its GPU before that."""
 
     gpu_name: str | None = None
     num_gpus: int = 1

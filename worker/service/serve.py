@@ -10,7 +10,8 @@ The SDK's loop is kept. Three things about it are mended here, each seen in vers
 """
 
 import asyncio
-import logging
+import functools
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import runpod
@@ -21,8 +22,6 @@ from runpod.serverless.modules.worker_state import IS_LOCAL_TEST
 from worker.service import fitness
 from worker.service.progress import PostProgress
 from worker.service.worker import Worker
-
-logger = logging.getLogger(__name__)
 
 WATCH_SECONDS = 1.0  # between two looks whether the worker is still whole
 LAST_POLL_SECONDS = 1.0  # on shutdown: for an answer that is already on its way
@@ -36,30 +35,19 @@ def serve(worker: Worker) -> None:
     rp_logger.RunPodLogger().level = "INFO" if level in ("TRACE", "DEBUG") else level
     for check in fitness.checks(worker):
         runpod.serverless.register_fitness_check(check)
+    rp_scale.JobScaler = functools.partial(Scaler, worker)
+    runpod.serverless.start({"handler": make_handler(worker)})
+    worker.shutdown()
+
+
+def make_handler(worker: Worker) -> Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]:
+    """The SDK's handler: the worker's, with a session of its own for the job's progress."""
 
     async def handler(job: dict[str, Any]) -> dict[str, Any]:
         async with AsyncClientSession() as session:
             return await worker.handle(job, post=None if IS_LOCAL_TEST else _poster(session, job))
 
-    class Scaler(_Scaler):
-        async def run(self) -> None:
-            watch = asyncio.create_task(self._watch())
-            await super().run()
-            watch.cancel()
-
-        async def _watch(self) -> None:
-            while not worker.damaged:
-                await asyncio.sleep(WATCH_SECONDS)
-            self.kill_worker()
-
-        async def handle_job(self, session: ClientSession, job: dict[str, Any]) -> None:
-            await super().handle_job(session, job)
-            if worker.damaged:
-                self.kill_worker()
-
-    rp_scale.JobScaler = Scaler
-    runpod.serverless.start({"handler": handler})
-    worker.leave()
+    return handler
 
 
 def _poster(session: ClientSession, job: dict[str, Any]) -> PostProgress:
@@ -69,12 +57,16 @@ def _poster(session: ClientSession, job: dict[str, Any]) -> PostProgress:
     return post
 
 
-class _Scaler(rp_scale.JobScaler):  # type: ignore[misc]  # the SDK is untyped
-    """The SDK's loop with a shutdown that is prompt and loses no job."""
+class Scaler(rp_scale.JobScaler):  # type: ignore[misc]  # the SDK is untyped
+    """The SDK's loop with a shutdown that is prompt and loses no job.
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    It ends by itself once the worker is damaged.
+    """
+
+    def __init__(self, worker: Worker, config: dict[str, Any]) -> None:
         super().__init__(config)
-        self.jobs_fetcher = self._take
+        self.jobs_fetcher = self._fetch_jobs
+        self._worker = worker
         self._draining = asyncio.Event()
 
     def kill_worker(self) -> None:
@@ -82,17 +74,31 @@ class _Scaler(rp_scale.JobScaler):  # type: ignore[misc]  # the SDK is untyped
         self._draining.set()
 
     async def run(self) -> None:
+        """Serves until `kill_worker`."""
         async with AsyncClientSession() as session:
             take = asyncio.create_task(self.get_jobs(session))
             run = asyncio.create_task(self.run_jobs(session))
             stop = asyncio.create_task(self.monitor_stop_signals(session))
+            watch = asyncio.create_task(self._watch())
             await asyncio.wait({take})  # from here on no job can come ...
             self._shutdown_event.set()  # ... so the queue may be left once it is empty
             await run
-            stop.cancel()
-            await asyncio.wait({stop})
+            for task in (stop, watch):
+                task.cancel()
+            await asyncio.wait({stop, watch})
 
-    async def _take(self, session: ClientSession, count: int) -> list[dict[str, Any]] | None:
+    async def handle_job(self, session: ClientSession, job: dict[str, Any]) -> None:
+        """Runs one job; after one that has damaged the worker there is no further one."""
+        await super().handle_job(session, job)
+        if self._worker.damaged:
+            self.kill_worker()
+
+    async def _watch(self) -> None:
+        while not self._worker.damaged:
+            await asyncio.sleep(WATCH_SECONDS)
+        self.kill_worker()
+
+    async def _fetch_jobs(self, session: ClientSession, count: int) -> list[dict[str, Any]] | None:
         if self._draining.is_set():
             raise asyncio.CancelledError  # ends get_jobs
         poll = asyncio.create_task(rp_job.get_job(session, count))

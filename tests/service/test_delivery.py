@@ -1,0 +1,279 @@
+"""How a finished video reaches the client."""
+
+import base64
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from avatar_client.contract import bucket as stores
+from avatar_client.contract.job_errors import (
+    InputUrlBlockedError,
+    ResultTooLargeError,
+    StorageNotConfiguredError,
+    UploadError,
+)
+from tests.conftest import BucketServer
+from tests.support.scripted_server import Answer, ScriptedServer
+from worker.media.video import VideoFile
+from worker.service import job_request
+from worker.service.delivery import Delivery
+from worker.settings import Settings
+
+METADATA = {"sha256": "0" * 64, "seed": 7, "fps": 12.5, "warnings": ['zwei  "Räume"']}
+THUMBNAIL = b"\xff\xd8\xff not really a picture"
+
+
+@pytest.fixture
+def make_delivery(make_input: Callable[..., dict[str, Any]]) -> Callable[..., Delivery]:
+    """The delivery of a job: `make_delivery(settings, job_id=..., s3Config=..., **output)`."""
+
+    def make(
+        settings: Settings, job_id: str = "job-1", s3_config: Any = None, **output: Any
+    ) -> Delivery:
+        job = {"id": job_id, "input": make_input(output=output)}
+        if s3_config is not None:
+            job["s3Config"] = s3_config
+        return Delivery.from_request(job_request.parse(job), settings)
+
+    return make
+
+
+@pytest.fixture
+def bucket(object_store: BucketServer) -> Settings:
+    """The settings of a worker with the test server's bucket."""
+    return with_bucket(object_store.endpoint_url, object_store.bucket)
+
+
+def with_bucket(endpoint_url: str, name: str = "avatars", **changes: Any) -> Settings:
+    return Settings(
+        bucket_endpoint_url=endpoint_url,
+        bucket_access_key_id="test-access-key",
+        bucket_secret_access_key="test-secret-key",
+        bucket_name=name,
+        **changes,
+    )
+
+
+@pytest.fixture
+def video(tmp_path: Path) -> VideoFile:
+    path = tmp_path / "video.mp4"
+    path.write_bytes(b"not really a video" * 1000)
+    return VideoFile(path, num_frames=10, duration_seconds=0.4, size_bytes=18_000, sha256="0" * 64)
+
+
+@pytest.fixture
+def thumbnail_path(tmp_path: Path) -> Path:
+    path = tmp_path / "thumbnail.jpg"
+    path.write_bytes(THUMBNAIL)
+    return path
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ScriptedServer]:
+    """A store that answers as a test says, and is asked once."""
+    monkeypatch.setattr(stores, "ATTEMPTS", 1)
+    with ScriptedServer() as server:
+        yield server
+
+
+# Where it goes
+
+
+@pytest.mark.parametrize(("asked", "told"), [("auto", "s3"), ("s3", "s3"), ("inline", "inline")])
+def test_with_a_bucket_the_request_decides(make_delivery, bucket, asked, told):
+    assert make_delivery(bucket, delivery=asked).describe()["delivery"] == told
+
+
+@pytest.mark.parametrize("asked", ["auto", "inline"])
+def test_without_a_bucket_the_video_goes_into_the_reply(make_delivery, asked):
+    assert make_delivery(Settings(), delivery=asked).describe() == {"delivery": "inline"}
+
+
+def test_a_bucket_that_was_asked_for_and_is_not_there_is_an_error_of_the_field(make_delivery):
+    with pytest.raises(StorageNotConfiguredError, match="BUCKET_") as caught:
+        make_delivery(Settings(), delivery="s3")
+    assert caught.value.field == "output.delivery"
+
+
+def test_a_clients_bucket_goes_before_the_operators(make_delivery, bucket):
+    own = {
+        "endpointUrl": "https://203.0.114.1",
+        "accessId": "a",
+        "accessSecret": "b",
+        "bucketName": "own",
+    }
+    delivery = make_delivery(bucket, s3_config=own)
+    assert delivery.storage.bucket_name == "own"
+    assert delivery.key == "job-1.mp4"  # without the operator's prefix
+
+
+def test_a_clients_bucket_must_not_lie_at_a_private_address_unless_the_operator_says_so(
+    make_delivery, object_store
+):
+    own = {
+        "endpointUrl": object_store.endpoint_url,
+        "accessId": "a",
+        "accessSecret": "b",
+        "bucketName": "own",
+    }
+    with pytest.raises(InputUrlBlockedError) as caught:
+        make_delivery(Settings(), s3_config=own)
+    assert caught.value.field == "s3Config.endpointUrl"
+    allowed = Settings(runpod_allow_private_download_urls=True)
+    assert make_delivery(allowed, s3_config=own).describe() == {
+        "delivery": "s3",
+        "key": "job-1.mp4",
+    }
+
+
+def test_key_and_prefix_of_the_request_lie_below_the_operators_prefix(make_delivery, bucket):
+    assert make_delivery(bucket).key == "avatar/job-1.mp4"
+    assert make_delivery(bucket, prefix="a/b", key="c.mp4").key == "avatar/a/b/c.mp4"
+
+
+def test_the_life_of_the_url_is_the_requests_or_else_the_operators(make_delivery, object_store):
+    settings = with_bucket(object_store.endpoint_url, bucket_url_expires_seconds=600)
+    assert make_delivery(settings).expires_seconds == 600
+    assert make_delivery(settings, url_expires_seconds=60).expires_seconds == 60
+
+
+# What fits
+
+
+@pytest.mark.parametrize(("job_id", "seconds"), [("job-1", 118.0), ("sync-1", 237.0)])
+def test_a_reply_holds_so_many_seconds_of_video_and_no_more(make_delivery, job_id, seconds):
+    delivery = make_delivery(Settings(), job_id=job_id)
+    delivery.require_fits_reply(seconds)
+    with pytest.raises(ResultTooLargeError, match="set up a bucket") as caught:
+        delivery.require_fits_reply(seconds + 1.0)
+    assert caught.value.field == "output.delivery"
+
+
+def test_a_bucket_holds_any_length(make_delivery, bucket):
+    delivery = make_delivery(bucket)
+    assert delivery.max_bytes is None
+    delivery.require_fits_reply(1e6)
+
+
+# The video
+
+
+def test_an_inline_video_stands_in_the_reply_with_its_thumbnail(
+    make_delivery, video, thumbnail_path
+):
+    told = make_delivery(Settings()).deliver(video, thumbnail_path, "f", METADATA)
+
+    assert base64.b64decode(told.pop("video_base64")) == video.path.read_bytes()
+    assert base64.b64decode(told.pop("thumbnail_base64")) == THUMBNAIL
+    assert told.pop("delivery") == "inline"
+    assert set(told.values()) == {None}
+
+
+def test_a_stored_video_is_behind_the_url_of_the_reply_with_its_thumbnail(
+    make_delivery, bucket, video, thumbnail_path
+):
+    delivery = make_delivery(bucket, job_id="stored-1", url_expires_seconds=60)
+    told = delivery.deliver(video, thumbnail_path, "f", METADATA)
+
+    answer = requests.get(told["video_url"], timeout=10)
+    assert answer.content == video.path.read_bytes()
+    assert answer.headers["Content-Type"] == "video/mp4"
+    picture = requests.get(told["thumbnail_url"], timeout=10)
+    assert picture.content == THUMBNAIL
+    assert picture.headers["Content-Type"] == "image/jpeg"
+    assert (told["delivery"], told["bucket"]) == ("s3", "avatars")
+    assert told["key"] == "avatar/stored-1.mp4"
+    assert told["expires_at"].endswith("Z")
+    assert told["video_base64"] is told["thumbnail_base64"] is None
+
+
+def test_a_reply_has_the_same_fields_however_the_video_was_delivered(make_delivery, bucket, video):
+    inline = make_delivery(Settings()).deliver(video, None, "f", METADATA)
+    stored = make_delivery(bucket, job_id="fields-1").deliver(video, None, "f", METADATA)
+    assert inline.keys() == stored.keys()
+    assert inline["thumbnail_base64"] is stored["thumbnail_url"] is None
+
+
+def test_of_a_public_bucket_the_address_is_plain_and_does_not_end(
+    make_delivery, object_store, video
+):
+    settings = with_bucket(
+        object_store.endpoint_url, bucket_public_base_url="https://cdn.example.com"
+    )
+    told = make_delivery(settings, job_id="public-1").deliver(video, None, "f", METADATA)
+    assert told["video_url"] == "https://cdn.example.com/avatar/public-1.mp4"
+    assert told["expires_at"] is None
+
+
+# An earlier run of the same job
+
+
+@pytest.mark.parametrize("has_thumbnail", [True, False])
+def test_an_earlier_run_of_the_same_job_is_found_with_all_that_its_reply_told(
+    make_delivery, bucket, video, thumbnail_path, has_thumbnail
+):
+    delivery = make_delivery(bucket, job_id=f"twice-{has_thumbnail}")
+    assert delivery.find_existing("f") is None
+
+    picture = thumbnail_path if has_thumbnail else None
+    told = METADATA | delivery.deliver(video, picture, "f", METADATA)
+
+    found = delivery.find_existing("f")
+    assert found is not None
+    signed = ("video_url", "thumbnail_url", "expires_at")  # made anew
+    assert {name: found[name] for name in found if name not in signed} == {
+        name: told[name] for name in told if name not in signed
+    }
+    content = requests.get(found["video_url"], timeout=10).content
+    assert hashlib.sha256(content).digest() == hashlib.sha256(video.path.read_bytes()).digest()
+    assert (found["thumbnail_url"] is not None) == has_thumbnail
+
+
+def test_an_object_of_another_request_is_not_taken_for_an_earlier_run(make_delivery, bucket, video):
+    delivery = make_delivery(bucket, job_id="other-1")
+    delivery.deliver(video, None, "f", METADATA)
+    assert delivery.find_existing("g") is None
+
+
+def test_an_object_of_other_origin_is_not_taken_for_an_earlier_run(
+    make_delivery, bucket, object_store
+):
+    delivery = make_delivery(bucket, job_id="foreign-1")
+    object_store.client.put_object(Bucket=object_store.bucket, Key=delivery.key, Body=b"x")
+    assert delivery.find_existing("f") is None
+
+
+def test_without_a_bucket_no_earlier_run_is_found(make_delivery, video):
+    delivery = make_delivery(Settings())
+    delivery.deliver(video, None, "f", METADATA)
+    assert delivery.find_existing("f") is None
+
+
+# A store that fails
+
+NO_SPACE = Answer(status=403, body=b"<Error><Code>QuotaExceeded</Code></Error>")
+
+
+def test_a_store_that_refuses_the_video_is_named_with_its_code(make_delivery, store, video):
+    store.on("PUT /avatars/avatar/job-1.mp4", NO_SPACE)
+    with pytest.raises(UploadError, match="the object store answered QuotaExceeded"):
+        make_delivery(with_bucket(store.origin)).deliver(video, None, "f", METADATA)
+
+
+def test_a_video_is_not_stored_before_its_thumbnail(make_delivery, store, video, thumbnail_path):
+    store.on("PUT /avatars/avatar/job-1.jpg", NO_SPACE)
+    with pytest.raises(UploadError):
+        make_delivery(with_bucket(store.origin)).deliver(video, thumbnail_path, "f", METADATA)
+    assert [asked.path for asked in store.requests] == ["/avatars/avatar/job-1.jpg"]
+
+
+def test_a_store_that_does_not_answer_is_an_error_before_anything_is_generated(
+    make_delivery, store
+):
+    store.on("GET /avatars/avatar/job-1.mp4", Answer(status=None))
+    with pytest.raises(UploadError, match="did not answer as it should"):
+        make_delivery(with_bucket(store.origin)).find_existing("f")

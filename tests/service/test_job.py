@@ -1,0 +1,138 @@
+"""One job on its way: what ends it between two steps, and what it notes."""
+
+import asyncio
+import base64
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from avatar_client.contract.job_errors import DeadlineExceededError, InvalidInputError, WorkerError
+from worker.generation.engine import Engine
+from worker.service import job_request
+from worker.service.estimate import ThroughputEstimator
+from worker.service.job import JobRun, JobStoppedError
+from worker.service.progress import ProgressReporter
+from worker.settings import Settings
+
+
+@pytest.fixture
+def make_run(make_input: Callable[..., dict[str, Any]]) -> Callable[..., JobRun]:
+    """A job whose progress nobody hears; call it where an event loop runs."""
+
+    def make(settings: Settings | None = None, **changes: Any) -> JobRun:
+        request = job_request.parse({"id": "job-1", "input": make_input(**changes)})
+        return JobRun(request, settings or Settings(), ProgressReporter(None))
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def temporary_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where jobs keep their files."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def in_loop(act: Callable[[], Any]) -> Any:
+    async def run() -> Any:
+        return act()
+
+    return asyncio.run(run())
+
+
+def test_a_job_that_is_stopped_enters_no_further_stage(make_run):
+    def act() -> None:
+        run = make_run()
+        with run.stage("download"):
+            run.stop.set()
+        with pytest.raises(JobStoppedError), run.stage("denoise"):
+            raise AssertionError
+        assert list(run.stage_seconds) == ["download_seconds"]
+        assert run.progress.stage == "download"
+
+    in_loop(act)
+
+
+def test_a_job_has_the_operators_time_and_without_a_limit_any(make_run):
+    def act() -> None:
+        make_run(Settings(job_timeout_seconds=60.0)).check()
+        late = make_run(Settings(job_timeout_seconds=60.0))
+        late.started -= 61.0
+        with pytest.raises(DeadlineExceededError, match="limit of 60 s"):
+            late.check()
+        unlimited = make_run()
+        unlimited.started -= 1e6
+        unlimited.check()
+
+    in_loop(act)
+
+
+def test_what_a_finished_job_took_is_learned_for_the_next_estimate(
+    make_run, engine: Engine, temporary_directory
+):
+    throughput = ThroughputEstimator()
+
+    def act() -> tuple[dict[str, Any], ...]:
+        before = make_run(dry_run=True).execute(engine, throughput)
+        made = make_run(seed=3).execute(engine, throughput)
+        after = make_run(dry_run=True).execute(engine, throughput)
+        return before, made, after
+
+    before, made, after = in_loop(act)
+    assert before["estimate_seconds"] is None
+    denoise_seconds = made["metrics"]["denoise_seconds"]
+    assert after["estimate_seconds"] == pytest.approx(denoise_seconds, abs=0.06)
+    assert list(made["metrics"])[:5] == [
+        f"{stage}_seconds" for stage in ("download", "preprocess", "denoise", "decode", "upload")
+    ]
+    assert list(temporary_directory.iterdir()) == []
+
+
+def test_a_reply_warns_of_a_silent_recording(make_run, engine, make_speech):
+    recording = bytearray(make_speech(seconds=0.4))
+    recording[44:] = bytes(len(recording) - 44)  # after the header of a WAV
+    silence = base64.b64encode(recording).decode()
+
+    made = in_loop(lambda: make_run(audio=silence).execute(engine, ThroughputEstimator()))
+
+    assert "the recording is silent" in made["warnings"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [({"face_box": [300, 300, 100, 100]}, "face_box"), ({"audio": "AAAA"}, "audio")],
+)
+def test_a_job_that_fails_leaves_no_file(make_run, engine, temporary_directory, changes, field):
+    def act() -> None:
+        with pytest.raises(WorkerError) as caught:
+            make_run(**changes).execute(engine, ThroughputEstimator())
+        assert caught.value.field == field
+
+    in_loop(act)
+    assert list(temporary_directory.iterdir()) == []
+
+
+def test_the_files_of_a_job_whose_thread_is_stuck_can_be_removed(
+    make_run, engine, temporary_directory, monkeypatch
+):
+    left: list[Path] = []
+
+    def act() -> None:
+        run = make_run()
+        run.remove_files()  # there are none yet
+
+        def meet(*_: Any) -> None:  # as the coroutine does while the thread waits in vain
+            assert list(temporary_directory.iterdir()) != []
+            run.remove_files()
+            left.extend(temporary_directory.iterdir())
+            raise InvalidInputError("the end")
+
+        monkeypatch.setattr(Engine, "encode", meet)
+        with pytest.raises(InvalidInputError):
+            run.execute(engine, ThroughputEstimator())
+
+    in_loop(act)
+    assert left == []

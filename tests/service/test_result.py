@@ -1,0 +1,85 @@
+"""The form of what a client gets."""
+
+from pathlib import Path
+
+import pytest
+
+from avatar_client.contract.presets import PRESETS
+from avatar_client.contract.request import JobInput
+from avatar_client.version import __version__
+from worker.media.video import VideoFile
+from worker.service import result
+from worker.service.estimate import JobPlan
+from worker.shapes import FrameSize, VideoPlan
+
+PLAN = JobPlan(FrameSize(256, 320), VideoPlan(150), 50, PRESETS["balanced"].step_cache_schedule)
+
+
+@pytest.fixture
+def params(make_input) -> JobInput:
+    return JobInput.model_validate(
+        make_input(preset="balanced", fps=12.5, num_inference_steps=50, user_data={"order": 1})
+    )
+
+
+def test_a_dry_run_tells_the_plan_the_delivery_and_the_estimate(params):
+    output = result.dry_run_output(params, PLAN, {"delivery": "inline"}, 12.0004, 99.5, "demo")
+    assert output.pop("worker")["model"] == "demo"
+    assert output == {
+        "dry_run": True,
+        "plan": {
+            "width": 320,
+            "height": 256,
+            "num_frames": 150,
+            "fps": 12.5,
+            "duration_seconds": 12.0,
+            "num_windows": 2,
+            "num_inference_steps": 50,
+            "num_computed_steps": 19,
+            "delivery": "inline",
+        },
+        "estimate_seconds": 99.5,
+        "user_data": {"order": 1},
+    }
+
+
+def test_a_videos_metadata_are_those_of_its_file_and_its_plan(params):
+    file = VideoFile(Path("x"), num_frames=150, duration_seconds=12.0, size_bytes=9, sha256="ab")
+    assert result.video_metadata(params, PLAN, file, 7, ("no face",)) == {
+        "sha256": "ab",
+        "size_bytes": 9,
+        "duration_seconds": 12.0,
+        "num_frames": 150,
+        "fps": 12.5,
+        "width": 320,
+        "height": 256,
+        "seed": 7,
+        "warnings": ["no face"],
+    }
+
+
+def test_a_reply_names_what_shaped_the_video_and_who_made_it(params):
+    output = result.video_output(params, {"seed": 7}, {"total_seconds": 1.0}, "demo")
+    assert (output["seed"], output["content_type"]) == (7, "video/mp4")
+    assert output["parameters"] == {
+        "preset": "balanced",
+        "resolution": 256,
+        "num_inference_steps": 50,
+        "guidance_scale": 7.5,
+        "flow_shift": 5.0,
+        "motion": {"pose": 25.0, "expression": 30.0},
+    }
+    assert output["user_data"] == {"order": 1}
+    assert output["metrics"] == {"total_seconds": 1.0}
+    assert (output["worker"]["version"], output["worker"]["model"]) == (__version__, "demo")
+
+
+def test_metrics_tell_the_stages_the_gpu_and_how_the_model_was_loaded(params, engine):
+    metrics = result.job_metrics(params, engine, {"denoise_seconds": 1.5}, 2.0004)
+    report = engine.load_report
+    assert (metrics["denoise_seconds"], metrics["total_seconds"]) == (1.5, 2.0)
+    assert (metrics["num_gpus"], metrics["gpu"]) == (1, engine.gpu_name)
+    assert metrics["model_load_bytes"] == report.num_bytes > 0
+    assert metrics["model_load_gigabytes_per_second"] == pytest.approx(
+        report.bytes_per_second / 1e9, abs=0.01
+    )

@@ -1,0 +1,213 @@
+"""One job on its way: found or fetched, generated, delivered; told, timed and stopped between.
+
+All of it runs in the worker's thread. What the client gets is put together in `result`.
+"""
+
+import logging
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from avatar_client.contract.job_errors import DeadlineExceededError, InvalidInputError
+from avatar_client.contract.presets import PRESETS
+from avatar_client.version import __version__
+from worker.media.inputs import Speech, load_portrait, load_speech
+from worker.media.video import write_thumbnail, write_video
+from worker.service import result
+from worker.service.delivery import Delivery
+from worker.service.estimate import JobPlan, ThroughputEstimator
+from worker.service.job_request import JobRequest, draw_seed
+from worker.service.progress import ProgressReporter
+from worker.settings import Settings
+from worker.shapes import VideoPlan, count_frames, fit_size
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from worker.generation.conditioning import Conditioning
+    from worker.generation.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+
+class JobStoppedError(Exception):
+    """The client cancelled the job: nothing is posted."""
+
+
+@dataclass(slots=True)
+class JobRun:
+    """One job on its way through the worker's thread."""
+
+    request: JobRequest
+    settings: Settings
+    progress: ProgressReporter
+    stop: threading.Event = field(default_factory=threading.Event)  # set to end it at its next step
+    started: float = field(default_factory=time.monotonic)
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    _directory: Path | None = None  # of its files, while there are any
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """Time since the job reached this worker."""
+        return time.monotonic() - self.started
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Tells the client of the stage, and times it."""
+        self.check()
+        self.progress.enter(name)
+        begun = time.monotonic()
+        yield
+        self.stage_seconds[f"{name}_seconds"] = round(time.monotonic() - begun, 3)
+
+    def check(self) -> None:
+        """Returns if the job may go on.
+
+        Raises:
+            JobStoppedError: it was cancelled.
+            DeadlineExceededError: it takes longer than the operator allows.
+        """
+        if self.stop.is_set():
+            raise JobStoppedError
+        limit_seconds = self.settings.job_timeout_seconds
+        if limit_seconds and self.elapsed_seconds > limit_seconds:
+            raise DeadlineExceededError(
+                f"the job took longer than this worker's limit of {limit_seconds:g} s"
+            )
+
+    def remove_files(self) -> None:
+        """Removes the job's files while its thread cannot, because it waits in vain."""
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    def execute(self, engine: "Engine", throughput: ThroughputEstimator) -> dict[str, Any]:
+        """What the client gets. No file stays behind.
+
+        Raises:
+            WorkerError: the job cannot be served, or failed.
+            JobStoppedError: it was cancelled.
+        """
+        params = self.request.input
+        delivery = Delivery.from_request(self.request, self.settings)
+        if not params.dry_run and (existing := delivery.find_existing(self.request.fingerprint)):
+            logger.info("already in the bucket: nothing is generated")
+            return self._output(engine, existing | {"reused": True})
+        with tempfile.TemporaryDirectory(prefix="avatar-") as name:
+            directory = self._directory = Path(name)
+            with self.stage("download"):
+                portrait, speech = self._fetch(directory)
+                engine.require_fits_memory(portrait, params.resolution)
+                delivery.require_fits_reply(speech.duration_seconds)
+            plan = self._plan(portrait, speech)
+            if params.dry_run:
+                model, duration_seconds = self.settings.avatar_model, speech.duration_seconds
+                estimate_seconds = throughput.estimate_seconds(plan.flops)
+                return result.dry_run_output(
+                    params, plan, delivery.describe(), duration_seconds, estimate_seconds, model
+                )
+            seed = draw_seed() if params.seed is None else params.seed
+            conditioning, latents = self._denoise(engine, plan, portrait, speech, seed)
+            throughput.record(plan.flops, self.stage_seconds["denoise_seconds"])
+            # closed, or a stopped job's frames are still decoded while the next job begins
+            with (
+                self.stage("decode"),
+                closing(engine.decode_frames(conditioning, latents)) as frames,
+            ):
+                thumbnail_path = directory / "thumbnail.jpg" if params.output.thumbnail else None
+                video = write_video(
+                    directory / "video.mp4",
+                    self._watched(frames, plan.video.num_frames, thumbnail_path),
+                    fps=params.fps,
+                    height=plan.size.height,
+                    width=plan.size.width,
+                    recording=speech.recording,
+                    metadata={"seed": str(seed), "worker": __version__},
+                    max_bytes=delivery.max_bytes,
+                )
+            warnings = (*speech.warnings, *conditioning.warnings)
+            metadata = result.video_metadata(params, plan, video, seed, warnings)
+            with self.stage("upload"):
+                fingerprint = self.request.fingerprint
+                address = delivery.deliver(video, thumbnail_path, fingerprint, metadata)
+            return self._output(engine, metadata | address)
+
+    def _fetch(self, directory: Path) -> tuple[Image.Image, Speech]:
+        params = self.request.input
+        portrait = load_portrait(params.image, directory, self.settings)
+        self.check()
+        speech = load_speech(
+            params.audio,
+            directory,
+            self.settings,
+            start_seconds=params.audio_start_seconds,
+            max_seconds=params.max_seconds,
+        )
+        if params.face_box is not None:
+            x, y, width, height = params.face_box
+            if x + width > portrait.width or y + height > portrait.height:
+                raise InvalidInputError(
+                    f"reaches over the image's {portrait.width} x {portrait.height} pixels",
+                    field="face_box",
+                )
+        return portrait, speech
+
+    def _plan(self, portrait: Image.Image, speech: Speech) -> JobPlan:
+        params = self.request.input
+        return JobPlan(
+            size=fit_size(portrait.height, portrait.width, params.resolution),
+            video=VideoPlan(count_frames(len(speech.waveform), params.fps)),
+            num_inference_steps=params.num_inference_steps,
+            step_cache_schedule=PRESETS[params.preset].step_cache_schedule,
+        )
+
+    def _denoise(
+        self, engine: "Engine", plan: JobPlan, portrait: Image.Image, speech: Speech, seed: int
+    ) -> "tuple[Conditioning, Tensor]":
+        params = self.request.input
+        with self.stage("preprocess"):
+            conditioning = engine.encode(portrait, speech.waveform, params)
+        with self.stage("denoise"):
+            latents = engine.denoise(conditioning, params, seed, self._step_report(plan))
+        logger.info(
+            "denoised in %.1f s by %d processes",
+            self.stage_seconds["denoise_seconds"],
+            engine.num_gpus(params),
+        )
+        return conditioning, latents
+
+    def _step_report(self, plan: JobPlan) -> Callable[[int, int], None]:
+        """Reports each denoising step, and ends the loop when the job must not go on."""
+
+        def on_step(step: int, num_steps: int) -> None:
+            self.check()
+            self.progress.update(plan.share_done(step), step=step, total_steps=num_steps)
+
+        return on_step
+
+    def _watched(
+        self, chunks: Iterator[NDArray[np.uint8]], num_frames: int, thumbnail_path: Path | None
+    ) -> Iterator[NDArray[np.uint8]]:
+        """The same frames, reported as they pass; the first one is kept as a picture if asked."""
+        passed = 0
+        for frames in chunks:
+            self.check()
+            if thumbnail_path is not None and passed == 0:
+                write_thumbnail(frames[0], thumbnail_path)
+            passed += len(frames)
+            yield frames
+            self.progress.update(passed / num_frames)
+
+    def _output(self, engine: "Engine", video: dict[str, Any]) -> dict[str, Any]:
+        params = self.request.input
+        metrics = result.job_metrics(params, engine, self.stage_seconds, self.elapsed_seconds)
+        return result.video_output(params, video, metrics, self.settings.avatar_model)
