@@ -24,7 +24,9 @@ class FromEnvironment(BaseModel):
         environ = os.environ if environ is None else environ
         names = {name: name.upper() for name in cls.model_fields}
         given = {
-            name: environ[variable] for name, variable in names.items() if environ.get(variable)
+            name: value
+            for name, variable in names.items()
+            if (value := environ.get(variable, "").strip())
         }
         try:
             return cls.model_validate(given)
@@ -66,6 +68,13 @@ class BucketVariables(FromEnvironment):
     bucket_addressing_style: Literal["auto", "path", "virtual"] = Field(
         default="auto", description="How the bucket stands in the address."
     )
+
+    @property
+    def missing_bucket_variables(self) -> list[str]:
+        """What a bucket needs and is not set, if anything of one is."""
+        needed = ("bucket_endpoint_url", "bucket_access_key_id", "bucket_secret_access_key")
+        given = [name for name in (*needed, "bucket_name") if getattr(self, name)]
+        return [name.upper() for name in needed if not getattr(self, name)] if given else []
 
     @property
     def bucket(self) -> BucketSettings | None:

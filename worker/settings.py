@@ -77,11 +77,29 @@ class _JobSettings(FromEnvironment):
         allow_inf_nan=False,
         description="The worker's own limit for one job, in seconds. 0: none.",
     )
+    store_retry_seconds: float = Field(
+        default=300.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="For how long an object store is asked again that fails or does not answer, in "
+        "seconds.",
+    )
+    result_retry_seconds: float = Field(
+        default=600.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="For how long a finished job's result is sent again where RunPod does not take "
+        "it, in seconds. No further job is taken meanwhile.",
+    )
 
 
 class Settings(BucketVariables, _JobSettings):
     """The worker's settings, checked. Listed in this order: the last base's, the first's, these."""
 
+    allow_overwrite: bool = Field(
+        default=True,
+        description="Whether a job may replace another job's object, by `output.overwrite`.",
+    )
     runpod_log_level: Literal["NOTSET", "TRACE", "DEBUG", "INFO", "WARN", "ERROR"] = Field(
         default="INFO", description="Least level that is logged."
     )

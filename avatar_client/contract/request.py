@@ -146,6 +146,11 @@ class OutputOptions(_Frozen):
         None, description="Life of the URL. Empty: `BUCKET_URL_EXPIRES_SECONDS`."
     )
     thumbnail: bool = Field(False, description="Also the first frame as a jpeg.")
+    overwrite: bool = Field(
+        False,
+        description="Whether an object that lies under `output.key` may be replaced, where the "
+        "endpoint allows it. Else such a job is refused before anything is generated.",
+    )
 
     @field_validator("key", "prefix")
     @classmethod

@@ -1,7 +1,10 @@
 """How a finished video reaches the client."""
 
 import base64
+import dataclasses
 import hashlib
+import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +15,15 @@ import requests
 from avatar_client.contract import bucket as stores
 from avatar_client.contract.job_errors import (
     InputUrlBlockedError,
+    InvalidInputError,
     ResultTooLargeError,
     StorageNotConfiguredError,
     UploadError,
 )
 from tests.conftest import BucketServer
-from tests.support.scripted_server import Answer, ScriptedServer
+from tests.support.scripted_server import CLOSED, Answer, ScriptedServer
+from worker.media import storage
+from worker.media.storage import Patience
 from worker.media.video import VideoFile
 from worker.service import job_request
 from worker.service.delivery import Delivery
@@ -261,13 +267,14 @@ NO_SPACE = Answer(status=403, body=b"<Error><Code>QuotaExceeded</Code></Error>")
 def test_a_store_that_refuses_the_video_is_named_with_its_code(make_delivery, store, video):
     store.on("PUT /avatars/avatar/job-1.mp4", NO_SPACE)
     with pytest.raises(UploadError, match="the object store answered QuotaExceeded"):
-        make_delivery(with_bucket(store.origin)).deliver(video, None, "f", METADATA)
+        make_delivery(with_bucket(store.origin), delivery="s3").deliver(video, None, "f", METADATA)
 
 
 def test_a_video_is_not_stored_before_its_thumbnail(make_delivery, store, video, thumbnail_path):
     store.on("PUT /avatars/avatar/job-1.jpg", NO_SPACE)
+    delivery = make_delivery(with_bucket(store.origin), delivery="s3")
     with pytest.raises(UploadError):
-        make_delivery(with_bucket(store.origin)).deliver(video, thumbnail_path, "f", METADATA)
+        delivery.deliver(video, thumbnail_path, "f", METADATA)
     assert [asked.path for asked in store.requests] == ["/avatars/avatar/job-1.jpg"]
 
 
@@ -277,3 +284,142 @@ def test_a_store_that_does_not_answer_is_an_error_before_anything_is_generated(
     store.on("GET /avatars/avatar/job-1.mp4", Answer(status=None))
     with pytest.raises(UploadError, match="did not answer as it should"):
         make_delivery(with_bucket(store.origin)).find_existing("f")
+
+
+# A store that stumbles
+
+
+FAULTS = {
+    "HTML": Answer(status=503, body=b"<html>Service Unavailable</html>"),
+    "cut": CLOSED,
+    "slow down": Answer(status=503, body=b"<Error><Code>SlowDown</Code></Error>"),
+    "skewed": Answer(status=403, body=b"<Error><Code>RequestTimeTooSkewed</Code></Error>"),
+    "aborted": Answer(status=409, body=b"<Error><Code>OperationAborted</Code></Error>"),
+    **{f"HTTP {status}": Answer(status=status) for status in (429, 500, 502, 504, 520, 524)},
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_a_store_that_stumbles_is_asked_until_it_stands(
+    make_delivery, store, video, fault, monkeypatch
+):
+    monkeypatch.setattr(storage, "FIRST_PAUSE_SECONDS", 0.02)
+    store.on("PUT /avatars/avatar/job-1.mp4", *[fault] * 6, Answer())
+    waits = []
+    settings = with_bucket(store.origin)
+    delivery = dataclasses.replace(
+        make_delivery(settings), patience=Patience(20.0, on_wait=lambda: waits.append(1))
+    )
+
+    assert delivery.deliver(video, None, "f", METADATA)["delivery"] == "s3"
+
+    assert len(store.asked("PUT /avatars/avatar/job-1.mp4")) == 7
+    assert len(waits) == 6
+
+
+def test_a_store_that_refuses_is_asked_once(make_delivery, store, video):
+    store.on("PUT /avatars/avatar/job-1.mp4", NO_SPACE)
+    delivery = make_delivery(with_bucket(store.origin), delivery="s3")
+    delivery = dataclasses.replace(delivery, patience=Patience(20.0))
+
+    with pytest.raises(UploadError, match="QuotaExceeded"):
+        delivery.deliver(video, None, "f", METADATA)
+
+    assert len(store.asked("PUT /avatars/avatar/job-1.mp4")) == 1
+
+
+def test_a_stop_is_met_while_a_store_is_waited_for(make_delivery, store, video):
+    class Stopped(Exception):  # noqa: N818
+        pass
+
+    def check() -> None:
+        if store.requests:
+            raise Stopped
+
+    store.on("PUT /avatars/avatar/job-1.mp4", CLOSED)
+    delivery = make_delivery(with_bucket(store.origin))
+    delivery = dataclasses.replace(delivery, patience=Patience(600.0, check))
+    begun = time.monotonic()
+
+    with pytest.raises(Stopped):
+        delivery.deliver(video, None, "f", METADATA)
+
+    assert time.monotonic() - begun < 3
+
+
+def test_a_video_whose_store_stays_away_goes_into_the_reply_with_a_warning(
+    make_delivery, store, video
+):
+    store.on("PUT /avatars/avatar/job-1.mp4", CLOSED)
+
+    told = make_delivery(with_bucket(store.origin)).deliver(video, None, "f", METADATA)
+
+    assert base64.b64decode(told["video_base64"]) == video.path.read_bytes()
+    assert told["video_url"] is None
+    assert told["warnings"][:-1] == METADATA["warnings"]
+    assert "the bucket did not take the video" in told["warnings"][-1]
+
+
+def test_a_video_that_had_to_go_to_a_bucket_goes_nowhere_else(make_delivery, store, video):
+    store.on("PUT /avatars/avatar/job-1.mp4", CLOSED)
+
+    with pytest.raises(UploadError):
+        make_delivery(with_bucket(store.origin), delivery="s3").deliver(video, None, "f", METADATA)
+
+
+# What is another's
+
+
+def test_a_key_that_holds_another_jobs_video_is_refused_before_anything_is_generated(
+    make_delivery, bucket, video
+):
+    make_delivery(bucket, job_id="first", key="latest.mp4").deliver(video, None, "f", METADATA)
+
+    with pytest.raises(InvalidInputError, match="overwrite") as caught:
+        make_delivery(bucket, job_id="second", key="latest.mp4").find_existing("g")
+    assert caught.value.field == "output.key"
+
+
+@pytest.mark.parametrize("is_allowed", [True, False])
+def test_it_is_replaced_if_both_the_job_and_the_operator_say_so(
+    make_delivery, object_store, video, is_allowed
+):
+    settings = with_bucket(object_store.endpoint_url, allow_overwrite=is_allowed)
+    key = f"latest-{is_allowed}.mp4"
+    make_delivery(settings, job_id="first", key=key).deliver(video, None, "f", METADATA)
+    delivery = make_delivery(settings, job_id="second", key=key, overwrite=True)
+
+    if is_allowed:
+        assert delivery.find_existing("g") is None
+    else:
+        with pytest.raises(InvalidInputError):
+            delivery.find_existing("g")
+
+
+def test_the_same_request_of_another_job_is_another_video(make_input):
+    def fingerprint(job_id: str) -> str:
+        return job_request.parse({"id": job_id, "input": make_input()}).fingerprint
+
+    assert fingerprint("a") == fingerprint("a")
+    assert fingerprint("a") != fingerprint("b")
+
+
+# A result that the platform does not take
+
+
+def test_a_result_is_kept_beside_its_video_and_removed_again(make_delivery, bucket, object_store):
+    delivery = make_delivery(bucket, job_id="kept-1")
+    payload = {"output": {"key": delivery.key}}
+
+    where = delivery.keep_result(payload)
+
+    assert where == "in the bucket avatars under avatar/kept-1.mp4.json"
+    stored = object_store.client.get_object(Bucket="avatars", Key="avatar/kept-1.mp4.json")
+    assert json.loads(stored["Body"].read()) == payload
+    delivery.drop_kept_result()
+    keys = object_store.keys()
+    assert "avatar/kept-1.mp4.json" not in keys
+
+
+def test_where_there_is_no_bucket_no_result_is_kept(make_delivery):
+    assert make_delivery(Settings()).keep_result({"output": {}}) is None

@@ -6,6 +6,7 @@ The model is the demo's, the jobs are as small as the request allows: one second
 import base64
 import hashlib
 import io
+import json
 import time
 from itertools import pairwise
 from urllib.request import urlopen
@@ -14,6 +15,7 @@ import av
 import pytest
 
 from local_endpoint import JobRecord, LocalEndpoint, WorkerProcess
+from tests.support.scripted_server import Answer, ScriptedServer
 
 JOB_SECONDS = 120.0  # far more than a small job takes
 MANY_STEPS = 100  # for a job that has to be met while it runs
@@ -161,23 +163,75 @@ def test_an_input_that_the_server_does_not_have_may_be_tried_again(
     assert job.output["error_info"]["retryable"] is True
 
 
-def test_a_job_whose_result_was_lost_is_answered_from_the_bucket(endpoint, shared_worker, make_job):
+def test_a_result_that_is_not_taken_is_sent_again_and_nothing_is_made_twice(
+    endpoint, shared_worker, make_job, object_store
+):
     endpoint.lose_results(status=413)
     endpoint.lose_results(status=None)
+    endpoint.lose_results(status=502)
 
     job = run(endpoint, make_job(seed=None))
 
     assert job.status == "COMPLETED"
-    assert [post.accepted for post in job.results] == [False, False, True]
-    told, *retold = (post.body["output"] for post in job.results)
-    for again in retold:
-        for name in ("sha256", "seed", "key", "size_bytes", "duration_seconds", "num_frames"):
-            assert again[name] == told[name]
-        assert again["reused"]
-        assert "denoise_seconds" not in again["metrics"]
-    assert job.ended_at_seconds - job.claimed_at_seconds < 2.0
+    assert [post.accepted for post in job.results] == [False, False, False, True]
+    told, *again = (post.body["output"] for post in job.results)
+    assert again == [told] * 3
+    assert "reused" not in told
+    keys = object_store.keys()
+    assert told["key"] in keys
+    assert f"{told['key']}.json" not in keys
     with urlopen(job.output["video_url"], timeout=10) as answer:
         assert hashlib.sha256(answer.read()).hexdigest() == told["sha256"]
+
+
+def test_a_result_that_is_never_taken_lies_beside_its_video(
+    own_endpoint, worker_environment, make_job, object_store, tmp_path
+):
+    environment = {**worker_environment, "RESULT_RETRY_SECONDS": "1"}
+    with WorkerProcess(own_endpoint, tmp_path / "worker", environment=environment) as worker:
+        worker.wait_until_polling(JOB_SECONDS)
+        own_endpoint.lose_results(100, status=None)
+        lost = own_endpoint.submit(make_job())
+        deadline = time.monotonic() + JOB_SECONDS
+        while "the result was given up" not in worker.log and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+        key = f"avatar/{lost}.mp4.json"
+        assert f"it is in the bucket {object_store.bucket} under {key}" in worker.log
+        kept = object_store.client.get_object(Bucket=object_store.bucket, Key=key)["Body"].read()
+        output = json.loads(kept)["output"]
+        with urlopen(output["video_url"], timeout=10) as answer:
+            assert hashlib.sha256(answer.read()).hexdigest() == output["sha256"]
+
+
+@pytest.mark.parametrize("hangs", ["a byte a second", "never an answer"])
+def test_a_cancel_frees_the_worker_from_a_store_that_hangs(
+    endpoint, shared_worker, make_job, hangs
+):
+    slow = Answer(body=b"<" * 600, byte_seconds=1.0)
+    if hangs == "never an answer":
+        slow = Answer(delay_seconds=60.0)
+    with ScriptedServer() as store:
+        job = make_job()
+        job["s3Config"] = {
+            "endpointUrl": store.origin,
+            "accessId": "a",
+            "accessSecret": "b",
+            "bucketName": "own",
+        }
+        job_id = endpoint.submit(job)
+        store.on(f"GET /own/{job_id}.mp4", slow)
+        deadline = time.monotonic() + JOB_SECONDS
+        while not store.requests and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert store.requests
+        begun = time.monotonic()
+        endpoint.cancel(job_id)
+        done = endpoint.wait(endpoint.submit(make_job(dry_run=True)), JOB_SECONDS)
+
+        assert done.status == "COMPLETED"
+        assert time.monotonic() - begun < 5.0
+    assert endpoint.state(job_id).status == "CANCELLED"
 
 
 def test_a_job_that_is_delivered_twice_gets_the_same_answer(endpoint, shared_worker, finished):

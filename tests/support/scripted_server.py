@@ -1,7 +1,9 @@
 """An HTTP server that answers each request as the test has written down."""
 
+import contextlib
 import json
 import threading
+import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +19,8 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
     cut_after: int | None = None  # bytes of the body that are sent; the length is the whole body's
     serves_ranges: bool = False
+    delay_seconds: float = 0.0  # before the answer begins
+    byte_seconds: float = 0.0  # between two bytes of the body
 
 
 CLOSED = Answer(status=None)
@@ -96,6 +100,7 @@ class ScriptedServer:
         if not answers:
             answers = [Answer(status=404, body={"error": "not scripted"})]
         answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        time.sleep(answer.delay_seconds)
         if answer.status is None:
             request.close_connection = True
             return
@@ -110,6 +115,13 @@ class ScriptedServer:
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             request.send_header(name, value)
         request.end_headers()
-        request.wfile.write(body[: answer.cut_after])
+        with contextlib.suppress(ConnectionError):  # the client has had enough
+            if answer.byte_seconds:
+                for byte in body:
+                    request.wfile.write(bytes([byte]))
+                    request.wfile.flush()
+                    time.sleep(answer.byte_seconds)
+            else:
+                request.wfile.write(body[: answer.cut_after])
         if answer.cut_after is not None:
             request.close_connection = True

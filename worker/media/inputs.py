@@ -8,6 +8,7 @@ import math
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -69,10 +70,16 @@ class Speech:
         return float(self.recording.frame_count()) / int(self.recording.frame_rate)
 
 
-def load_portrait(source: MediaSource, directory: Path, settings: Settings) -> Image.Image:
+def load_portrait(
+    source: MediaSource,
+    directory: Path,
+    settings: Settings,
+    *,
+    check: Callable[[], None] = download.nothing_to_check,
+) -> Image.Image:
     """The portrait as an upright RGB image: alpha laid on white, the first frame of an animation.
 
-    `directory` is the job's own; a download is kept there.
+    `directory` is the job's own; a download is kept there. `check` may raise to end the download.
 
     Raises:
         InputUrlBlockedError, InputDownloadError: see `download.download`.
@@ -82,7 +89,7 @@ def load_portrait(source: MediaSource, directory: Path, settings: Settings) -> I
     """
     max_pixels = settings.max_image_pixels
     too_large = InputTooLargeError(f"has more than {max_pixels} pixels", field="image")
-    with _open(source, directory / "image", settings, "image") as file:
+    with _open(source, directory / "image", settings, "image", check) as file:
         content = file.read()
     try:
         Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's own limit is below what phones make
@@ -108,6 +115,7 @@ def load_speech(
     *,
     start_seconds: float = 0.0,
     max_seconds: float | None = None,
+    check: Callable[[], None] = download.nothing_to_check,
 ) -> Speech:
     """The recording from `start_seconds` on, `max_seconds` of it at most.
 
@@ -126,7 +134,7 @@ def load_speech(
         raise InvalidInputError(message, field="audio_start_seconds")
     limit_seconds = settings.max_audio_seconds
     wanted_seconds = min(max_seconds or math.inf, limit_seconds + 1.0)  # 1 s more: too long
-    with _open(source, directory / "audio", settings, "audio") as file:
+    with _open(source, directory / "audio", settings, "audio", check) as file:
         try:
             sound = recording.decode(file, start_seconds, wanted_seconds)
         except DAMAGED as error:
@@ -153,7 +161,9 @@ def load_speech(
     )
 
 
-def _open(source: MediaSource, path: Path, settings: Settings, field: str) -> BinaryIO:
+def _open(
+    source: MediaSource, path: Path, settings: Settings, field: str, check: Callable[[], None]
+) -> BinaryIO:
     """The bytes of a source; an address is downloaded to `path` first."""
     max_bytes = settings.max_input_bytes
     if source.url is None:
@@ -169,6 +179,7 @@ def _open(source: MediaSource, path: Path, settings: Settings, field: str) -> Bi
         timeout_seconds=settings.download_timeout_seconds,
         field=field,
         allow_private=settings.runpod_allow_private_download_urls,
+        check=check,
     )
     return path.open("rb")
 

@@ -4,19 +4,29 @@ The one place of the worker that speaks to a store. How stores differ, and where
 object lies, is `avatar_client.contract.bucket`'s to say.
 """
 
+import itertools
 import json
+import logging
+import random
+import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import boto3.session
 from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    NoCredentialsError,
+    ParamValidationError,
+)
 
 from avatar_client.contract import bucket as stores
 from avatar_client.contract.bucket import BucketSettings
@@ -24,10 +34,57 @@ from avatar_client.contract.job_errors import UploadError
 from avatar_client.contract.request import OutputOptions
 from worker.media import download
 
+logger = logging.getLogger(__name__)
+
 METADATA_NAME = "avatar-metadata"  # S3 gives 2 KiB to all names and values together
 MAX_METADATA_BYTES = 1800
 
 STORE_ERRORS = (ClientError, BotoCoreError, Boto3Error)
+
+# What is worth another try, in the dialects of S3; whatever has no answer is, too.
+RETRYABLE_CODES = {
+    "RequestTimeTooSkewed",
+    "RequestTimeout",
+    "RequestTimeoutException",
+    "OperationAborted",
+    "ConditionalRequestConflict",
+    "SlowDown",
+    "Throttling",
+    "ThrottlingException",
+    "TooManyRequests",
+    "TooManyRequestsException",
+    "InternalError",
+    "ServiceUnavailable",
+    "ServerBusy",
+    "XAmzContentSHA256Mismatch",  # a body that was damaged on its way
+    "BadDigest",
+}
+RETRYABLE_STATUSES = {408, 425, 429, 500, 502, 503, 504, *range(520, 525)}
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 20.0  # each about twice as long
+
+T = TypeVar("T")
+
+
+def _no_check() -> None:
+    """For calls that nobody stops."""
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a store is waited for that does not answer as it should.
+
+    Attributes:
+        seconds: from the first try to the last one.
+        check: is asked before each try; what it raises ends the waiting.
+        on_wait: is called where another try will follow.
+    """
+
+    seconds: float = 0.0
+    check: Callable[[], None] = _no_check
+    on_wait: Callable[[], None] = _no_check
+
+
+NO_PATIENCE = Patience()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +111,10 @@ class Storage:
             download.check_endpoint(bucket.endpoint_url, field=field, allow_private=allow_private)
         self.bucket_name = stores.locate(bucket).name
         self._settings = bucket
+        # one try a call: botocore's own five are over in less than a second
+        config = stores.client_config(bucket) | {"retries": {"total_max_attempts": 1}}
         self._client = _session().client(
-            "s3", config=Config(**stores.client_config(bucket)), **stores.client_arguments(bucket)
+            "s3", config=Config(**config), **stores.client_arguments(bucket)
         )
 
     def key(self, output: OutputOptions, job_id: str) -> str:
@@ -63,7 +122,13 @@ class Storage:
         return self._settings.key(output.prefix, output.key or f"{job_id}.mp4")
 
     def put(
-        self, path: Path, key: str, *, content_type: str, metadata: dict[str, Any] | None = None
+        self,
+        path: Path,
+        key: str,
+        *,
+        content_type: str,
+        metadata: dict[str, Any] | None = None,
+        patience: Patience = NO_PATIENCE,
     ) -> None:
         """Uploads a file. `metadata` travels as JSON in one value of the object's own metadata.
 
@@ -76,21 +141,38 @@ class Storage:
             raise ValueError(f"{len(text)} bytes of metadata, over {MAX_METADATA_BYTES}")
         options = {"ContentType": content_type, "Metadata": {METADATA_NAME: text}}
         transfer = TransferConfig(multipart_threshold=stores.MULTIPART_BYTES)
-        try:
+
+        def upload() -> None:
             self._client.upload_file(
                 str(path), self.bucket_name, key, ExtraArgs=options, Config=transfer
             )
+
+        try:
+            _patiently(upload, patience)
         except STORE_ERRORS as error:
             raise self._failure(error) from error
 
-    def head(self, key: str) -> StoredObject | None:
+    def delete(self, key: str) -> None:
+        """Removes an object; there need not be one.
+
+        Raises:
+            UploadError: the store refused or did not answer.
+        """
+        try:
+            self._client.delete_object(Bucket=self.bucket_name, Key=key)
+        except STORE_ERRORS as error:
+            raise self._failure(error) from error
+
+    def head(self, key: str, patience: Patience = NO_PATIENCE) -> StoredObject | None:
         """The object under the key, or None.
 
         Raises:
             UploadError: the store refused the credentials or did not answer.
         """
         try:
-            answer = self._client.get_object(Bucket=self.bucket_name, Key=key)
+            answer = _patiently(
+                lambda: self._client.get_object(Bucket=self.bucket_name, Key=key), patience
+            )
         except STORE_ERRORS as error:
             # without the right to list, S3 denies access to a key that does not exist
             if _code(error) in ("NoSuchKey", "AccessDenied"):
@@ -119,7 +201,7 @@ class Storage:
             return None
         return datetime.now(UTC) + timedelta(seconds=expires_seconds)
 
-    def check(self) -> None:
+    def check(self, patience: Patience = NO_PATIENCE) -> None:
         """Returns if endpoint, region and credentials work together; writes nothing.
 
         A bucket that may be written but not listed denies access to the key that is asked for:
@@ -128,11 +210,53 @@ class Storage:
         Raises:
             UploadError: they do not.
         """
-        self.head(self.key(OutputOptions(), f"check-{uuid.uuid4()}"))
+        self.head(self.key(OutputOptions(), f"check-{uuid.uuid4()}"), patience)
 
     def _failure(self, error: Exception) -> UploadError:
         field = "s3Config" if self._settings.from_client else None
         return stores.upload_error(error, _code(error), field=field)
+
+
+def _patiently(call: Callable[[], T], patience: Patience) -> T:
+    """The call's result, which is tried for as long as patience lasts.
+
+    Raises:
+        ClientError, BotoCoreError, Boto3Error: of the last try, or one that no further try mends.
+    """
+    deadline = time.monotonic() + patience.seconds
+    for attempt in itertools.count():
+        patience.check()
+        try:
+            return call()
+        except STORE_ERRORS as error:
+            pause = min(FIRST_PAUSE_SECONDS * 2**attempt, LONGEST_PAUSE_SECONDS)
+            pause *= random.uniform(0.5, 1.0)  # noqa: S311  # so that workers do not ask together
+            if not _is_retryable(error) or time.monotonic() + pause > deadline:
+                raise
+            logger.warning("the object store failed (%s); it is tried again", _reason(error))
+            patience.on_wait()
+            _sleep(pause, patience.check)
+    raise AssertionError
+
+
+def _sleep(seconds: float, check: Callable[[], None]) -> None:
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        check()
+        time.sleep(min(left, 0.5))
+
+
+def _is_retryable(error: Exception) -> bool:
+    client_error = _client_error(error)
+    if client_error is not None:
+        status = client_error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        return _code(error) in RETRYABLE_CODES or status in RETRYABLE_STATUSES
+    # no answer, or a part of one; what was wrong before anything was sent stays wrong
+    return not isinstance(error, ParamValidationError | NoCredentialsError)
+
+
+def _reason(error: Exception) -> str:
+    return str(stores.upload_error(error, _code(error)).message)
 
 
 def thumbnail_key(key: str) -> str:
@@ -147,11 +271,15 @@ def _session() -> boto3.session.Session:
 
 def _code(error: BaseException) -> str | None:
     """The store's own error code; None if there was no answer."""
+    client_error = _client_error(error)
+    return None if client_error is None else str(client_error.response["Error"]["Code"])
+
+
+def _client_error(error: BaseException) -> ClientError | None:
+    """The store's answer behind an error; None if there was none."""
     if isinstance(error, Boto3Error) and error.__context__ is not None:  # an upload's
         error = error.__context__
-    if not isinstance(error, ClientError):
-        return None
-    return str(error.response["Error"]["Code"])
+    return error if isinstance(error, ClientError) else None
 
 
 def _parse_metadata(values: dict[str, str]) -> dict[str, Any]:

@@ -6,15 +6,26 @@ hands out twice, or whose result was lost on the way, is answered from the bucke
 """
 
 import base64
+import json
+import logging
+import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from avatar_client.contract.job_errors import ResultTooLargeError, StorageNotConfiguredError
-from worker.media.storage import Storage, thumbnail_key
+from avatar_client.contract.job_errors import (
+    InvalidInputError,
+    ResultTooLargeError,
+    StorageNotConfiguredError,
+    UploadError,
+)
+from worker.media.storage import NO_PATIENCE, Patience, Storage, thumbnail_key
 from worker.media.video import VideoFile
 from worker.service.job_request import JobRequest
 from worker.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 MIN_BYTES_PER_SECOND = 60_000  # of video inside a reply; below it a face falls apart
 OWN_METADATA = ("fingerprint", "thumbnail")  # stored beside the metadata of the reply
@@ -39,10 +50,18 @@ class Delivery:
     key: str
     expires_seconds: int
     max_inline_characters: int
+    is_key_chosen: bool = False  # by the client; else it follows from the job's id
+    may_overwrite: bool = False  # another job's object under the key
+    may_fall_back: bool = False  # to the reply, if the store stays away
+    patience: Patience = NO_PATIENCE
 
     @classmethod
-    def from_request(cls, request: JobRequest, settings: Settings) -> "Delivery":
+    def from_request(
+        cls, request: JobRequest, settings: Settings, patience: Patience = NO_PATIENCE
+    ) -> "Delivery":
         """The delivery that the request asks for and the settings allow.
+
+        `patience` is what the store is given in all later calls.
 
         Raises:
             StorageNotConfiguredError: a bucket was asked for and none is set up.
@@ -65,6 +84,10 @@ class Delivery:
             key=storage.key(options, request.job_id) if storage else "",
             expires_seconds=options.url_expires_seconds or settings.bucket_url_expires_seconds,
             max_inline_characters=request.max_inline_characters,
+            is_key_chosen=options.key is not None,
+            may_overwrite=options.overwrite and settings.allow_overwrite,
+            may_fall_back=options.delivery == "auto",
+            patience=patience,
         )
 
     @property
@@ -92,10 +115,20 @@ class Delivery:
         """The video of an earlier run of this very job, as its reply told it; None: there is none.
 
         Raises:
+            InvalidInputError: under the key that the client chose lies what this job may not
+                replace.
             UploadError: the store refused the credentials or did not answer.
         """
-        stored = self.storage.head(self.key) if self.storage else None
-        if stored is None or stored.metadata.get("fingerprint") != fingerprint:
+        stored = self.storage.head(self.key, self.patience) if self.storage else None
+        if stored is None:
+            return None
+        if stored.metadata.get("fingerprint") != fingerprint:
+            if self.is_key_chosen and not self.may_overwrite:
+                raise InvalidInputError(
+                    "another object lies there already; choose another key, or let "
+                    "output.overwrite be true where the endpoint allows it",
+                    field="output.key",
+                )
             return None
         metadata = {
             name: value for name, value in stored.metadata.items() if name not in OWN_METADATA
@@ -111,19 +144,68 @@ class Delivery:
     ) -> dict[str, Any]:
         """The part of the reply that says where the video is, once it is there.
 
+        A store that stays away is waited for; then a video that fits goes into the reply.
+
         Raises:
-            UploadError: the store refused it or did not answer.
+            UploadError: the store refused it or did not answer, and it does not fit.
         """
         if self.storage is None:
             return self._inline(video, thumbnail_path)
+        try:
+            return self._upload(self.storage, video, thumbnail_path, fingerprint, metadata)
+        except UploadError as error:
+            fits = 4 * -(-video.size_bytes // 3) <= self.max_inline_characters
+            if not self.may_fall_back or not fits:
+                raise
+            logger.warning("delivered inside the reply: %s", error)
+            warning = f"the bucket did not take the video, so it is in the reply: {error.message}"
+            warnings = [*metadata["warnings"], warning]
+            return self._inline(video, thumbnail_path) | {"warnings": warnings}
+
+    def _upload(
+        self,
+        storage: Storage,
+        video: VideoFile,
+        thumbnail_path: Path | None,
+        fingerprint: str,
+        metadata: dict[str, Any],
+    ) -> dict[str, Any]:
         has_thumbnail = thumbnail_path is not None
         if thumbnail_path is not None:
             key = thumbnail_key(self.key)
-            self.storage.put(thumbnail_path, key, content_type="image/jpeg")
+            storage.put(thumbnail_path, key, content_type="image/jpeg", patience=self.patience)
         # the video last: whoever finds it finds the whole result
         stored = metadata | {"fingerprint": fingerprint, "thumbnail": has_thumbnail}
-        self.storage.put(video.path, self.key, content_type="video/mp4", metadata=stored)
+        storage.put(
+            video.path,
+            self.key,
+            content_type="video/mp4",
+            metadata=stored,
+            patience=self.patience,
+        )
         return self._addresses(has_thumbnail=has_thumbnail)
+
+    def keep_result(self, payload: dict[str, Any]) -> str | None:
+        """Where the result lies beside its video from now on; None: it could not be put there."""
+        if self.storage is None:
+            return None
+        with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+            json.dump(payload, file)
+            file.flush()
+            try:
+                self.storage.put(
+                    Path(file.name), result_key(self.key), content_type="application/json"
+                )
+            except UploadError as error:
+                logger.warning("the result was not kept either: %s", error)
+                return None
+        return f"in the bucket {self.storage.bucket_name} under {result_key(self.key)}"
+
+    def drop_kept_result(self) -> None:
+        """Removes what `keep_result` has put there; what cannot be removed stays."""
+        if self.storage is not None:
+            with suppress(UploadError):
+                self.storage.delete(result_key(self.key))
 
     def _addresses(self, *, has_thumbnail: bool) -> dict[str, Any]:
         assert self.storage is not None
@@ -148,3 +230,8 @@ class Delivery:
 
 def _base64_of(path: Path) -> str:
     return base64.b64encode(path.read_bytes()).decode()
+
+
+def result_key(key: str) -> str:
+    """Where a result lies that the control plane did not take: beside the video under `key`."""
+    return f"{key}.json"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import psutil
 
 from worker import import_guard
-from worker.media.storage import Storage
+from worker.media.storage import Patience, Storage
 from worker.media.video import check_encoders
 from worker.service.worker import Worker
 from worker.settings import PlatformSettings
@@ -46,8 +46,15 @@ def checks(worker: Worker) -> list[Check]:
         check_encoders()
 
     def storage() -> None:
+        if missing := settings.missing_bucket_variables:
+            raise RuntimeError(
+                f"a bucket is set up in part: {', '.join(missing)} missing. AWS_* variables are "
+                "not read; without a bucket none of BUCKET_* may be set"
+            )
         if settings.bucket is not None:
-            Storage(settings.bucket).check()
+            # a store that stumbles must not end a worker with a loaded model
+            patience = Patience(settings.store_retry_seconds)
+            Storage(settings.bucket).check(patience)
 
     def model() -> None:
         if worker.load_error is not None:

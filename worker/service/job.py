@@ -3,6 +3,7 @@
 All of it runs in the worker's thread. What the client gets is put together in `result`.
 """
 
+import contextvars
 import logging
 import shutil
 import tempfile
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ from avatar_client.contract.job_errors import DeadlineExceededError, InvalidInpu
 from avatar_client.contract.presets import PRESETS
 from avatar_client.version import __version__
 from worker.media.inputs import Speech, load_portrait, load_speech
+from worker.media.storage import Patience
 from worker.media.video import write_thumbnail, write_video
 from worker.service import result
 from worker.service.delivery import Delivery
@@ -39,6 +41,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+CHECK_SECONDS = 0.25  # between two looks whether a job that waits was stopped
+
 
 class JobStoppedError(Exception):
     """The client cancelled the job: nothing is posted."""
@@ -55,6 +61,8 @@ class JobRun:
     started: float = field(default_factory=time.monotonic)
     stage_seconds: dict[str, float] = field(default_factory=dict)
     _directory: Path | None = None  # of its files, while there are any
+    _delivery: Delivery | None = None  # once it is decided
+    _has_kept_result: bool = False
 
     @property
     def elapsed_seconds(self) -> float:
@@ -90,6 +98,20 @@ class JobRun:
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
 
+    def keep_result(self, payload: dict[str, Any]) -> str | None:
+        """Where the result now lies beside the job's video; None: there is no such place."""
+        is_delivered = isinstance(payload.get("output"), dict) and "key" in payload["output"]
+        if self._delivery is None or not is_delivered:
+            return None
+        where = self._delivery.keep_result(payload)
+        self._has_kept_result = where is not None
+        return where
+
+    def drop_kept_result(self) -> None:
+        """Removes a result that was kept."""
+        if self._delivery is not None and self._has_kept_result:
+            self._delivery.drop_kept_result()
+
     def execute(self, engine: "Engine", throughput: ThroughputEstimator) -> dict[str, Any]:
         """What the client gets. No file stays behind.
 
@@ -98,8 +120,17 @@ class JobRun:
             JobStoppedError: it was cancelled.
         """
         params = self.request.input
-        delivery = Delivery.from_request(self.request, self.settings)
-        if not params.dry_run and (existing := delivery.find_existing(self.request.fingerprint)):
+        fingerprint = self.request.fingerprint
+        patience = Patience(
+            self.settings.store_retry_seconds, self.check, self.progress.wait_for_store
+        )
+        delivery = self._delivery = self._abandonably(
+            lambda: Delivery.from_request(self.request, self.settings, patience)
+        )
+        existing = None
+        if not params.dry_run:
+            existing = self._abandonably(lambda: delivery.find_existing(fingerprint))
+        if existing is not None:
             logger.info("already in the bucket: nothing is generated")
             return self._output(engine, existing | {"reused": True})
         with tempfile.TemporaryDirectory(prefix="avatar-") as name:
@@ -137,13 +168,39 @@ class JobRun:
             warnings = (*speech.warnings, *conditioning.warnings)
             metadata = result.video_metadata(params, plan, video, seed, warnings)
             with self.stage("upload"):
-                fingerprint = self.request.fingerprint
-                address = delivery.deliver(video, thumbnail_path, fingerprint, metadata)
+                address = self._abandonably(
+                    lambda: delivery.deliver(video, thumbnail_path, fingerprint, metadata)
+                )
             return self._output(engine, metadata | address)
+
+    def _abandonably(self, call: Callable[[], T]) -> T:
+        """The result of a call that may hang: of a store that answers a byte a second, say.
+
+        A stop or the deadline is met at once. The call is then left behind, in a thread that ends
+        with it or with the process.
+        """
+        outcome: list[T | BaseException] = []
+        context = contextvars.copy_context()  # the job's id, for the thread's log lines
+
+        def run() -> None:
+            try:
+                outcome.append(context.run(call))
+            except BaseException as error:
+                outcome.append(error)
+
+        thread = threading.Thread(target=run, name="store", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(CHECK_SECONDS)
+            self.check()
+        [answer] = outcome
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
 
     def _fetch(self, directory: Path) -> tuple[Image.Image, Speech]:
         params = self.request.input
-        portrait = load_portrait(params.image, directory, self.settings)
+        portrait = load_portrait(params.image, directory, self.settings, check=self.check)
         self.check()
         speech = load_speech(
             params.audio,
@@ -151,6 +208,7 @@ class JobRun:
             self.settings,
             start_seconds=params.audio_start_seconds,
             max_seconds=params.max_seconds,
+            check=self.check,
         )
         if params.face_box is not None:
             x, y, width, height = params.face_box

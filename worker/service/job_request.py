@@ -30,10 +30,10 @@ class JobRequest:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for two deliveries of one job; another once anything that shapes it differs."""
+        """Equal for two deliveries of one job; another for any other job, however alike."""
         params = self.input.model_dump(mode="json", include=set(GenerationParams.model_fields))
         sources = [self.input.image.digest, self.input.audio.digest]
-        text = json.dumps([params, sources], sort_keys=True)
+        text = json.dumps([self.job_id, params, sources], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -86,8 +86,17 @@ class ProgressReporter:
         self.stage = stage
         self.update(0.0)
 
+    def wait_for_store(self) -> None:
+        """Says that the object store is waited for. Callable from any thread."""
+        self.update(0.0, message="Waiting for the object store")
+
     def update(
-        self, share: float, *, step: int | None = None, total_steps: int | None = None
+        self,
+        share: float,
+        *,
+        step: int | None = None,
+        total_steps: int | None = None,
+        message: str | None = None,
     ) -> None:
         """Says that `share` (0 to 1) of the current stage is done. Callable from any thread."""
         index = _INDEX[self.stage]
@@ -96,7 +105,7 @@ class ProgressReporter:
         self._progress = max(self._progress, begins_at + (ends_at - begins_at) * share)
         elapsed_seconds = time.monotonic() - self._started
         known = (self.stage == "denoise" and share > 0) or index > _INDEX["denoise"]
-        message = STAGES[index].message
+        message = message or STAGES[index].message
         payload = {
             "stage": self.stage,
             "stage_index": index + 1,

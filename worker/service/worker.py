@@ -51,6 +51,7 @@ class Worker:
         self.load_error: Exception | None = None
         self._damaged = False
         self._engine = engine
+        self._last_run: JobRun | None = None
         self._throughput = _estimator(engine) if engine else ThroughputEstimator()
         # one thread: one job on the GPU, also while a stopped one is still leaving it
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generate")
@@ -108,7 +109,7 @@ class Worker:
             logger.warning("refused: %s", error)
             return error.to_output(stage="parse")
         async with ProgressReporter(post) as progress:
-            run = JobRun(request, self.settings, progress)
+            run = self._last_run = JobRun(request, self.settings, progress)
             context = contextvars.copy_context()  # the job's id, for the thread's log lines
             loop = asyncio.get_running_loop()
             future = loop.run_in_executor(self._thread, context.run, self._run, run)
@@ -122,6 +123,22 @@ class Worker:
             if stuck_error is not None:
                 return stuck_error.to_output(stage=progress.stage)
             return future.result()
+
+    async def keep_result(self, job_id: str, payload: dict[str, Any]) -> str | None:
+        """Where the result of the last job now lies beside its video; None: nowhere.
+
+        For a result that the control plane has not taken yet.
+        """
+        run = self._last_run
+        if run is None or run.request.job_id != job_request.safe_id(job_id):
+            return None
+        return await asyncio.to_thread(run.keep_result, payload)
+
+    async def drop_kept_result(self, job_id: str) -> None:
+        """Removes what `keep_result` has put there."""
+        run = self._last_run
+        if run is not None and run.request.job_id == job_request.safe_id(job_id):
+            await asyncio.to_thread(run.drop_kept_result)
 
     async def _wait(self, future: "asyncio.Future[Any]", run: JobRun) -> WorkerError | None:
         """Returns None when the thread ends, or the job's error once it waits for a lost rank."""
