@@ -171,13 +171,17 @@ def main() -> None:
         random_inputs(model, 2, grid, size.text_positions, size.text_length) for grid in size.grids
     ]
     expected: dict[int, list[Tensor]] = {}
+    unequal = []
     for name, way in ways(model, device):
         for index, (grid, each) in enumerate(zip(size.grids, inputs, strict=True)):
             figures, velocities = measure(model, device, each, way, arguments.steps)
             equal = all(map(torch.equal, velocities, expected.setdefault(index, velocities)))
             report(latents=grid, way=name, **figures, equal=equal)
+            unequal += [] if equal else [f"{name} at {grid}"]
         way.end()
         gc.collect()
+    if unequal:
+        parser.exit(1, f"other velocities than with all weights resident: {', '.join(unequal)}\n")
 
 
 if __name__ == "__main__":
