@@ -1,11 +1,11 @@
 """Files that are there whole or not at all."""
 
+import os
 import stat
 from pathlib import Path
 
 import pytest
 
-from worker import atomic_file
 from worker.atomic_file import atomic_write, write_text
 
 
@@ -58,7 +58,7 @@ def test_a_durable_file_reaches_the_disk_before_it_has_its_name(tmp_path, monkey
     def fsync(descriptor: int) -> None:
         synced.append((Path(f"/proc/self/fd/{descriptor}").readlink(), path.exists()))
 
-    monkeypatch.setattr(atomic_file.os, "fsync", fsync)
+    monkeypatch.setattr(os, "fsync", fsync)
     write_text(path, "of passing interest")
     assert synced == []
     path.unlink()

@@ -21,6 +21,7 @@ def test_a_failure_is_named_by_its_root_cause_and_place():
 
     assert finding.state == "failed"
     assert finding.text == "OSError: libcudart.so.12: cannot open shared object file"
+    assert finding.where is not None
     assert finding.where.startswith(f"{__file__}:")
     assert finding.chain == (
         "ModuleNotFoundError: Could not import module 'CLIPTextModel'",

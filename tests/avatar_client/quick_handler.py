@@ -19,5 +19,5 @@ class QuickWorker(Worker):
 
 
 if __name__ == "__main__":
-    handler.Worker = QuickWorker
+    vars(handler)["Worker"] = QuickWorker
     handler.main()

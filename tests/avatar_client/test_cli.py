@@ -45,7 +45,7 @@ def run(server, monkeypatch, tmp_path, capsys):
 
     def run(*arguments):
         try:
-            code = main([str(argument) for argument in arguments])
+            code: object = main([str(argument) for argument in arguments])
         except SystemExit as end:
             code = end.code
         return code, *capsys.readouterr()
@@ -231,6 +231,7 @@ def test_an_interrupt_cancels_the_job(server, tmp_path, answer, told):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     with process:
+        assert process.stderr is not None
         assert process.stderr.readline() == "job job-1\n"
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()

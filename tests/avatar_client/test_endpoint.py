@@ -15,6 +15,7 @@ from avatar_client import (
     JobCancelledError,
     JobFailedError,
     JobNotFoundError,
+    JobStatus,
     JobTimedOutError,
     RequestRefusedError,
     WaitTimeoutError,
@@ -131,7 +132,7 @@ def test_a_status_carries_the_progress_of_a_running_job(client, server):
 
 def test_a_wait_ends_with_the_result_and_tells_each_status(client, server):
     server.on(STATUS, QUEUED, RUNNING, DONE)
-    seen = []
+    seen: list[JobStatus] = []
     result = client.job("job-1").wait(on_status=seen.append)
     assert [status.status for status in seen] == ["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
     assert result == seen[-1]
@@ -140,9 +141,9 @@ def test_a_wait_ends_with_the_result_and_tells_each_status(client, server):
 
 def test_a_callback_may_be_a_coroutine(server):
     server.on(STATUS, RUNNING, DONE)
-    seen = []
+    seen: list[str] = []
 
-    async def note(status):
+    async def note(status: JobStatus) -> None:
         await asyncio.sleep(0)
         seen.append(status.status)
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import av
 import pytest
@@ -18,11 +19,12 @@ from avatar_client import (
     JobCancelledError,
     JobFailedError,
     JobNotFoundError,
+    JobStatus,
 )
 from tests.avatar_client.client_kinds import KINDS, clients
 
 ROOT = Path(__file__).parents[2]
-DRAFT = {"resolution": 256, "num_inference_steps": 4, "seed": 128}
+DRAFT: dict[str, Any] = {"resolution": 256, "num_inference_steps": 4, "seed": 128}
 JOB_SECONDS = 300
 STAGES = ["download", "preprocess", "denoise", "decode", "upload"]
 
@@ -45,7 +47,7 @@ def test_a_portrait_and_a_speech_become_a_video_in_a_file(
 ):
     portrait = tmp_path / "portrait.png"
     portrait.write_bytes(make_portrait())
-    seen = []
+    seen: list[JobStatus] = []
 
     job = client.submit(portrait, make_speech(1.0), **DRAFT, user_data={"order": 5})
     result = job.wait(on_status=seen.append, timeout_seconds=JOB_SECONDS)
@@ -105,6 +107,7 @@ def test_a_speech_too_large_for_a_request_goes_through_the_bucket(
     with AvatarEndpoint(endpoint.url, endpoint.api_key, object_store.settings) as client:
         job = client.submit(make_portrait(), speech, **DRAFT, max_seconds=0.5, dry_run=True)
         plan = job.wait(timeout_seconds=JOB_SECONDS).output
+    assert plan is not None
     assert plan["plan"]["duration_seconds"] == 0.5
 
 

@@ -42,8 +42,8 @@ class HubServer:
     large_file_authorizations: list[str | None] = field(default_factory=list)
 
     def __enter__(self) -> "HubServer":
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {}))
-        self._server.RequestHandlerClass.hub = self
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         return self
@@ -134,7 +134,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif name.endswith(LARGE_SUFFIXES):
             content = hub.files[name]
             headers = {
-                "Location": f"http://localhost:{self.server.server_address[1]}/cdn/{name}",
+                "Location": f"http://localhost:{self.connection.getsockname()[1]}/cdn/{name}",
                 "X-Repo-Commit": hub.commit,
                 "X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"',
                 "X-Linked-Size": str(len(content)),

@@ -76,7 +76,9 @@ def run(hub: HubServer, variant: str, target: Path, code: str = BAKE) -> tuple[i
 @pytest.fixture(scope="session")
 def baked(published, tmp_path_factory) -> dict[str, Path]:
     """A model directory for each variant, each in a folder of its own."""
-    directories = {variant: tmp_path_factory.mktemp(variant) / "model" for variant in VARIANTS}
+    directories: dict[str, Path] = {}
+    for variant in VARIANTS:
+        directories[variant] = tmp_path_factory.mktemp(variant) / "model"
     with HubServer(dict(published)) as server:
         bakes = [start_bake(server, *item) for item in directories.items()]
         for process in bakes:
@@ -119,7 +121,7 @@ def test_the_handler_serves_a_job_from_a_baked_directory(
     assert done.output["warnings"] == []  # the checkpoint's detector has found its face
     video = base64.b64decode(done.output["video_base64"])
     assert hashlib.sha256(video).hexdigest() == done.output["sha256"]
-    with av.open(io.BytesIO(video)) as container:
+    with av.open(io.BytesIO(video), "r") as container:
         frames = sum(1 for _ in container.decode(video=0))
     assert frames == done.output["num_frames"] == 5
 
@@ -135,6 +137,7 @@ def test_the_sources_are_gone_and_the_lock_file_stays(baked, variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_manifest_says_what_it_is_and_where_it_comes_from(baked, variant):
     content = manifest.read(baked[variant])
+    assert content is not None
     assert content["variant"] == variant
     assert content["dtypes"]["transformer"] == {"bf16": ["BF16"], "fp8": ["BF16", "U8"]}[variant]
     encoder = {"bf16": ["F32"], "fp8": ["BF16", "F32", "U8"]}  # the toy is published in 32 bits
@@ -154,7 +157,9 @@ def test_the_agreement_and_its_notice_go_with_the_weights(baked):
 
 
 def test_the_encoders_keep_the_published_precision(baked, published):
-    kept = manifest.read(baked["bf16"])["dtypes"]
+    content = manifest.read(baked["bf16"])
+    assert content is not None
+    kept = content["dtypes"]
     assert (kept["text_encoder"], kept["audio_encoder"]) == (["F32"], ["F16"])
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,7 +48,7 @@ def command(
     code: str = "from builder import download; download.main()",
     environment: Mapping[str, str] | None = None,
     revision: str = COMMIT,
-) -> subprocess.Popen:
+) -> subprocess.Popen[str]:
     given = ["--variant", variant, "--revision", revision, "--target", str(target), *arguments]
     return subprocess.Popen(
         [sys.executable, "-c", code, *given],
@@ -59,7 +60,7 @@ def command(
     )
 
 
-def run(hub: HubServer, target: Path, *arguments: str, **options: str) -> tuple[int, str]:
+def run(hub: HubServer, target: Path, *arguments: str, **options: Any) -> tuple[int, str]:
     """Exit code and log of the command."""
     process = command(hub, target, *arguments, **options)
     log = process.communicate(timeout=60)[1]
@@ -74,8 +75,9 @@ def content(directory: Path) -> dict[str, bytes]:
     }
 
 
-def locked(target: Path) -> dict:
-    return json.loads(target.with_name(f"{target.name}.lock.json").read_text())
+def locked(target: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(target.with_name(f"{target.name}.lock.json").read_text())
+    return record
 
 
 @pytest.mark.parametrize("variant", download.VARIANTS)

@@ -45,7 +45,8 @@ def test_the_layers_copied_into_one_directory_are_the_model_again(tmp_path):
         (tmp_path / "model" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "model" / name).write_bytes(content)
 
-    command = [sys.executable, "-m", "builder.layers", tmp_path / "model", tmp_path / "layers"]
+    paths = (str(tmp_path / "model"), str(tmp_path / "layers"))
+    command = [sys.executable, "-m", "builder.layers", *paths]
     subprocess.run([*command, "--count", "2"], cwd=ROOT, check=True)
 
     assert not (tmp_path / "model").exists()

@@ -1,4 +1,5 @@
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def plan(made: list[str], fail_at: str | None = None) -> list[PlannedTensors]:
     return [
         PlannedTensors(
             {name: (torch.Size([100]), torch.float32)},
-            lambda name=name, value=value: make(name, value),
+            partial(make, name, value),
         )
         for value, name in enumerate("abcde")
     ]

@@ -54,7 +54,7 @@ def _spread_over_four_shards(directory: Path) -> None:
     tensors = {name: tensor for path in old for name, tensor in load_file(path).items()}
     for path in old:
         path.unlink()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(1, 5):
         shard = {name: tensors[name] for name in sorted(tensors)[number - 1 :: 4]}
         name = f"model-{number:05}-of-00004.safetensors"
@@ -75,7 +75,9 @@ def environment(hub: HubServer, home: Path) -> dict[str, str]:
     return {**os.environ, "HF_HOME": str(home / "home"), **hub.environment}
 
 
-def start_bake(hub: HubServer, variant: str, target: Path, code: str = BAKE) -> subprocess.Popen:
+def start_bake(
+    hub: HubServer, variant: str, target: Path, code: str = BAKE
+) -> subprocess.Popen[str]:
     """A bake that runs; its log is its standard error."""
     return subprocess.Popen(
         arguments(variant, target, code),

@@ -30,7 +30,9 @@ from PIL import Image
 from tests.demo import talking
 from training import world
 from worker.generation import cfg, pipeline, sampling
+from worker.generation.audio import encode_audio
 from worker.generation.engine import Engine
+from worker.generation.image import face_mask
 from worker.loading.model_directory import DEMO_DIR, require_whole
 from worker.service.worker import Worker
 from worker.settings import Settings
@@ -109,7 +111,7 @@ def engine() -> Engine:
 
 
 @pytest.fixture(scope="module")
-def speak(engine, tmp_path_factory) -> Callable[..., Video]:
+def speak(engine, tmp_path_factory) -> Iterator[Callable[..., Video]]:
     """Makes a video as a client would: `speak(face's seed, recording, **fields of the request)`.
 
     One that was made before is not made again.
@@ -144,7 +146,7 @@ def _made(worker: Worker, seed: int, name: str, fields: dict[str, Any]) -> Video
     }
     output = asyncio.run(worker.handle({"id": "job-1", "input": request}))
     assert "error" not in output, output["error"]
-    with av.open(io.BytesIO(base64.b64decode(output["video_base64"]))) as file:
+    with av.open(io.BytesIO(base64.b64decode(output["video_base64"])), "r") as file:
         frames = np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
     return Video(face, portrait, recording(name), frames)
 
@@ -294,7 +296,7 @@ def muted_adapters(engine: Engine) -> Iterator[None]:
 @contextmanager
 def late_audio(engine: Engine) -> Iterator[None]:
     """The model hears everything 200 ms late."""
-    encode = pipeline.encode_audio
+    encode = encode_audio
 
     def encode_late(*arguments: Any) -> torch.Tensor:
         return encode(*arguments).roll(5, dims=1)
@@ -307,7 +309,7 @@ def late_audio(engine: Engine) -> Iterator[None]:
 @contextmanager
 def no_face_mask(engine: Engine) -> Iterator[None]:
     """The whole picture hears the audio, wherever the face is."""
-    mask = pipeline.face_mask
+    mask = face_mask
 
     def whole(*arguments: Any) -> torch.Tensor:
         return torch.ones_like(mask(*arguments))

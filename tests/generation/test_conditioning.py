@@ -7,10 +7,15 @@ PORTRAIT = Image.new("RGB", (4, 4))
 
 
 def test_the_oldest_prompts_are_forgotten_first():
-    cache, encoded = PromptCache(), []
+    encoded: list[str] = []
+    cache = PromptCache()
 
     def get(prompt: str) -> None:
-        cache.get([prompt], PORTRAIT, lambda: encoded.append(prompt) or {"embeds": torch.zeros(1)})
+        def encode() -> dict[str, torch.Tensor]:
+            encoded.append(prompt)
+            return {"embeds": torch.zeros(1)}
+
+        cache.get([prompt], PORTRAIT, encode)
 
     prompts = [f"prompt {index}" for index in range(KEPT_PROMPTS + 1)]
     for prompt in prompts:

@@ -55,7 +55,9 @@ def picture_with_a_red_square(width: int, height: int, box: tuple[int, ...]) -> 
 
 
 def test_the_cascade_finds_the_face_in_a_photo(photo):
-    (x, y, width, height) = largest_face(photo, None)
+    face = largest_face(photo, None)
+    assert face is not None
+    x, y, width, height = face
     assert x < 95 < x + width  # between the eyes
     assert y < 65 < y + height
     assert 40 < width < 90

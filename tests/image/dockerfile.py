@@ -108,7 +108,7 @@ class Image:
         environment: Mapping[str, str],
         mounts: Mapping[Path, str],
         log: io.BufferedWriter,
-    ) -> subprocess.Popen:
+    ) -> subprocess.Popen[bytes]:
         """The command in the image, as its user; `mounts` are paths here and inside."""
         lines = "".join(f"{here} {there}\n" for here, there in mounts.items())
         users = [line.split(":") for line in (self.root / "etc/passwd").read_text().splitlines()]

@@ -119,7 +119,9 @@ def test_the_weights_lie_below_the_code_and_every_layer_of_them_is_copied_once(s
 
 def layer_count(weights_stage: Stage) -> int:
     [run] = weights_stage.of("RUN")
-    return int(re.search(r"builder\.layers /model /layers --count (\d+)$", run.value)[1])
+    found = re.search(r"builder\.layers /model /layers --count (\d+)$", run.value)
+    assert found is not None
+    return int(found[1])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

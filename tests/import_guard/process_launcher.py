@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 if os.environ["GUARD"] == "package":
     import worker  # noqa: F401
@@ -36,7 +37,8 @@ async def app(scope, receive, send):
 
 
 def _start_one(method: str) -> int:
-    process = multiprocessing.get_context(method).Process(target=print_facts)
+    context: Any = multiprocessing.get_context(method)
+    process = context.Process(target=print_facts)
     process.start()
     process.join()
     return process.exitcode

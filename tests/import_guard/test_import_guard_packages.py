@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -341,11 +342,11 @@ def answers_of_uvicorn(guard: str) -> dict[int, str]:
         stderr=subprocess.DEVNULL,
     )
 
-    def ask(_: int) -> dict:
+    def ask(_: int) -> Any:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=60) as answer:
             return json.load(answer)
 
-    answers = {}
+    answers: dict[Any, Any] = {}
     deadline = time.monotonic() + 120
     try:
         with concurrent.futures.ThreadPoolExecutor(4) as clients:

@@ -19,7 +19,7 @@ from worker.generation.engine import Engine
 from worker.generation.pipeline import HunyuanVideoAvatarPipeline
 from worker.loading import layout, loader
 from worker.loading.files import PAGE_BYTES, BlockReader
-from worker.loading.transfer import Reading
+from worker.loading.transfer import Place, Reading
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
 from worker.settings import Settings
 
@@ -66,7 +66,7 @@ def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
 
 def rewrite(path: Path, changes: Mapping[str, Tensor | None]) -> None:
     """The file with other tensors; None takes one out."""
-    tensors = load_file(path) | changes
+    tensors = {**load_file(path), **changes}
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
 
 
@@ -95,6 +95,7 @@ def test_the_components_are_of_the_same_classes_and_ready_to_run(toy_model):
         found = components.get(name)  # None: the face detector, which the checkpoint lacks
         assert type(found) is type(component), name
         if isinstance(component, torch.nn.Module):
+            assert found is not None
             assert not any(module.training for module in found.modules()), name
 
 
@@ -192,7 +193,7 @@ def test_blocks_are_the_entries_of_the_outermost_lists(toy_model):
 @pytest.mark.gpu
 @pytest.mark.parametrize("variant", ["keep", "fp8"])
 def test_a_gpu_can_fetch_by_itself_what_stays_on_the_host(variant, models):
-    placement = {"transformer": "host", "default": "device"}
+    placement: dict[str, Place] = {"transformer": "host", "default": "device"}
     components, _ = loader.load(models[variant], torch.device("cuda"), ON_GPU, placement)
     expected = HunyuanVideoAvatarPipeline.from_pretrained(models[variant], dtype=ON_GPU)
     pipeline = HunyuanVideoAvatarPipeline(**components)
@@ -340,6 +341,7 @@ def test_the_disk_s_speed_comes_with_the_report_of_a_model_that_is_large_enough(
     larger_model, toy_model
 ):
     _, report = loader.load(larger_model, CPU, ON_CPU)
+    assert report.disk_bytes_per_second is not None
     assert report.disk_ratio == pytest.approx(
         report.bytes_per_second / report.disk_bytes_per_second
     )

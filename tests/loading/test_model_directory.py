@@ -240,7 +240,7 @@ def mirror(tmp_path_factory) -> dict[str, bytes]:
     return {**files, "README.md": b"a model", ".gitattributes": b"*.safetensors lfs"}
 
 
-def find_with_download(hub: HubServer, root: Path) -> subprocess.CompletedProcess:
+def find_with_download(hub: HubServer, root: Path) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ,
         **hub.environment,

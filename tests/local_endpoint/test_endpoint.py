@@ -11,6 +11,7 @@ from base64 import b64encode
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -26,7 +27,7 @@ class Receiver:
     """A webhook's receiver that answers as it is told, then with 200."""
 
     def __init__(self):
-        self.calls: list[tuple[str, dict]] = []
+        self.calls: list[tuple[str, dict[str, Any]]] = []
         self.statuses: list[int] = []
         receiver = self
 
@@ -376,7 +377,7 @@ def test_a_wrong_key_is_refused_everywhere(alone, key):
     calls += [("GET", "/stream/a"), ("GET", "/job-take/w"), ("GET", "/ping/w")]
     calls += [("POST", "/job-done/w/a"), ("GET", "/job-stop/w")]
     for method, path in calls:
-        headers = {"Authorization": key.encode()}
+        headers = {b"Authorization": key.encode()}
         answer = httpx.request(method, alone.url + path, headers=headers, timeout=5)
         assert answer.status_code == 401, path
 
@@ -483,5 +484,5 @@ def test_many_jobs_of_many_clients_all_end_in_order_of_arrival(tmp_path):
     assert {job.num_claims for job in ended} == {1}
     assert {job.worker_id for job in ended} == {worker.worker_id for worker in workers}
     by_arrival = sorted(ended, key=lambda job: job.created_at_seconds)
-    claimed = [job.claimed_at_seconds for job in by_arrival]
+    claimed = [job.claimed_at_seconds or 0 for job in by_arrival]
     assert claimed == sorted(claimed)

@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from avatar_client.contract.bucket import BucketSettings
+from avatar_client.contract.job_errors import UploadError
 from local_endpoint import LocalEndpoint
 from local_endpoint.object_store import ObjectStore
 from worker.media import storage
@@ -155,7 +156,7 @@ def test_who_does_not_know_the_key_is_refused(store, put):
 def test_a_client_with_another_key_is_told_so(store):
     other = store.bucket.model_copy(update={"access_key_id": "other"})
 
-    with pytest.raises(storage.UploadError, match="InvalidAccessKeyId"):
+    with pytest.raises(UploadError, match="InvalidAccessKeyId"):
         Storage(other).check()
 
 
@@ -281,7 +282,7 @@ def test_two_endpoints_do_not_share_a_store():
             update={"access_key_id": second.object_store.bucket.access_key_id}
         )
         Storage(first.object_store.bucket).check()
-        with pytest.raises(storage.UploadError, match="InvalidAccessKeyId"):
+        with pytest.raises(UploadError, match="InvalidAccessKeyId"):
             Storage(theirs).check()
 
 

@@ -50,6 +50,7 @@ def test_a_handler_that_raises_fails_its_job(endpoint, worker):
     ended = endpoint.wait(endpoint.submit({"input": {"raise": True}}), timeout_seconds=10)
 
     assert ended.status == "FAILED"
+    assert ended.error is not None
     assert "as told" in ended.error
 
 
@@ -150,6 +151,7 @@ def test_a_result_that_cannot_be_kept_fails_its_job_and_says_why(endpoint, worke
     ended = endpoint.wait(endpoint.submit({"input": told}), timeout_seconds=10)
 
     assert (ended.status, ended.output) == ("FAILED", None)
+    assert ended.error is not None
     assert ended.error.startswith(reason)
 
 

@@ -224,7 +224,7 @@ def test_a_ring_of_redirects_ends(fetch, media_server):
     ],
 )
 def test_a_redirect_is_held_to_the_same_rule(fetch, tls, localhost_is_public, location):
-    requests = []
+    requests: list[bytes] = []
 
     def answer(connection):
         requests.append(connection)
@@ -240,7 +240,9 @@ def test_a_redirect_is_held_to_the_same_rule(fetch, tls, localhost_is_public, lo
 def test_the_address_that_was_checked_is_dialled_and_the_name_not_asked_again(
     fetch, tls, localhost_is_public, monkeypatch
 ):
-    real, asked, requests = socket.getaddrinfo, [], []
+    real = socket.getaddrinfo
+    asked: list[str] = []
+    requests: list[bytes] = []
 
     def turncoat(host, *arguments, **options):  # public at first, private from then on
         asked.append(host)
@@ -413,7 +415,7 @@ def test_a_store_must_be_public_and_https_if_a_client_chose_it(localhost_is_publ
 
 @pytest.mark.parametrize("target", ["/f/a%2cb.png?sig=x%2fy", "/f/a%2Cb.png?sig=x%2Fy%20+&e=;'()"])
 def test_every_escape_stays_as_it_was_written(fetch, target):
-    requests = []
+    requests: list[bytes] = []
     with raw_server(
         lambda connection: connection.sendall(http_answer(b"x")), requests=requests
     ) as port:
@@ -423,7 +425,7 @@ def test_every_escape_stays_as_it_was_written(fetch, target):
 
 
 def test_a_redirect_may_be_written_in_utf_8(fetch):
-    requests = []
+    requests: list[bytes] = []
 
     def answer(connection):
         if len(requests) == 1:
@@ -439,7 +441,8 @@ def test_a_redirect_may_be_written_in_utf_8(fetch):
 
 
 def test_a_name_and_a_password_in_the_address_are_sent_to_its_host_alone(fetch):
-    first, second = [], []
+    first: list[bytes] = []
+    second: list[bytes] = []
     file = http_answer(b"file")
     with raw_server(lambda connection: connection.sendall(file), requests=second) as elsewhere:
         there = http_answer(status="302 Found", Location=f"http://127.0.0.1:{elsewhere}/file")

@@ -296,6 +296,7 @@ def media(samples, rate_hz, container="wav", codec="pcm_s16le", layout=None, pic
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as output:
         sound = output.add_stream(codec, rate=rate_hz, options={"strict": "experimental"})
+        assert isinstance(sound, av.AudioStream)
         sound.layout = layout
         if picture:
             video = output.add_stream("libx264", rate=25)
@@ -636,6 +637,6 @@ def test_an_address_is_downloaded_and_decoded(
     with pytest.raises(InputDownloadError) as caught:
         speech(media_server.url + "/nothing", settings)
     assert caught.value.field == "audio"
-    with pytest.raises(InputUrlBlockedError) as caught:
+    with pytest.raises(InputUrlBlockedError) as blocked:
         portrait(face)
-    assert caught.value.field == "image"
+    assert blocked.value.field == "image"

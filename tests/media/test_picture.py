@@ -5,6 +5,7 @@ import shutil
 import struct
 import subprocess
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ def as_ffmpeg_sees(content, tmp_path):
     return np.asarray(Image.open(io.BytesIO(done.stdout)))
 
 
-FORMATS = {
+FORMATS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 95},
     "PNG": {},
     "WEBP": {"lossless": True},
@@ -96,7 +97,9 @@ def test_every_mode_keeps_its_colours(portrait, format, mode):
 def test_it_stands_upright(portrait, format, orientation):
     upright = Image.fromarray(chart())
     back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Image.Transpose, which undoes the turn
-    stored = upright.transpose(back[orientation]) if orientation in back else upright
+    stored = (
+        upright.transpose(Image.Transpose(back[orientation])) if orientation in back else upright
+    )
     exif = Image.Exif()
     exif[0x0112] = orientation
 
@@ -313,7 +316,7 @@ def test_numbers_without_a_meaning_as_colours_are_told(portrait):
 
 
 def test_the_formats_that_are_promised_are_those_that_are_read():
-    promised = JobInput.model_fields["image"].description.rstrip(".")
+    promised = (JobInput.model_fields["image"].description or "").rstrip(".")
     named = promised.removeprefix("The portrait: ").replace(" or ", ", ").split(", ")
 
     assert [name.upper().replace(" ", "") for name in named] == picture.FORMATS

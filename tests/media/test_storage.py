@@ -2,9 +2,11 @@ import contextlib
 import json
 import re
 import time
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import boto3
@@ -53,8 +55,10 @@ class Proxy:
     """In front of the test server: keeps what passes, and does wrong when told to."""
 
     def __init__(self, target):
-        self.seen = []  # (method, path, headers)
-        self.failures = []  # for the next requests: (status, code of the store) or seconds to wait
+        self.seen: list[tuple[str, str, Any]] = []  # (method, path, headers)
+        self.failures: list[
+            Any
+        ] = []  # for the next requests: (status, code of the store) or seconds to wait
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -69,11 +73,11 @@ class Proxy:
                         failure[0],
                         f"<Error><Code>{failure[1]}</Code></Error>".encode(),
                     )
-                    headers = {}
+                    headers: Mapping[str, str] = {}
                 else:
                     time.sleep(failure)
                     answer = requests.request(
-                        self.command, target + self.path, headers=self.headers, data=body
+                        self.command, target + self.path, headers=dict(self.headers), data=body
                     )
                     status, content, headers = answer.status_code, answer.content, answer.headers
                 self.send_response(status)
@@ -145,6 +149,7 @@ def test_the_url_is_signed_for_as_long_as_asked(bucket):
 def test_the_end_of_the_url_is_told(bucket):
     ends = Storage(bucket()).expires_at(3600)
 
+    assert ends is not None
     assert ends.timestamp() == pytest.approx(time.time() + 3600, abs=5)
 
 
@@ -162,6 +167,7 @@ def test_a_stored_object_tells_its_metadata(bucket, video):
     store.put(video, "metadata.mp4", content_type="video/mp4", metadata=metadata)
     found = store.head("metadata.mp4")
 
+    assert found is not None
     assert found.metadata == metadata
     assert found.size_bytes == video.stat().st_size
     assert store.head("other.mp4") is None
@@ -175,7 +181,9 @@ def test_any_metadata_survives_as_a_header(object_store, metadata):
 
     store.put(Path(__file__), "any.mp4", content_type="video/mp4", metadata=metadata)
 
-    assert store.head("any.mp4").metadata == metadata
+    found = store.head("any.mp4")
+    assert found is not None
+    assert found.metadata == metadata
 
 
 def test_an_object_of_other_origin_has_no_metadata(bucket, object_store):
@@ -184,7 +192,9 @@ def test_an_object_of_other_origin_has_no_metadata(bucket, object_store):
         object_store.client.put_object(
             Bucket=object_store.bucket, Key="foreign.mp4", Body=b"x", Metadata=values
         )
-        assert store.head("foreign.mp4").metadata == {}
+        found = store.head("foreign.mp4")
+        assert found is not None
+        assert found.metadata == {}
 
 
 def test_metadata_that_does_not_fit_is_refused_before_anything_is_sent(proxy, video):
@@ -220,6 +230,7 @@ def test_a_large_file_goes_in_parts_without_checksums(proxy, tmp_path, monkeypat
     names = {name.lower() for _, _, headers in proxy.seen for name in headers}
     assert not [name for name in names if "checksum" in name]
     found = store.head("large.mp4")
+    assert found is not None
     assert (found.size_bytes, found.metadata) == (17 * 2**20, {"seed": 7})
     assert requests.get(store.url("large.mp4", 60)).headers["Content-Type"] == "video/mp4"
 
@@ -231,7 +242,9 @@ def test_looking_for_an_object_does_not_fetch_it(bucket, tmp_path):
     store.put(path, "looked-at.mp4", content_type="video/mp4")
 
     for _ in range(20):  # more than the client's pool of connections
-        assert store.head("looked-at.mp4").size_bytes == 30 * 2**20
+        found = store.head("looked-at.mp4")
+        assert found is not None
+        assert found.size_bytes == 30 * 2**20
 
 
 # What goes wrong
@@ -307,7 +320,7 @@ def guarded():
     server.start()
     host, port = server.get_host_and_port()
     url = f"http://{host}:{port}"
-    root = {"aws_access_key_id": "a", "aws_secret_access_key": "b", "region_name": "us-east-1"}
+    root: Any = {"aws_access_key_id": "a", "aws_secret_access_key": "b", "region_name": "us-east-1"}
     boto3.client("s3", endpoint_url=url, **root).create_bucket(Bucket="guarded")
     iam = boto3.client("iam", endpoint_url=url, **root)
     keys = {}
@@ -338,7 +351,9 @@ def test_only_the_rights_to_put_and_get_are_needed(guarded_store, video):
     store.check()
     assert store.head("1.mp4") is None
     store.put(video, "1.mp4", content_type="video/mp4")
-    assert store.head("1.mp4").size_bytes == video.stat().st_size
+    found = store.head("1.mp4")
+    assert found is not None
+    assert found.size_bytes == video.stat().st_size
 
 
 def test_wrong_credentials_are_found_before_anything_is_generated(guarded_store, video):

@@ -1,6 +1,7 @@
 """The autoencoder against the reference's tensors, and our decode against diffusers' own."""
 
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def vae(toy_model):
     return vae
 
 
-def use_tiles_of(case: dict, vae: AutoencoderKLHunyuanVideo) -> None:
+def use_tiles_of(case: dict[str, Any], vae: AutoencoderKLHunyuanVideo) -> None:
     """The tiles that the case was made with, where they are not the ones we always use."""
     if "tile" in case and case["tile"] != vae.tile_sample_min_height:
         vae.enable_tiling(
@@ -158,10 +159,12 @@ def test_the_kernels_give_what_torch_s_operators_give(channels, factor):
     size = (1, channels, 3 * time, 33 * down + 2, 47 * across + 2)
     target = torch.empty(size, dtype=torch.float16, memory_format=torch.channels_last_3d)
     assert kernels.kernels_for_chunk(chunk.cuda()) is not None
-    affine = [torch.randn(1, channels, 1, 1, 1, generator=generator) for _ in range(2)]
+    scale, shift = torch.randn(2, 1, channels, 1, 1, 1, generator=generator)
+    affine = (scale, shift)
     for given in (None, affine) if factor == (1, 1, 1) else (None,):
         on_gpu = target.cuda()
-        kernels.padded_chunk(chunk.cuda(), on_gpu, factor, given and [a.cuda() for a in given])
+        given_on_gpu = given and (given[0].cuda(), given[1].cuda())
+        kernels.padded_chunk(chunk.cuda(), on_gpu, factor, given_on_gpu)
         kernels.padded_chunk(chunk, target, factor, given)
         assert relative_difference(on_gpu.cpu(), target) <= (1e-3 if given else 0)
     sums = (kernels.channel_sums(given) for given in (chunk.cuda(), chunk))

@@ -56,7 +56,7 @@ def test_heads_are_normed_and_turned(device, heads, turned):
     out = (whole[:, 1:8], query.clone())
 
     with torch.no_grad():
-        kernels.norm_and_rotate(query, key, *norms, rotary, *out)
+        kernels.norm_and_rotate(query, key, norms[0], norms[1], rotary, *out)
 
     for x, norm, found in zip((query, key), norms, out, strict=True):
         x = rms_norm(x.float(), heads[1:], norm.weight.float(), 1e-6)

@@ -2,12 +2,14 @@ import copy
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.multiprocessing
 from diffusers import ContextParallelConfig, FirstBlockCacheConfig
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from tests.support.golden_transformer import arguments, make_transformer, relative_difference
 from tests.support.golden_weights import load_case
@@ -77,7 +79,7 @@ def tiny_inputs(
 def golden(tmp_path_factory):
     described, tensors = load_case("transformer")
     model = make_transformer(described, tmp_path_factory.mktemp("transformer"))
-    rows = model.audio_proj.proj1.weight.detach()
+    rows = model.get_parameter("audio_proj.proj1.weight").detach()
 
     def inputs(case: str, key: str = "inputs"):
         names = described["cases"][case][key]
@@ -268,8 +270,8 @@ def test_interleaved_calls_with_cached_tokens_are_those_of_each_alone():
 def test_with_cached_tokens_only_the_last_block_runs():
     model, inputs = tiny_transformer(), tiny_inputs(5)
     cached_tokens = model(**inputs, return_cached_tokens=True).cached_tokens
-    unread = ("encoder_hidden_states", "encoder_attention_mask", "reference_latents")
-    unread = dict.fromkeys((*unread, "audio_embeds", "face_mask"))
+    text_and_reference = ("encoder_hidden_states", "encoder_attention_mask", "reference_latents")
+    unread: dict[str, Any] = dict.fromkeys((*text_and_reference, "audio_embeds", "face_mask"))
     ran = []
     blocks = (*model.transformer_blocks, *model.single_transformer_blocks)
     for number, block in enumerate((model.context_embedder, model.audio_proj, *blocks)):
@@ -342,7 +344,9 @@ def test_a_skipped_step_of_a_cache_does_not_add_the_audio_twice():
     model, inputs = tiny_transformer(), tiny_inputs(5)
     plain = model(**inputs).sample
     ran = []
-    model.transformer_blocks[1].audio_adapter.register_forward_hook(lambda *_: ran.append(1))
+    model.get_submodule("transformer_blocks.1.audio_adapter").register_forward_hook(
+        lambda *_: ran.append(1)
+    )
     model.enable_cache(FirstBlockCacheConfig(threshold=0.05))
 
     with model.cache_context("cond"):
@@ -385,7 +389,7 @@ def test_two_ranks_together_compute_what_one_does(tmp_path: Path):
     cached = model(**inputs, cached_tokens=expected.cached_tokens).sample
     torch.save({"inputs": inputs, "expected": expected.sample, "cached": cached}, tmp_path / "case")
 
-    torch.multiprocessing.spawn(run_rank, args=(tmp_path, free_port()), nprocs=2)
+    spawn(run_rank, args=(tmp_path, free_port()), nprocs=2)
 
 
 def run_rank(rank: int, directory: Path, port: int) -> None:

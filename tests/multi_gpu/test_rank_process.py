@@ -2,7 +2,7 @@
 
 import base64
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -29,7 +29,9 @@ def make_job(make_portrait, make_speech):
 
 
 @pytest.fixture
-def start_worker(own_endpoint, worker_environment, tmp_path) -> Iterator:
+def start_worker(
+    own_endpoint, worker_environment, tmp_path
+) -> Iterator[Callable[..., WorkerProcess]]:
     """Starts a worker of two ranks, ready for jobs of `own_endpoint`."""
     workers = []
 
@@ -60,6 +62,7 @@ def require_gone(process: psutil.Process, seconds: float = 5.0) -> None:
 
 def require_retry_and_a_new_worker(job: JobRecord, worker: WorkerProcess) -> None:
     assert job.status == "FAILED"
+    assert job.error is not None
     assert job.error.startswith("GENERATION_FAILED: ")
     assert job.output["error_info"]["retryable"] is True
     assert job.output["error_info"]["stage"] == "denoise"

@@ -6,6 +6,8 @@ The SDK's own session speaks to a scripted server over real sockets.
 import asyncio
 import json
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from runpod.http_client import AsyncClientSession, TooManyRequests
@@ -215,12 +217,11 @@ def test_a_stop_that_comes_before_its_job_has_a_task_is_obeyed(platform, waits_s
         handled.append(job["id"])
         return {}
 
-    class Whole:
-        damaged = False
+    whole: Any = SimpleNamespace(damaged=False)
 
     async def run():
         platform.on(DONE, Answer(body=b"ok"))
-        scaler = Scaler(Whole(), {"handler": handler})
+        scaler = Scaler(whole, {"handler": handler})
         job = {"id": "job-1", "input": {}}
         async with AsyncClientSession() as session:
             await scaler.stop_job("job-1")

@@ -49,7 +49,9 @@ def test_a_worker_learns_its_rate_from_the_job_it_has_finished():
 
 def test_two_gpus_are_taken_for_twice_as_fast_until_a_job_shows_it():
     alone, together = (ThroughputEstimator("NVIDIA H200", num_gpus=number) for number in (1, 2))
-    assert together.estimate_seconds(1e18) == pytest.approx(alone.estimate_seconds(1e18) / 2)
+    alone_seconds = alone.estimate_seconds(1e18)
+    assert alone_seconds is not None
+    assert together.estimate_seconds(1e18) == pytest.approx(alone_seconds / 2)
 
 
 def test_nobody_guesses_for_a_gpu_that_is_not_known():

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import httpx
 import pytest
@@ -39,7 +39,7 @@ class StudioProcess:
         self.log_path = directory.with_suffix(".log")
 
     def start(self) -> None:
-        command = [STUDIO_PYTHON, "-m", "studio", "--port", str(self.port)]
+        command = [str(STUDIO_PYTHON), "-m", "studio", "--port", str(self.port)]
         command += ["--directory", str(self.directory), *self._options]
         with self.log_path.open("ab") as log:
             begin = log.tell()
@@ -115,13 +115,13 @@ def open_page(chromium):
         page.set_default_timeout(30_000)
         own = url.split("?")[0]
         page.on("pageerror", lambda error: problems.append(f"error: {error}"))
-        page.on(
-            "request",
-            lambda request: (
-                (request.url.startswith((own, "data:", "blob:")) and "/queue/" not in request.url)
-                or problems.append(f"asked for {request.url}")
-            ),
-        )
+
+        def check(request: Any) -> None:
+            is_own = request.url.startswith((own, "data:", "blob:"))
+            if not is_own or "/queue/" in request.url:
+                problems.append(f"asked for {request.url}")
+
+        page.on("request", check)
         page.goto(url)
         expect(page.get_by_role("button", name="Make the video")).to_be_enabled()
         return page
@@ -217,7 +217,7 @@ def test_a_person_makes_a_video_watches_it_and_takes_it_home(studio, open_page, 
         if bar(page).is_visible():
             seen.add(page.locator("#result .card").inner_text())
         page.wait_for_timeout(200)
-    shares = [int(re.search(r"(\d+) %", text)[1]) for text in seen if "%" in text]
+    shares = [int(match[1]) for text in seen if (match := re.search(r"(\d+) %", text))]
     assert len(set(shares)) >= 3
     assert any(re.search(r"Step \d+ of 20", text) for text in seen)
     assert any(re.search(r"about .+ left", text) for text in seen)

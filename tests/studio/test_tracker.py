@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -52,10 +53,16 @@ def speech(tmp_path, make_speech):
     return path
 
 
+def known(tracker: JobTracker, record_id: str) -> JobState:
+    state = tracker.state(record_id)
+    assert state is not None
+    return state
+
+
 async def until(tracker: JobTracker, record_id: str, holds: Callable[[JobState], bool]) -> JobState:
     """The job once `holds` is true of it."""
     async with asyncio.timeout(JOB_SECONDS):
-        while not holds(state := tracker.state(record_id)):
+        while not holds(state := known(tracker, record_id)):
             await asyncio.sleep(0.05)
     return state
 
@@ -87,7 +94,7 @@ def test_a_job_is_tracked_again_after_a_restart(tracker, connection, portrait, s
 
     async def go_on(record_id: str) -> JobState:
         later = JobTracker(History(tracker.history.directory))
-        assert not later.state(record_id).is_tracked
+        assert not known(later, record_id).is_tracked
         later.resume(connection)
         return await until(later, record_id, is_over)
 
@@ -101,7 +108,7 @@ def test_a_job_of_another_endpoint_is_not_asked_for(tracker, connection, portrai
         later = JobTracker(History(tracker.history.directory))
         other = Connection(name="other", url=connection.url, api_key=connection.api_key)
         later.resume(other)
-        return later.state(record.id).is_tracked
+        return known(later, record.id).is_tracked
 
     assert not asyncio.run(story())
 
@@ -130,6 +137,7 @@ def test_a_failure_keeps_the_field_that_it_concerns(tracker, connection, tmp_pat
     record = asyncio.run(story()).record
 
     assert record.status == "FAILED"
+    assert record.error is not None
     assert (record.error["code"], record.error["field"]) == ("UNSUPPORTED_MEDIA", "image")
 
 
@@ -224,7 +232,7 @@ def request_of_a_page(endpoint, portrait, speech):
     )
 
 
-def run(command: list[str], **options: object) -> str:
+def run(command: list[str], **options: Any) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=JOB_SECONDS, **options)
     assert done.returncode == 0, done.stderr
     return done.stdout

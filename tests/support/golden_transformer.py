@@ -58,6 +58,7 @@ def arguments(
     if audio.dtype == torch.int8:
         given["audio_embeds"] = audio.float() * audio_scale
     else:
+        assert audio_rows is not None
         windows = audio.double() @ audio_rows.double()  # (B, frames, 10 * 5 * 384)
         given["audio_embeds"] = windows.float().unflatten(2, (10, 5, 384))
     return given

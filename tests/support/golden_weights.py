@@ -11,6 +11,7 @@ import shutil
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -47,7 +48,7 @@ def make_weights(
     return weights
 
 
-def load_case(golden: str) -> tuple[dict, dict[str, Tensor]]:
+def load_case(golden: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What `GOLDEN.json` says, and the tensors that it speaks of."""
     described = json.loads((GOLDENS / f"{golden}.json").read_text())
     return described, load_file(GOLDENS / f"{golden}.safetensors")

@@ -56,7 +56,7 @@ def write(
     with av.open(buffer, "w", format=container, options=options or {}) as output:
         sound = output.add_stream(codec, rate=rate_hz, options={"strict": "experimental"})
         assert isinstance(sound, av.AudioStream)
-        sound.layout = layout  # type: ignore[assignment]
+        sound.layout = layout
         if picture_seconds:
             _add_picture(output, picture_seconds)
         for start, piece in pieces:

@@ -9,17 +9,19 @@ import asyncio
 import json
 import sys
 import time
+from typing import Any
 
 import aiohttp
 import runpod
 from runpod.endpoint.asyncio.asyncio_runner import Endpoint as AsyncEndpoint
 
 
-def follow_blocking(key: str, endpoint_id: str, job: dict) -> dict:
+def follow_blocking(key: str, endpoint_id: str, job: dict[str, Any]) -> dict[str, Any]:
     endpoint = runpod.Endpoint(endpoint_id, api_key=key)
     seen = {"health": endpoint.health()}
     running = endpoint.run(job)
-    statuses, progress = [], []
+    statuses: list[str] = []
+    progress: list[Any] = []
     while not statuses or statuses[-1] in ("IN_QUEUE", "IN_PROGRESS"):
         statuses.append(running.status())
         output = running.output()
@@ -40,7 +42,7 @@ def follow_blocking(key: str, endpoint_id: str, job: dict) -> dict:
     return seen
 
 
-async def follow_async(key: str, endpoint_id: str, job: dict) -> dict:
+async def follow_async(key: str, endpoint_id: str, job: dict[str, Any]) -> dict[str, Any]:
     async with aiohttp.ClientSession() as session:
         endpoint = AsyncEndpoint(endpoint_id, session, api_key=key)
         running = await endpoint.run(job["input"])

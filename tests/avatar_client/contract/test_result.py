@@ -13,7 +13,7 @@ from avatar_client.contract import DryRunResult, JobInput, JobResult, Motion
 from avatar_client.contract.result import Metrics, ParametersUsed, Plan
 
 README = Path(__file__).parents[3] / "README.md"
-DRAFT = {"resolution": 256, "num_inference_steps": 2}
+DRAFT: dict[str, Any] = {"resolution": 256, "num_inference_steps": 2}
 
 
 @pytest.fixture
