@@ -18,11 +18,11 @@ import numpy as np
 import psutil
 import pytest
 
+from avatar_client.contract import bucket as stores
 from avatar_client.contract.bucket import BucketSettings
 from avatar_client.contract.job_errors import UploadError
 from local_endpoint import LocalEndpoint
 from local_endpoint.object_store import ObjectStore
-from worker.media import storage
 from worker.media.storage import Storage
 
 ROOT = Path(__file__).parents[2]
@@ -75,7 +75,7 @@ def test_the_workers_storage_puts_finds_and_signs(bucket, tmp_path):
 
 
 def test_a_large_file_is_put_in_parts(put, bucket, monkeypatch):
-    monkeypatch.setattr(storage, "MULTIPART_BYTES", 6 * 2**20)
+    monkeypatch.setattr(stores, "MULTIPART_BYTES", 6 * 2**20)
     content = np.random.default_rng(0).bytes(17 * 2**20)
 
     url = put("large.mp4", content)
