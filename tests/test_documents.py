@@ -65,6 +65,14 @@ def test_every_name_in_code_s_letters_is_in_the_code(document: Path) -> None:
     assert not {name for name in named if not set(name.split(".")) <= words}
 
 
+@pytest.mark.parametrize("package", sorted((ROOT / "worker").glob("*/__init__.py")), ids=_relative)
+def test_the_map_names_every_module_of_the_worker(package: Path) -> None:
+    tree = (ROOT / "ARCHITECTURE.md").read_text().split("```")[1]
+    entry = re.split(r"\n(?=\S)", tree.partition(f"{_relative(package.parent)}/")[2])[0]
+    modules = {path.stem for path in package.parent.glob("*.py")} - {"__init__"}
+    assert modules <= set(re.findall(r"\w+", entry))
+
+
 def test_the_version_is_the_same_wherever_it_stands() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert project["project"]["dynamic"] == ["version"]
