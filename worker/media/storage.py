@@ -229,7 +229,7 @@ def _patiently(call: Callable[[], T], patience: Patience) -> T:
         try:
             return call()
         except STORE_ERRORS as error:
-            pause = min(FIRST_PAUSE_SECONDS * 2**attempt, LONGEST_PAUSE_SECONDS)
+            pause = min(FIRST_PAUSE_SECONDS * 2 ** min(attempt, 10), LONGEST_PAUSE_SECONDS)
             pause *= random.uniform(0.5, 1.0)  # noqa: S311  # so that workers do not ask together
             if not _is_retryable(error) or time.monotonic() + pause > deadline:
                 raise

@@ -7,6 +7,7 @@ as answers without one come back, thousands of times a second.
 """
 
 import asyncio
+import itertools
 import json
 import logging
 import random
@@ -22,10 +23,8 @@ logger = logging.getLogger(__name__)
 
 # A result
 
-FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = (
-    0.5,
-    30.0,
-)  # between two tries; each about twice as long
+FIRST_PAUSE_SECONDS = 0.5  # between two tries; each about twice as long as the one before
+LONGEST_PAUSE_SECONDS = 30.0
 MAX_RETRY_AFTER_SECONDS = 120.0
 ANSWER_SECONDS = 30.0  # for the answer to one try ...
 BYTES_PER_SECOND = 250_000  # ... beside the time that a slow line takes for the body
@@ -70,7 +69,7 @@ async def send_result(
     deadline = time.monotonic() + retry_seconds
     kept: str | None = None
     refusals = 0
-    for attempt in range(1_000_000):
+    for attempt in itertools.count():
         try:
             await _post(session, job, body, ANSWER_SECONDS + len(body) / BYTES_PER_SECOND)
         except _NotTakenError as error:
@@ -78,7 +77,7 @@ async def send_result(
             refusals += error.status in REFUSED
             if attempt == 0:
                 kept = await keep(payload)
-            pause = min(FIRST_PAUSE_SECONDS * 2**attempt, LONGEST_PAUSE_SECONDS)
+            pause = min(FIRST_PAUSE_SECONDS * 2 ** min(attempt, 10), LONGEST_PAUSE_SECONDS)
             pause = max(pause * random.uniform(0.5, 1.0), error.retry_after_seconds)  # noqa: S311
             if refusals == REFUSALS or time.monotonic() + pause > deadline:
                 break

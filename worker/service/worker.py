@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # imports torch
 
 logger = logging.getLogger(__name__)
 
+KEEP_SECONDS = 30.0  # for a store to take a result; one that hangs must not hold up the next try
 WATCH_SECONDS = 0.5  # between two looks whether the thread waits for a lost rank
 
 
@@ -132,13 +133,18 @@ class Worker:
         run = self._last_run
         if run is None or run.request.job_id != job_request.safe_id(job_id):
             return None
-        return await asyncio.to_thread(run.keep_result, payload)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(KEEP_SECONDS):
+                return await asyncio.to_thread(run.keep_result, payload)
+        return None
 
     async def drop_kept_result(self, job_id: str) -> None:
         """Removes what `keep_result` has put there."""
         run = self._last_run
         if run is not None and run.request.job_id == job_request.safe_id(job_id):
-            await asyncio.to_thread(run.drop_kept_result)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(KEEP_SECONDS):
+                    await asyncio.to_thread(run.drop_kept_result)
 
     async def _wait(self, future: "asyncio.Future[Any]", run: JobRun) -> WorkerError | None:
         """Returns None when the thread ends, or the job's error once it waits for a lost rank."""
