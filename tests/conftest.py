@@ -24,7 +24,7 @@ from worker.settings import Settings
 
 
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch):
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test sees what this machine's user has set."""
     ours = {name.upper() for name in Settings.model_fields}
     for name in os.environ:
@@ -262,7 +262,9 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def worker_environment(object_store, random_model, tmp_path_factory) -> Mapping[str, str]:
+def worker_environment(
+    object_store: BucketServer, random_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Mapping[str, str]:
     """The operator's settings of a worker with the model of random weights and the bucket."""
     return {
         "MODEL_DIR": str(random_model),
@@ -276,7 +278,11 @@ def worker_environment(object_store, random_model, tmp_path_factory) -> Mapping[
 
 
 @pytest.fixture(scope="session")
-def shared_worker(endpoint, worker_environment, tmp_path_factory) -> Iterator[WorkerProcess]:
+def shared_worker(
+    endpoint: LocalEndpoint,
+    worker_environment: Mapping[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[WorkerProcess]:
     """The shared worker: `handler.py` with random weights, ready for jobs of `endpoint`."""
     directory = tmp_path_factory.mktemp("worker")
     with WorkerProcess(endpoint, directory, environment=worker_environment) as worker:
@@ -292,7 +298,9 @@ def own_endpoint() -> Iterator[LocalEndpoint]:
 
 
 @pytest.fixture
-def own_worker(own_endpoint, worker_environment, tmp_path: Path) -> Iterator[WorkerProcess]:
+def own_worker(
+    own_endpoint: LocalEndpoint, worker_environment: Mapping[str, str], tmp_path: Path
+) -> Iterator[WorkerProcess]:
     """A worker that the test may end, ready for jobs of `own_endpoint`."""
     directory = tmp_path / "worker"
     with WorkerProcess(own_endpoint, directory, environment=worker_environment) as worker:

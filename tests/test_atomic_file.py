@@ -9,7 +9,7 @@ import pytest
 from worker.atomic_file import atomic_write, write_text
 
 
-def test_a_file_is_replaced_only_when_all_of_it_is_written(tmp_path):
+def test_a_file_is_replaced_only_when_all_of_it_is_written(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
     with atomic_write(path) as part:
@@ -19,7 +19,7 @@ def test_a_file_is_replaced_only_when_all_of_it_is_written(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_after_a_failure_the_old_file_stays_and_nothing_else(tmp_path):
+def test_after_a_failure_the_old_file_stays_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
 
@@ -34,7 +34,7 @@ def test_after_a_failure_the_old_file_stays_and_nothing_else(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_a_killed_process_has_left_is_written_over(tmp_path):
+def test_what_a_killed_process_has_left_is_written_over(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.with_name("file.part").write_text("half of something much longer")
     write_text(path, "whole", mode=0o600)
@@ -42,7 +42,7 @@ def test_what_a_killed_process_has_left_is_written_over(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_those_that_write_the_same_file_do_not_meet(tmp_path):
+def test_those_that_write_the_same_file_do_not_meet(tmp_path: Path) -> None:
     path = tmp_path / "file"
     with atomic_write(path, shared=True) as first, atomic_write(path, shared=True) as second:
         first.write_text("first")
@@ -51,7 +51,9 @@ def test_those_that_write_the_same_file_do_not_meet(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_durable_file_reaches_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+def test_a_durable_file_reaches_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "file"
     synced = []
 
@@ -66,7 +68,7 @@ def test_a_durable_file_reaches_the_disk_before_it_has_its_name(tmp_path, monkey
     assert synced == [(Path(f"{path}.part"), False)]
 
 
-def test_a_private_file_is_never_readable_by_others(tmp_path):
+def test_a_private_file_is_never_readable_by_others(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
     path.chmod(0o644)

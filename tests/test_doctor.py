@@ -1,9 +1,11 @@
 """The doctor, on checks written for the test and on the worker itself."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+from tests.conftest import BucketServer
 from tests.import_guard.real_packages import run_python
 from worker import doctor
 from worker.doctor import Check, Finding, examine, page_entry
@@ -16,7 +18,7 @@ def raise_a_chain() -> str:
         raise ModuleNotFoundError("Could not import module 'CLIPTextModel'") from error
 
 
-def test_a_failure_is_named_by_its_root_cause_and_place():
+def test_a_failure_is_named_by_its_root_cause_and_place() -> None:
     finding = examine(Check("transformers", raise_a_chain))
 
     assert finding.state == "failed"
@@ -29,7 +31,7 @@ def test_a_failure_is_named_by_its_root_cause_and_place():
     )
 
 
-def test_the_page_shows_a_failure_as_its_cause_its_place_and_what_people_see():
+def test_the_page_shows_a_failure_as_its_cause_its_place_and_what_people_see() -> None:
     entry = page_entry(examine(Check("transformers", raise_a_chain)))
 
     state, place, seen_as = entry.splitlines()
@@ -39,14 +41,14 @@ def test_the_page_shows_a_failure_as_its_cause_its_place_and_what_people_see():
     assert seen_as.strip() == "seen as ModuleNotFoundError: Could not import module 'CLIPTextModel'"
 
 
-def test_the_place_of_a_failure_stays_in_one_line_however_long_its_path_is():
+def test_the_place_of_a_failure_stays_in_one_line_however_long_its_path_is() -> None:
     path = f"{'/a long path' * 20}/worker.py:7"
     finding = Finding(name="torch", state="failed", text="OSError: broken", where=path)
 
     assert page_entry(finding).splitlines()[1] == f"          at {path}"
 
 
-def test_a_part_that_this_installation_leaves_out_is_skipped():
+def test_a_part_that_this_installation_leaves_out_is_skipped() -> None:
     def leave_out() -> str:
         raise doctor.NotApplicableError("local_endpoint is not part of this installation")
 
@@ -58,7 +60,7 @@ def test_a_part_that_this_installation_leaves_out_is_skipped():
     )
 
 
-def test_a_long_finding_stays_within_a_terminal():
+def test_a_long_finding_stays_within_a_terminal() -> None:
     words = "\n".join(["a finding of many words " * 20] * 2)
 
     entry = page_entry(examine(Check("torch", lambda: words)))
@@ -68,7 +70,7 @@ def test_a_long_finding_stays_within_a_terminal():
 
 
 @pytest.fixture
-def broken_torchvision(tmp_path):
+def broken_torchvision(tmp_path: Path) -> Path:
     package = tmp_path / "torchvision"
     package.mkdir()
     (package / "__init__.py").write_text(
@@ -79,7 +81,9 @@ def broken_torchvision(tmp_path):
     return tmp_path
 
 
-def test_every_link_holds_with_a_broken_torchvision_in_the_environment(broken_torchvision):
+def test_every_link_holds_with_a_broken_torchvision_in_the_environment(
+    broken_torchvision: Path,
+) -> None:
     child = run_python(
         "-m", "worker", "doctor", "--imports", "--json", packages=(broken_torchvision,)
     )
@@ -93,7 +97,7 @@ def test_every_link_holds_with_a_broken_torchvision_in_the_environment(broken_to
     assert (facts["ok"], child.returncode) == (True, 0)
 
 
-def test_with_the_guard_off_each_broken_link_names_torchvision(broken_torchvision):
+def test_with_the_guard_off_each_broken_link_names_torchvision(broken_torchvision: Path) -> None:
     child = run_python(
         "-m", "worker", "doctor", "--imports", packages=(broken_torchvision,), IMPORT_GUARD="off"
     )
@@ -110,7 +114,7 @@ def test_with_the_guard_off_each_broken_link_names_torchvision(broken_torchvisio
     assert "Broken: image processors, transformers, diffusers" in child.stdout
 
 
-def findings(monkeypatch, **environment: str) -> dict[str, tuple[str, str]]:
+def findings(monkeypatch: pytest.MonkeyPatch, **environment: str) -> dict[str, tuple[str, str]]:
     """What the checks of the machine come to, with these settings."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -118,7 +122,7 @@ def findings(monkeypatch, **environment: str) -> dict[str, tuple[str, str]]:
     return {finding.name: (finding.state, finding.text) for finding in found}
 
 
-def test_a_demo_worker_needs_neither_a_gpu_nor_weights(monkeypatch):
+def test_a_demo_worker_needs_neither_a_gpu_nor_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     found = findings(monkeypatch, AVATAR_MODEL="demo")
 
     states = {name: state for name, (state, _) in found.items()}
@@ -134,7 +138,9 @@ def test_a_demo_worker_needs_neither_a_gpu_nor_weights(monkeypatch):
     }
 
 
-def test_a_model_that_is_cut_short_is_named_by_its_file(monkeypatch, tmp_path):
+def test_a_model_that_is_cut_short_is_named_by_its_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "model_index.json").write_text('{"vae": ["diffusers", "AutoencoderKL"]}')
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
@@ -145,7 +151,9 @@ def test_a_model_that_is_cut_short_is_named_by_its_file(monkeypatch, tmp_path):
     assert "vae/model.safetensors" in text
 
 
-def test_a_bucket_that_refuses_the_keys_is_told_without_them(monkeypatch, object_store):
+def test_a_bucket_that_refuses_the_keys_is_told_without_them(
+    monkeypatch: pytest.MonkeyPatch, object_store: BucketServer
+) -> None:
     environment = object_store.environment | {"BUCKET_NAME": "no-such-bucket"}
 
     state, text = findings(monkeypatch, **environment)["storage"]

@@ -1,11 +1,14 @@
 import asyncio
 import contextvars
 import logging
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import boto3
 import pytest
 
 from avatar_client.contract.bucket import BucketSettings
+from tests.conftest import BucketServer
 from worker import logs
 from worker.media.storage import Storage
 
@@ -13,7 +16,7 @@ SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY"
 
 
 @pytest.fixture
-def configured():
+def configured() -> Iterator[Callable[..., Any]]:
     """`configured(level)` sets the log up; afterwards everything is as it was."""
     names = [None, *logs.CHATTY]
     before = [
@@ -25,7 +28,9 @@ def configured():
         logging.getLogger(name).handlers[:] = handlers
 
 
-def test_an_event_is_one_line_with_the_jobs_id(configured, capsys):
+def test_an_event_is_one_line_with_the_jobs_id(
+    configured: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     configured("INFO")
     logs.job_id.set("job-7")
 
@@ -37,12 +42,14 @@ def test_an_event_is_one_line_with_the_jobs_id(configured, capsys):
     assert line[:20].endswith("Z")
 
 
-def test_each_job_has_its_own_id(configured, capsys):
+def test_each_job_has_its_own_id(
+    configured: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     configured("INFO")
     logs.job_id.set(None)
     logging.getLogger("x").warning("outside")
 
-    async def job(name):
+    async def job(name: str) -> None:
         logs.job_id.set(name)
         await asyncio.sleep(0.01)
         context = contextvars.copy_context()
@@ -50,7 +57,7 @@ def test_each_job_has_its_own_id(configured, capsys):
             None, context.run, logging.getLogger("x").warning, "in a thread"
         )
 
-    async def both():
+    async def both() -> None:
         await asyncio.gather(job("a"), job("b"))
 
     asyncio.run(both())
@@ -63,7 +70,9 @@ def test_each_job_has_its_own_id(configured, capsys):
     ]
 
 
-def test_a_traceback_is_on_the_same_line_and_redacted(configured, capsys):
+def test_a_traceback_is_on_the_same_line_and_redacted(
+    configured: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     configured("INFO")
 
     try:
@@ -79,7 +88,9 @@ def test_a_traceback_is_on_the_same_line_and_redacted(configured, capsys):
     assert SECRET not in text
 
 
-def test_the_level_is_kept_and_the_sdks_handlers_are_replaced(configured, capsys):
+def test_the_level_is_kept_and_the_sdks_handlers_are_replaced(
+    configured: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     logging.getLogger().addHandler(logging.NullHandler())
 
     configured("WARN")
@@ -92,7 +103,12 @@ def test_the_level_is_kept_and_the_sdks_handlers_are_replaced(configured, capsys
 
 
 @pytest.mark.parametrize("level", ["NOTSET", "TRACE", "DEBUG"])
-def test_no_level_shows_what_the_store_is_sent(configured, capsys, object_store, level):
+def test_no_level_shows_what_the_store_is_sent(
+    configured: Callable[..., Any],
+    capsys: pytest.CaptureFixture[str],
+    object_store: BucketServer,
+    level: str,
+) -> None:
     configured(level)
     store = Storage(
         BucketSettings(

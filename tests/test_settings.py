@@ -11,35 +11,35 @@ BUCKET = {
 }
 
 
-def test_an_empty_environment_gives_a_production_worker_without_a_bucket():
+def test_an_empty_environment_gives_a_production_worker_without_a_bucket() -> None:
     settings = Settings.from_env({})
     assert settings.avatar_model == "hunyuan-video-avatar"
     assert settings.bucket is None
 
 
-def test_an_empty_variable_counts_as_not_set():
+def test_an_empty_variable_counts_as_not_set() -> None:
     assert Settings.from_env({"MAX_AUDIO_SECONDS": "", "BUCKET_NAME": ""}) == Settings()
 
 
-def test_a_wrong_value_is_named_by_its_variable_and_never_shown():
+def test_a_wrong_value_is_named_by_its_variable_and_never_shown() -> None:
     with pytest.raises(ValueError, match="MAX_AUDIO_SECONDS") as caught:
         Settings.from_env({"MAX_AUDIO_SECONDS": "a-secret-by-mistake"})
     assert "a-secret-by-mistake" not in str(caught.value)
 
 
 @pytest.mark.parametrize("value", ["0", "604801", "-1", "1e9", "nan"])
-def test_the_life_of_a_url_is_at_most_seven_days(value: str):
+def test_the_life_of_a_url_is_at_most_seven_days(value: str) -> None:
     with pytest.raises(ValueError, match="BUCKET_URL_EXPIRES_SECONDS"):
         Settings.from_env({"BUCKET_URL_EXPIRES_SECONDS": value})
 
 
 @pytest.mark.parametrize("missing", list(BUCKET))
-def test_a_bucket_needs_an_address_and_both_keys(missing: str):
+def test_a_bucket_needs_an_address_and_both_keys(missing: str) -> None:
     rest = {name: value for name, value in BUCKET.items() if name != missing}
     assert Settings.from_env(rest).bucket is None
 
 
-def test_no_key_stands_in_the_settings_text():
+def test_no_key_stands_in_the_settings_text() -> None:
     settings = Settings.from_env(BUCKET)
     assert settings.bucket is not None
     assert "the-secret" not in f"{settings!r} {settings} {settings.bucket!r}"

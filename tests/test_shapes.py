@@ -1,5 +1,6 @@
 import json
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -21,12 +22,12 @@ RESIZED = json.loads((GOLDENS / "image.json").read_text())["resize"]["rows"]
 
 
 @pytest.mark.parametrize("row", RESIZED, ids=lambda row: "-".join(map(str, row)))
-def test_a_picture_gets_the_size_that_the_reference_gives_it(row):
+def test_a_picture_gets_the_size_that_the_reference_gives_it(row: list[int]) -> None:
     width, height, resolution, new_width, new_height = row
     assert fit_size(height, width, resolution) == FrameSize(new_height, new_width)
 
 
-def test_even_a_strip_of_a_picture_gets_a_size():
+def test_even_a_strip_of_a_picture_gets_a_size() -> None:
     assert fit_size(height=10, width=5000, resolution=256) == FrameSize(height=64, width=7040)
 
 
@@ -41,8 +42,8 @@ def test_even_a_strip_of_a_picture_gets_a_size():
     ],
 )
 def test_the_length_of_the_speech_decides_the_reference_s_numbers(
-    seconds, padded, noise, windows, kept, decoded
-):
+    seconds: float, padded: int, noise: int, windows: int, kept: int, decoded: int
+) -> None:
     plan = VideoPlan(count_frames(round(seconds * 16_000), fps=25))
     assert plan.padded_audio_frames == padded
     assert plan.noise_latents == noise
@@ -52,7 +53,7 @@ def test_the_length_of_the_speech_decides_the_reference_s_numbers(
 
 
 @given(num_frames=st.integers(1, 20_000))
-def test_a_plan_of_any_length_holds_together(num_frames):
+def test_a_plan_of_any_length_holds_together(num_frames: Any) -> None:
     plan = VideoPlan(num_frames)
     assert plan.kept_latents <= plan.sampled_latents <= plan.noise_latents
     assert plan.decoded_frames >= num_frames
@@ -60,29 +61,29 @@ def test_a_plan_of_any_length_holds_together(num_frames):
     assert (plan.shift == 0) == plan.single_window == (plan.num_windows == 1)
 
 
-def test_half_the_frame_rate_is_half_the_frames():
+def test_half_the_frame_rate_is_half_the_frames() -> None:
     assert count_frames(160_000, fps=25) == 250
     assert count_frames(160_000, fps=12.5) == 125
 
 
-def test_no_frames_are_refused():
+def test_no_frames_are_refused() -> None:
     with pytest.raises(ValueError, match="shorter than one frame"):
         VideoPlan(count_frames(639, fps=25))
 
 
-def test_full_size_has_the_published_number_of_tokens():
+def test_full_size_has_the_published_number_of_tokens() -> None:
     assert FrameSize(704, 1216).tokens == 3344
     assert FrameSize(704, 1216).latent == (88, 152)
     assert window_tokens(FrameSize(704, 1216)) == 113_696
 
 
-def test_fifty_steps_are_cached_as_in_the_reference():
+def test_fifty_steps_are_cached_as_in_the_reference() -> None:
     assert computed_step_indices(50) == REFERENCE_COMPUTED_STEPS
     assert len(REFERENCE_COMPUTED_STEPS) == 30
 
 
 @given(num_steps=st.integers(1, 200))
-def test_every_schedule_starts_and_ends_in_full_and_never_rests_for_long(num_steps):
+def test_every_schedule_starts_and_ends_in_full_and_never_rests_for_long(num_steps: Any) -> None:
     steps = computed_step_indices(num_steps)
     assert sorted(set(steps)) == list(steps)
     assert steps[0] == 0
@@ -91,17 +92,17 @@ def test_every_schedule_starts_and_ends_in_full_and_never_rests_for_long(num_ste
     assert set(range(-(-3 * num_steps // 10))) <= set(steps)
 
 
-def test_the_reference_s_fixed_list_ends_early_with_fewer_steps():
+def test_the_reference_s_fixed_list_ends_early_with_fewer_steps() -> None:
     assert resolve_computed_steps("reference", 20) == frozenset(range(16))
     assert resolve_computed_steps("reference", 16) == frozenset(range(16))
     assert 59 not in resolve_computed_steps("reference", 60)
 
 
-def test_computed_steps_can_be_given():
+def test_computed_steps_can_be_given() -> None:
     assert resolve_computed_steps([0, 3], 5) == {0, 3}
 
 
 @pytest.mark.parametrize("computed_steps", [[1, 2], [], [0, 5]])
-def test_computed_steps_that_cannot_run_are_refused(computed_steps):
+def test_computed_steps_that_cannot_run_are_refused(computed_steps: list[Any]) -> None:
     with pytest.raises(ValueError, match="computed_steps must"):
         resolve_computed_steps(computed_steps, 5)

@@ -3,7 +3,9 @@
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,24 +17,24 @@ NOT_IN_A_CLONE = (".*", "__pycache__", "*.egg-info", "build", "out", "shared")
 
 
 @pytest.fixture
-def server():
+def server() -> Iterator[ScriptedServer]:
     with ScriptedServer() as server:
         yield server
 
 
 @pytest.fixture(params=KINDS)
-def make_client(request):
+def make_client(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
     with clients(request.param) as make:
         yield make
 
 
 @pytest.fixture
-def client(make_client, server):
+def client(make_client: Callable[..., Any], server: ScriptedServer) -> Any:
     return make_client(f"{server.origin}/v2/local")
 
 
 @pytest.fixture(scope="session")
-def wheel(tmp_path_factory) -> Path:
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel of this repository, built from a copy of it without the network."""
     copy = tmp_path_factory.mktemp("source") / "repository"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*NOT_IN_A_CLONE))
@@ -43,7 +45,7 @@ def wheel(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def installed(wheel, tmp_path_factory) -> Path:
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with what the wheel installs, and nothing else."""
     target = tmp_path_factory.mktemp("installed")
     pip("install", "--no-deps", "--no-index", "--target", target, wheel)

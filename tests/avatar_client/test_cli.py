@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,7 +31,7 @@ RESULT = {
 
 
 @pytest.fixture
-def server():
+def server() -> Iterator[ScriptedServer]:
     with ScriptedServer() as server:
         server.on(RUN, {"id": "job-1", "status": "IN_QUEUE"})
         server.on(STATUS, {"id": "job-1", "status": "COMPLETED", "output": RESULT})
@@ -37,13 +39,18 @@ def server():
 
 
 @pytest.fixture
-def run(server, monkeypatch, tmp_path, capsys):
+def run(
+    server: ScriptedServer,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> Callable[..., Any]:
     """Runs a command in an empty directory: its exit code, what it printed, what it told."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RUNPOD_API_KEY", KEY)
     monkeypatch.setenv("RUNPOD_ENDPOINT_ID", f"{server.origin}/v2/local")
 
-    def run(*arguments):
+    def run(*arguments: Any) -> tuple[Any, ...]:
         try:
             code: object = main([str(argument) for argument in arguments])
         except SystemExit as end:
@@ -53,7 +60,7 @@ def run(server, monkeypatch, tmp_path, capsys):
     return run
 
 
-def test_a_video_is_made_and_its_path_is_all_that_is_printed(run):
+def test_a_video_is_made_and_its_path_is_all_that_is_printed(run: Callable[..., Any]) -> None:
     code, printed, told = run("generate", *INPUTS)
     assert (code, printed) == (0, "avatar.mp4\n")
     assert Path("avatar.mp4").read_bytes() == VIDEO
@@ -61,7 +68,9 @@ def test_a_video_is_made_and_its_path_is_all_that_is_printed(run):
     assert "warning: no face was found" in told
 
 
-def test_every_field_of_a_request_is_an_option(run, server):
+def test_every_field_of_a_request_is_an_option(
+    run: Callable[..., Any], server: ScriptedServer
+) -> None:
     run(
         *("generate", *INPUTS, "--prompt", "50 %", "--resolution", 512, "--preset", "draft"),
         *("--num-inference-steps", 8, "--guidance-scale", 1.5, "--flow-shift", 3, "--seed", 7),
@@ -104,19 +113,23 @@ def test_every_field_of_a_request_is_an_option(run, server):
     }
 
 
-def test_a_field_that_is_not_given_is_left_to_the_worker(run, server):
+def test_a_field_that_is_not_given_is_left_to_the_worker(
+    run: Callable[..., Any], server: ScriptedServer
+) -> None:
     run("generate", *INPUTS)
     assert server.asked(RUN)[0].json["input"] == {"image": INPUTS[1], "audio": INPUTS[3]}
 
 
 @pytest.mark.parametrize("order", ["gift", "5", "[1]"])
-def test_user_data_is_json_or_else_text(run, server, order):
+def test_user_data_is_json_or_else_text(
+    run: Callable[..., Any], server: ScriptedServer, order: str
+) -> None:
     run("generate", *INPUTS, "--user-data", order)
     expected = {"gift": "gift", "5": 5, "[1]": [1]}[order]
     assert server.asked(RUN)[0].json["input"]["user_data"] == expected
 
 
-def test_the_help_names_limits_and_no_secret(run):
+def test_the_help_names_limits_and_no_secret(run: Callable[..., Any]) -> None:
     code, printed, _ = run("generate", "--help")
     assert code == 0
     words = " ".join(printed.split())
@@ -128,7 +141,9 @@ def test_the_help_names_limits_and_no_secret(run):
     assert "secret" not in printed.lower()
 
 
-def test_a_plan_is_printed_instead_of_a_video(run, server):
+def test_a_plan_is_printed_instead_of_a_video(
+    run: Callable[..., Any], server: ScriptedServer
+) -> None:
     plan = {"dry_run": True, "plan": {"num_frames": 25}}
     server.on(STATUS, {"id": "job-1", "status": "COMPLETED", "output": plan})
     code, printed, _ = run("generate", *INPUTS, "--dry-run")
@@ -154,7 +169,9 @@ def test_a_plan_is_printed_instead_of_a_video(run, server):
         ([], "COMMAND"),
     ],
 )
-def test_bad_arguments_end_with_2_before_anything_is_sent(run, server, arguments, text):
+def test_bad_arguments_end_with_2_before_anything_is_sent(
+    run: Callable[..., Any], server: ScriptedServer, arguments: list[Any], text: str
+) -> None:
     code, printed, told = run(*arguments)
     assert (code, printed) == (2, "")
     assert text in told
@@ -162,7 +179,9 @@ def test_bad_arguments_end_with_2_before_anything_is_sent(run, server, arguments
 
 
 @pytest.mark.parametrize("name", ["RUNPOD_API_KEY", "RUNPOD_ENDPOINT_ID"])
-def test_what_is_missing_in_the_environment_is_named(run, monkeypatch, name):
+def test_what_is_missing_in_the_environment_is_named(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     monkeypatch.delenv(name)
     code, _, told = run("status", "job-1")
     assert code == 2
@@ -180,7 +199,9 @@ def test_what_is_missing_in_the_environment_is_named(run, monkeypatch, name):
         (Answer(404), "30 minutes"),
     ],
 )
-def test_a_failure_ends_with_1_in_plain_words(run, server, answer, text):
+def test_a_failure_ends_with_1_in_plain_words(
+    run: Callable[..., Any], server: ScriptedServer, answer: Answer | dict[str, str], text: str
+) -> None:
     server.on(STATUS, answer)
     code, printed, told = run("generate", *INPUTS)
     assert (code, printed) == (1, "")
@@ -189,7 +210,9 @@ def test_a_failure_ends_with_1_in_plain_words(run, server, answer, text):
     assert KEY not in told
 
 
-def test_an_earlier_job_is_looked_at_fetched_and_cancelled(run, server):
+def test_an_earlier_job_is_looked_at_fetched_and_cancelled(
+    run: Callable[..., Any], server: ScriptedServer
+) -> None:
     running = {"progress": 0.42, "stage": "denoise", "message": "Denoising 21/50"}
     server.on(STATUS, {"id": "job-1", "status": "IN_PROGRESS", "output": running})
     assert run("status", "job-1")[:2] == (0, "IN_PROGRESS  42 %: Denoising 21/50\n")
@@ -213,7 +236,9 @@ def test_an_earlier_job_is_looked_at_fetched_and_cancelled(run, server):
         (Answer(404), "job job-1 could not be cancelled: "),
     ],
 )
-def test_an_interrupt_cancels_the_job(server, tmp_path, answer, told):
+def test_an_interrupt_cancels_the_job(
+    server: ScriptedServer, tmp_path: Path, answer: Answer | dict[str, str], told: str
+) -> None:
     server.on(STATUS, {"id": "job-1", "status": "IN_PROGRESS"})
     server.on(CANCEL, answer)
     process = subprocess.Popen(

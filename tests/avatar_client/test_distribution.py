@@ -5,6 +5,7 @@ import importlib.metadata
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ DEPENDENCIES = ["httpx", "pydantic", "tqdm"]
 
 
 @pytest.fixture(scope="session")
-def dependencies(tmp_path_factory) -> Path:
+def dependencies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the client's dependencies, and theirs, and no other package."""
     directory = tmp_path_factory.mktemp("dependencies")
     wanted, seen = list(DEPENDENCIES), set()
@@ -40,7 +41,7 @@ def dependencies(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run(installed, dependencies, tmp_path):
+def run(installed: Path, dependencies: Path, tmp_path: Path) -> Callable[..., str]:
     """Runs a script where the client, its dependencies and `tmp_path` are all there is."""
 
     def run(script: str) -> str:
@@ -53,7 +54,7 @@ def run(installed, dependencies, tmp_path):
     return run
 
 
-def test_the_wheel_holds_the_client_and_nothing_else(wheel):
+def test_the_wheel_holds_the_client_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     tops = {name.partition("/")[0] for name in names}
@@ -66,11 +67,11 @@ def test_the_wheel_holds_the_client_and_nothing_else(wheel):
     }
 
 
-def test_the_wheel_is_small(wheel):
+def test_the_wheel_is_small(wheel: Path) -> None:
     assert wheel.stat().st_size < MAX_WHEEL_BYTES
 
 
-def test_the_metadata_names_three_dependencies_and_the_command(wheel):
+def test_the_metadata_names_three_dependencies_and_the_command(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (metadata_name,) = [name for name in archive.namelist() if name.endswith("/METADATA")]
         metadata = email.message_from_bytes(archive.read(metadata_name))
@@ -81,7 +82,7 @@ def test_the_metadata_names_three_dependencies_and_the_command(wheel):
     assert commands.split() == ["[console_scripts]", "avatar", "=", "avatar_client.cli:main"]
 
 
-def test_the_command_runs_where_nothing_else_is_installed(run):
+def test_the_command_runs_where_nothing_else_is_installed(run: Callable[..., str]) -> None:
     script = "from avatar_client.cli import main\nmain(['generate', '--help'])"
     assert run(script).startswith("usage: avatar generate ")
 
@@ -96,13 +97,15 @@ print(*sys.modules)
 STRANGERS = {"torch", "torchvision", "transformers", "worker", "builder", "studio", "boto3"}
 
 
-def test_an_import_arms_no_hook_and_brings_no_stranger(run):
+def test_an_import_arms_no_hook_and_brings_no_stranger(run: Callable[..., str]) -> None:
     modules = set(run(IMPORTED).split())
     assert "httpx" in modules
     assert not modules & STRANGERS
 
 
-def test_a_broken_torchvision_beside_it_is_none_of_its_business(run, tmp_path):
+def test_a_broken_torchvision_beside_it_is_none_of_its_business(
+    run: Callable[..., str], tmp_path: Path
+) -> None:
     broken = "raise RuntimeError('operator torchvision::nms does not exist')"
     for name, code in {"torchvision": broken, "transformers": "", "worker": "x = 1"}.items():
         (tmp_path / name).mkdir()

@@ -7,13 +7,14 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from avatar_client import DownloadError
 from tests.avatar_client.client_kinds import KEY
-from tests.support.scripted_server import CLOSED, Answer
+from tests.support.scripted_server import CLOSED, Answer, ScriptedServer
 
 ROOT = Path(__file__).parents[2]
 VIDEO = bytes(range(256)) * 400
@@ -21,7 +22,7 @@ SIGNATURE = "X-Amz-Signature=0123secret&X-Amz-Credential=4567secret"
 STATUS, GET = "GET /v2/local/status/job-1", "GET /store/video.mp4"
 
 
-def finish(server, **output):
+def finish(server: Any, **output: Any) -> None:
     """Lets the job be completed, with the video in the store unless the output says otherwise."""
     facts = {
         "video_url": f"{server.origin}/store/video.mp4?{SIGNATURE}",
@@ -33,7 +34,9 @@ def finish(server, **output):
     server.on(STATUS, body)
 
 
-def test_the_video_is_fetched_whole_without_the_key(client, server, tmp_path):
+def test_the_video_is_fetched_whole_without_the_key(
+    client: Any, server: ScriptedServer, tmp_path: Path
+) -> None:
     finish(server)
     server.on(GET, Answer(body=VIDEO))
 
@@ -47,7 +50,9 @@ def test_the_video_is_fetched_whole_without_the_key(client, server, tmp_path):
     assert asked.path.endswith(SIGNATURE)
 
 
-def test_the_file_is_as_readable_as_any_other_new_file(client, server, tmp_path):
+def test_the_file_is_as_readable_as_any_other_new_file(
+    client: Any, server: ScriptedServer, tmp_path: Path
+) -> None:
     finish(server)
     server.on(GET, Answer(body=VIDEO))
     (tmp_path / "other").touch()
@@ -55,13 +60,17 @@ def test_the_file_is_as_readable_as_any_other_new_file(client, server, tmp_path)
     assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
-def test_in_a_directory_the_video_takes_the_name_of_the_job(client, server, tmp_path):
+def test_in_a_directory_the_video_takes_the_name_of_the_job(
+    client: Any, server: ScriptedServer, tmp_path: Path
+) -> None:
     finish(server)
     server.on(GET, Answer(body=VIDEO))
     assert client.job("job-1").download(str(tmp_path)) == tmp_path / "job-1.mp4"
 
 
-def test_a_video_inside_the_answer_is_checked_too(client, server, tmp_path):
+def test_a_video_inside_the_answer_is_checked_too(
+    client: Any, server: ScriptedServer, tmp_path: Path
+) -> None:
     finish(server, video_url=None, video_base64=base64.b64encode(VIDEO).decode())
     assert client.job("job-1").download(tmp_path / "video.mp4").read_bytes() == VIDEO
 
@@ -70,14 +79,16 @@ def test_a_video_inside_the_answer_is_checked_too(client, server, tmp_path):
         client.job("job-1").download(tmp_path / "other.mp4")
 
 
-def test_a_redirect_is_followed(client, server, tmp_path):
+def test_a_redirect_is_followed(client: Any, server: ScriptedServer, tmp_path: Path) -> None:
     finish(server)
     server.on(GET, Answer(302, headers={"Location": "/elsewhere.mp4?token=5678secret"}))
     server.on("GET /elsewhere.mp4", Answer(body=VIDEO))
     assert client.job("job-1").download(tmp_path / "video.mp4").read_bytes() == VIDEO
 
 
-def test_a_cut_connection_is_taken_up_where_it_broke(client, server, tmp_path):
+def test_a_cut_connection_is_taken_up_where_it_broke(
+    client: Any, server: ScriptedServer, tmp_path: Path
+) -> None:
     finish(server)
     server.on(
         GET,
@@ -102,7 +113,9 @@ def test_a_cut_connection_is_taken_up_where_it_broke(client, server, tmp_path):
     ],
     ids=["no ranges", "another range", "no such range"],
 )
-def test_a_store_that_cannot_go_on_is_asked_from_the_start(client, server, tmp_path, second):
+def test_a_store_that_cannot_go_on_is_asked_from_the_start(
+    client: Any, server: ScriptedServer, tmp_path: Path, second: list[Answer]
+) -> None:
     finish(server)
     server.on(GET, Answer(body=VIDEO, cut_after=30_000), *second)
     assert client.job("job-1").download(tmp_path / "video.mp4").read_bytes() == VIDEO
@@ -129,8 +142,14 @@ def test_a_store_that_cannot_go_on_is_asked_from_the_start(client, server, tmp_p
     ],
 )
 def test_what_is_not_the_video_leaves_nothing_behind(
-    client, server, tmp_path, caplog, answer, output, text
-):
+    client: Any,
+    server: ScriptedServer,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    answer: Answer,
+    output: dict[str, Any],
+    text: str,
+) -> None:
     finish(server, **output)
     server.on(GET, answer)
     target = tmp_path / "video.mp4"
@@ -145,7 +164,13 @@ def test_what_is_not_the_video_leaves_nothing_behind(
 
 
 @pytest.mark.parametrize("level", [logging.INFO, 1])
-def test_no_signature_and_no_key_is_logged(client, server, tmp_path, caplog, level):
+def test_no_signature_and_no_key_is_logged(
+    client: Any,
+    server: ScriptedServer,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    level: int,
+) -> None:
     finish(server)
     server.on(GET, Answer(body=VIDEO, cut_after=9, serves_ranges=False), Answer(500))
     with caplog.at_level(level), pytest.raises(DownloadError):
@@ -157,8 +182,8 @@ def test_no_signature_and_no_key_is_logged(client, server, tmp_path, caplog, lev
 
 
 def test_no_signature_of_a_redirect_is_logged_by_a_program_that_logs_at_info(
-    client, server, tmp_path, caplog
-):
+    client: Any, server: ScriptedServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     finish(server)
     server.on(GET, Answer(307, headers={"Location": f"{server.origin}/two.mp4?{SIGNATURE}"}))
     server.on("GET /two.mp4", Answer(body=VIDEO))
@@ -170,7 +195,7 @@ def test_no_signature_of_a_redirect_is_logged_by_a_program_that_logs_at_info(
     assert server.asked("GET /two.mp4")[0].path.endswith(SIGNATURE)
 
 
-def test_no_logger_of_another_library_is_changed():
+def test_no_logger_of_another_library_is_changed() -> None:
     script = (
         "import logging\n"
         "import httpx, httpcore\n"
@@ -189,14 +214,18 @@ def test_no_logger_of_another_library_is_changed():
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 
-def test_other_uses_of_the_http_library_log_as_they_did(server, caplog):
+def test_other_uses_of_the_http_library_log_as_they_did(
+    server: ScriptedServer, caplog: pytest.LogCaptureFixture
+) -> None:
     url = server.on("GET /mine", Answer())
     with caplog.at_level(logging.INFO):
         httpx.get(f"{url}?page=2")
     assert "/mine?page=2" in caplog.text
 
 
-def test_a_result_that_is_known_outlives_the_memory_of_the_platform(client, server, tmp_path):
+def test_a_result_that_is_known_outlives_the_memory_of_the_platform(
+    client: Any, server: ScriptedServer, tmp_path: Path
+) -> None:
     finish(server)
     server.on(GET, Answer(body=VIDEO))
     job = client.job("job-1")
@@ -205,14 +234,18 @@ def test_a_result_that_is_known_outlives_the_memory_of_the_platform(client, serv
     assert job.download(tmp_path / "video.mp4").read_bytes() == VIDEO
 
 
-def test_a_directory_that_is_not_there_is_named(client, server, tmp_path):
+def test_a_directory_that_is_not_there_is_named(
+    client: Any, server: ScriptedServer, tmp_path: Path
+) -> None:
     finish(server)
     server.on(GET, Answer(body=VIDEO))
     with pytest.raises(DownloadError, match=r"nowhere/video.mp4 cannot be written: No such file"):
         client.job("job-1").download(tmp_path / "nowhere" / "video.mp4")
 
 
-def test_a_file_that_cannot_grow_is_said_so_and_removed(client, server, tmp_path):
+def test_a_file_that_cannot_grow_is_said_so_and_removed(
+    client: Any, server: ScriptedServer, tmp_path: Path
+) -> None:
     finish(server)
     server.on(GET, Answer(body=VIDEO))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -2,6 +2,9 @@
 
 import asyncio
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,17 +40,17 @@ from tests.support.scripted_server import CLOSED, Answer, ScriptedServer
 
 
 @pytest.mark.parametrize("kind", [AvatarEndpoint, AsyncAvatarEndpoint])
-def test_the_key_stands_in_no_text_of_the_objects(kind):
+def test_the_key_stands_in_no_text_of_the_objects(kind: type[Any]) -> None:
     endpoint = kind("abc", KEY)
     assert KEY not in f"{endpoint!r} {endpoint} {endpoint.job('x')!r} {vars(endpoint)}"
 
 
-def test_health_is_what_the_endpoint_says(client, server):
+def test_health_is_what_the_endpoint_says(client: Any, server: ScriptedServer) -> None:
     server.on("GET /v2/local/health", {"jobs": {"inQueue": 1}, "workers": {"idle": 2}})
     assert client.health() == {"jobs": {"inQueue": 1}, "workers": {"idle": 2}}
 
 
-def test_a_job_is_submitted_once_with_the_key(client, server):
+def test_a_job_is_submitted_once_with_the_key(client: Any, server: ScriptedServer) -> None:
     server.on(RUN, QUEUED)
     job = client.submit(IMAGE, AUDIO, prompt="Grüße 🙂")
     (sent,) = server.requests
@@ -58,14 +61,18 @@ def test_a_job_is_submitted_once_with_the_key(client, server):
 
 
 @pytest.mark.parametrize("answer", [CLOSED, Answer(500), Answer(503, {"error": "busy"})])
-def test_a_job_that_may_have_arrived_is_not_sent_again(client, server, answer):
+def test_a_job_that_may_have_arrived_is_not_sent_again(
+    client: Any, server: ScriptedServer, answer: Answer
+) -> None:
     server.on(RUN, answer)
     with pytest.raises(EndpointUnavailableError, match="not known whether the job was queued"):
         client.submit(IMAGE, AUDIO)
     assert len(server.requests) == 1
 
 
-def test_a_job_that_was_turned_away_is_sent_again_after_the_time_named(client, server):
+def test_a_job_that_was_turned_away_is_sent_again_after_the_time_named(
+    client: Any, server: ScriptedServer
+) -> None:
     server.on(RUN, Answer(429, headers={"Retry-After": "1"}), QUEUED)
     begun = time.monotonic()
     assert client.submit(IMAGE, AUDIO).id == "job-1"
@@ -73,7 +80,7 @@ def test_a_job_that_was_turned_away_is_sent_again_after_the_time_named(client, s
     assert len(server.requests) == 2
 
 
-def test_an_endpoint_that_is_not_there_is_said_to_be_so(make_client):
+def test_an_endpoint_that_is_not_there_is_said_to_be_so(make_client: Callable[..., Any]) -> None:
     with ScriptedServer() as server:
         address = f"{server.origin}/v2/local"  # closed when the client protocol
     client = make_client(address)
@@ -102,7 +109,9 @@ def test_an_endpoint_that_is_not_there_is_said_to_be_so(make_client):
         (Answer(200, {}), EndpointUnavailableError, "about a job"),
     ],
 )
-def test_a_refusal_says_why_and_shows_no_secret(client, server, answer, kind, text):
+def test_a_refusal_says_why_and_shows_no_secret(
+    client: Any, server: ScriptedServer, answer: Answer, kind: type[Exception], text: str
+) -> None:
     server.on(RUN, answer)
     with pytest.raises(kind, match=text) as caught:
         client.submit(IMAGE, AUDIO)
@@ -112,7 +121,7 @@ def test_a_refusal_says_why_and_shows_no_secret(client, server, answer, kind, te
     assert len(server.requests) == 1
 
 
-def test_the_key_follows_no_redirect(client, server):
+def test_the_key_follows_no_redirect(client: Any, server: ScriptedServer) -> None:
     elsewhere = server.on("POST /elsewhere", QUEUED)
     server.on(RUN, Answer(307, headers={"Location": elsewhere}))
     with pytest.raises(EndpointUnavailableError, match="redirects"):
@@ -120,7 +129,9 @@ def test_the_key_follows_no_redirect(client, server):
     assert server.asked("POST /elsewhere") == []
 
 
-def test_a_status_carries_the_progress_of_a_running_job(client, server):
+def test_a_status_carries_the_progress_of_a_running_job(
+    client: Any, server: ScriptedServer
+) -> None:
     server.on(STATUS, RUNNING)
     status = client.job("job-1").status()
     assert (status.status, status.is_over, status.output) == ("IN_PROGRESS", False, None)
@@ -130,7 +141,9 @@ def test_a_status_carries_the_progress_of_a_running_job(client, server):
     assert (status.progress.eta_seconds, status.progress.message) == (236.0, "Denoising 21/50")
 
 
-def test_a_wait_ends_with_the_result_and_tells_each_status(client, server):
+def test_a_wait_ends_with_the_result_and_tells_each_status(
+    client: Any, server: ScriptedServer
+) -> None:
     server.on(STATUS, QUEUED, RUNNING, DONE)
     seen: list[JobStatus] = []
     result = client.job("job-1").wait(on_status=seen.append)
@@ -139,7 +152,7 @@ def test_a_wait_ends_with_the_result_and_tells_each_status(client, server):
     assert (result.output, result.execution_seconds) == ({"seed": 7}, 2.5)
 
 
-def test_a_callback_may_be_a_coroutine(server):
+def test_a_callback_may_be_a_coroutine(server: ScriptedServer) -> None:
     server.on(STATUS, RUNNING, DONE)
     seen: list[str] = []
 
@@ -147,7 +160,7 @@ def test_a_callback_may_be_a_coroutine(server):
         await asyncio.sleep(0)
         seen.append(status.status)
 
-    async def wait():
+    async def wait() -> None:
         url = f"{server.origin}/v2/local"
         async with AsyncAvatarEndpoint(url, KEY, poll_seconds=0.005) as endpoint:
             await endpoint.job("job-1").wait(on_status=note)
@@ -156,27 +169,33 @@ def test_a_callback_may_be_a_coroutine(server):
     assert seen == ["IN_PROGRESS", "COMPLETED"]
 
 
-def test_updates_come_one_by_one(client, server):
+def test_updates_come_one_by_one(client: Any, server: ScriptedServer) -> None:
     server.on(STATUS, QUEUED, RUNNING, DONE)
     statuses = [status.status for status in client.job("job-1").updates()]
     assert statuses == ["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
 
 
 @pytest.mark.parametrize("fault", [CLOSED, Answer(500), Answer(502), Answer(429)])
-def test_a_wait_survives_a_few_faults_in_a_row(client, server, fault):
+def test_a_wait_survives_a_few_faults_in_a_row(
+    client: Any, server: ScriptedServer, fault: Answer
+) -> None:
     server.on(STATUS, RUNNING, fault, fault, fault, fault, DONE)
     assert client.job("job-1").wait().status == "COMPLETED"
 
 
 @pytest.mark.parametrize("fault", [CLOSED, Answer(500)])
-def test_a_wait_ends_when_the_faults_do_not(client, server, fault):
+def test_a_wait_ends_when_the_faults_do_not(
+    client: Any, server: ScriptedServer, fault: Answer
+) -> None:
     server.on(STATUS, fault)
     with pytest.raises(EndpointUnavailableError):
         client.job("job-1").wait()
     assert len(server.requests) == protocol.ATTEMPTS
 
 
-def test_a_wait_ends_at_the_limit_of_the_caller_and_the_job_goes_on(client, server):
+def test_a_wait_ends_at_the_limit_of_the_caller_and_the_job_goes_on(
+    client: Any, server: ScriptedServer
+) -> None:
     server.on(STATUS, RUNNING)
     with pytest.raises(WaitTimeoutError, match=r"IN_PROGRESS after 0\.05 s; it goes on") as caught:
         client.job("job-1").wait(timeout_seconds=0.05)
@@ -192,7 +211,9 @@ def test_a_wait_ends_at_the_limit_of_the_caller_and_the_job_goes_on(client, serv
         ({"status": "TIMED_OUT"}, JobTimedOutError),
     ],
 )
-def test_a_wait_for_a_job_without_a_result_says_which_end_it_had(client, server, body, kind):
+def test_a_wait_for_a_job_without_a_result_says_which_end_it_had(
+    client: Any, server: ScriptedServer, body: dict[str, str], kind: type[Exception]
+) -> None:
     server.on(STATUS, {"id": "job-1", **body})
     with pytest.raises(kind, match="job-1"):
         client.job("job-1").wait()
@@ -200,7 +221,7 @@ def test_a_wait_for_a_job_without_a_result_says_which_end_it_had(client, server,
         client.job("job-1").download("never.mp4")
 
 
-def test_a_failed_job_says_what_the_worker_said(client, server):
+def test_a_failed_job_says_what_the_worker_said(client: Any, server: ScriptedServer) -> None:
     error = "INPUT_DOWNLOAD_FAILED: audio: the server answered HTTP 404"
     server.on(STATUS, {"id": "job-1", "status": "FAILED", "error": error})
     with pytest.raises(JobFailedError, match=error) as caught:
@@ -211,7 +232,7 @@ def test_a_failed_job_says_what_the_worker_said(client, server):
     assert caught.value.retryable
 
 
-def test_a_job_that_is_forgotten_is_said_to_be_so(client, server):
+def test_a_job_that_is_forgotten_is_said_to_be_so(client: Any, server: ScriptedServer) -> None:
     server.on(STATUS, Answer(404, {"error": "no"}))
     with pytest.raises(JobNotFoundError, match="no job job-1: a result is kept for 30 minutes"):
         client.job("job-1").status()
@@ -220,18 +241,22 @@ def test_a_job_that_is_forgotten_is_said_to_be_so(client, server):
 @pytest.mark.parametrize(
     "job_id", ["", "../health", "a/b", "a?b", "a%2fb", "a b", "a\n", "x" * 129]
 )
-def test_what_cannot_be_the_id_of_a_job_never_reaches_a_path(client, server, job_id):
+def test_what_cannot_be_the_id_of_a_job_never_reaches_a_path(
+    client: Any, server: ScriptedServer, job_id: str
+) -> None:
     with pytest.raises(JobNotFoundError, match="not the id of a job"):
         client.job(job_id)
     assert server.requests == []
 
 
-def test_a_job_is_cancelled(client, server):
+def test_a_job_is_cancelled(client: Any, server: ScriptedServer) -> None:
     server.on(CANCEL, CLOSED, {"id": "job-1", "status": "CANCELLED"})
     assert client.job("job-1").cancel().status == "CANCELLED"
 
 
-def test_a_job_that_is_not_over_has_no_video(client, server, tmp_path):
+def test_a_job_that_is_not_over_has_no_video(
+    client: Any, server: ScriptedServer, tmp_path: Path
+) -> None:
     server.on(STATUS, RUNNING)
     with pytest.raises(DownloadError, match="no video yet: it is IN_PROGRESS"):
         client.job("job-1").download(tmp_path / "video.mp4")

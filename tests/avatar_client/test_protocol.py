@@ -1,5 +1,8 @@
 """The calls of an endpoint, without the network."""
 
+from collections.abc import Callable
+from typing import Any
+
 import httpx
 import pytest
 
@@ -21,28 +24,32 @@ from avatar_client import (
         ("http://127.0.0.1:8000/v2/local", "http://127.0.0.1:8000/v2/local"),
     ],
 )
-def test_an_endpoint_is_named_by_its_id_or_its_address(make_client, given, url):
+def test_an_endpoint_is_named_by_its_id_or_its_address(
+    make_client: Callable[..., Any], given: str, url: str
+) -> None:
     assert make_client(given).url == url
 
 
 @pytest.mark.parametrize(
     "given", ["", "a b", "ftp://x/v2/a", "https://", "https://u:p@x/v2/a", "https://x/v2/a?b=c"]
 )
-def test_what_cannot_be_an_endpoint_is_refused(make_client, given):
+def test_what_cannot_be_an_endpoint_is_refused(make_client: Callable[..., Any], given: str) -> None:
     with pytest.raises(ValueError, match="an endpoint is an id"):
         make_client(given)
 
 
 @pytest.mark.parametrize("key", ["", "a b", "k\n", "schlüssel"])
 @pytest.mark.parametrize("kind", [AvatarEndpoint, AsyncAvatarEndpoint])
-def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(kind, key):
+def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(kind: type[Any], key: str) -> None:
     with pytest.raises(ValueError, match="API key") as caught:
         kind("abc", key)
     assert not key or key not in str(caught.value)
 
 
 @pytest.mark.parametrize("failure", [httpx.ConnectError("x"), httpx.ConnectTimeout("x")])
-def test_a_submit_is_repeated_if_there_was_no_connection(failure):
+def test_a_submit_is_repeated_if_there_was_no_connection(
+    failure: httpx.ConnectError | httpx.ConnectTimeout,
+) -> None:
     call = protocol.submit({})
     assert protocol.read(call, failure, 1, 1.0) == protocol.Pause(1.0)
     assert protocol.read(call, failure, 4, 1.0) == protocol.Pause(8.0)
@@ -50,7 +57,7 @@ def test_a_submit_is_repeated_if_there_was_no_connection(failure):
         protocol.read(call, failure, protocol.ATTEMPTS, 1.0)
 
 
-def test_the_pauses_of_a_wait_grow_to_five_times_the_first():
+def test_the_pauses_of_a_wait_grow_to_five_times_the_first() -> None:
     pace = protocol.Pace(1.0, None)
     pauses = [pace.pause_after(JobStatus("a", "IN_QUEUE")) for _ in range(8)]
     assert pauses == sorted(pauses)

@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ def example(language: str, mark: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def quick_endpoint(worker_environment, tmp_path_factory) -> Iterator[LocalEndpoint]:
+def quick_endpoint(
+    worker_environment: Mapping[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LocalEndpoint]:
     """An endpoint whose worker makes every job small."""
     directory = tmp_path_factory.mktemp("quick-worker")
     script = Path(__file__).with_name("quick_handler.py")
@@ -40,7 +42,13 @@ def quick_endpoint(worker_environment, tmp_path_factory) -> Iterator[LocalEndpoi
 
 
 @pytest.fixture
-def run(quick_endpoint, installed, make_portrait, make_speech, tmp_path):
+def run(
+    quick_endpoint: LocalEndpoint,
+    installed: Path,
+    make_portrait: Callable[..., bytes],
+    make_speech: Callable[..., bytes],
+    tmp_path: Path,
+) -> Callable[..., str]:
     """Runs a command beside the two files, with the client installed; what it printed."""
     (tmp_path / "portrait.jpg").write_bytes(make_portrait(format="JPEG"))
     (tmp_path / "speech.wav").write_bytes(make_speech(0.4))
@@ -71,17 +79,19 @@ def num_frames(path: Path) -> int:
         return sum(1 for _ in container.decode(video=0))
 
 
-def test_the_python_example_makes_a_video(run, tmp_path):
+def test_the_python_example_makes_a_video(run: Callable[..., str], tmp_path: Path) -> None:
     run(sys.executable, "-c", example("python", "AvatarEndpoint("))
     assert num_frames(tmp_path / "video.mp4") > 0
 
 
-def test_the_shell_example_makes_a_video(run, tmp_path):
+def test_the_shell_example_makes_a_video(run: Callable[..., str], tmp_path: Path) -> None:
     assert run("sh", "-e", "-c", example("sh", "avatar generate")) == "video.mp4\n"
     assert num_frames(tmp_path / "video.mp4") > 0
 
 
-def test_the_webhook_example_takes_what_the_platform_posts_and_heeds_its_token(capsys):
+def test_the_webhook_example_takes_what_the_platform_posts_and_heeds_its_token(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     namespace: dict[str, Any] = {}
     exec(example("python", "webhook_token_matches("), namespace)
     client = TestClient(namespace["app"])

@@ -2,15 +2,17 @@
 
 import base64
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from avatar_client import request_body
 from avatar_client.contract import InputUrlBlockedError, InvalidInputError
 from tests.avatar_client.answers import AUDIO, IMAGE
+from tests.support.scripted_server import ScriptedServer
 
 
-def test_files_travel_in_the_request_and_addresses_as_they_are(client, tmp_path):
+def test_files_travel_in_the_request_and_addresses_as_they_are(client: Any, tmp_path: Path) -> None:
     path = tmp_path / "portrait.png"
     path.write_bytes(b"picture")
 
@@ -26,7 +28,7 @@ def test_files_travel_in_the_request_and_addresses_as_they_are(client, tmp_path)
     assert client.request(IMAGE, b"sound")["input"]["audio"] == base64.b64encode(b"sound").decode()
 
 
-def test_the_platform_is_told_how_long_the_job_may_take(client):
+def test_the_platform_is_told_how_long_the_job_may_take(client: Any) -> None:
     assert client.request(IMAGE, AUDIO)["policy"] == {"executionTimeout": 3_600_000}
     body = client.request(IMAGE, AUDIO, execution_timeout_seconds=90.5, webhook="https://me.com/")
     assert (body["policy"], body["webhook"]) == ({"executionTimeout": 90_500}, "https://me.com/")
@@ -52,27 +54,31 @@ def test_the_platform_is_told_how_long_the_job_may_take(client):
         ({"webhook": "https://[x"}, "webhook"),
     ],
 )
-def test_a_wrong_value_is_named_before_anything_is_sent(client, server, options, field):
+def test_a_wrong_value_is_named_before_anything_is_sent(
+    client: Any, server: ScriptedServer, options: dict[str, Any], field: str
+) -> None:
     with pytest.raises(InvalidInputError) as caught:
         client.submit(**{"image": IMAGE, "audio": AUDIO, **options})
     assert caught.value.field == field
     assert server.requests == []
 
 
-def test_an_address_of_another_scheme_is_refused_before_anything_is_sent(client, server):
+def test_an_address_of_another_scheme_is_refused_before_anything_is_sent(
+    client: Any, server: ScriptedServer
+) -> None:
     with pytest.raises(InputUrlBlockedError):
         client.submit("ftp://example.com/a.png", AUDIO)
     assert server.requests == []
 
 
-def test_a_file_that_does_not_fit_needs_a_bucket(client, server):
+def test_a_file_that_does_not_fit_needs_a_bucket(client: Any, server: ScriptedServer) -> None:
     with pytest.raises(InvalidInputError, match=r"8000000 bytes .* URL, or .* bucket") as caught:
         client.submit(b"p" * 1000, b"s" * 8_000_000)
     assert caught.value.field == "audio"
     assert server.requests == []
 
 
-def test_the_largest_request_that_is_built_fits_the_platform(client):
+def test_the_largest_request_that_is_built_fits_the_platform(client: Any) -> None:
     room_bytes = request_body.MAX_BODY_BYTES - 300
     body = client.request(b"p" * (room_bytes // 8 * 3), b"s" * (room_bytes // 8 * 3))
     assert 9_900_000 < len(request_body.encode(body)) <= 10_000_000

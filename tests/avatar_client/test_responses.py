@@ -1,5 +1,7 @@
 """What an endpoint says about a job, read."""
 
+from typing import Any
+
 import pytest
 
 from avatar_client import JobError, JobStatus
@@ -10,7 +12,7 @@ CODES = {"IN_QUEUE": False, "IN_PROGRESS": False} | dict.fromkeys(
 )
 
 
-def test_a_message_of_a_worker_steers_no_terminal():
+def test_a_message_of_a_worker_steers_no_terminal() -> None:
     output = {**PROGRESS, "message": "\x1b[2J\nDenoising"}
     progress = JobStatus.parse({**RUNNING, "output": output}).progress
     assert progress is not None
@@ -18,12 +20,12 @@ def test_a_message_of_a_worker_steers_no_terminal():
 
 
 @pytest.mark.parametrize("output", [None, "text", [], {"percent": 3}, {**PROGRESS, "progress": 42}])
-def test_an_odd_progress_is_no_progress(output):
+def test_an_odd_progress_is_no_progress(output: Any) -> None:
     assert JobStatus.parse({**RUNNING, "output": output}).progress is None
 
 
 @pytest.mark.parametrize("status", list(CODES))
-def test_a_job_is_over_when_nothing_changes_any_more(status):
+def test_a_job_is_over_when_nothing_changes_any_more(status: str) -> None:
     assert JobStatus.parse({"id": "a", "status": status}).is_over is CODES[status]
 
 
@@ -71,10 +73,12 @@ def test_a_job_is_over_when_nothing_changes_any_more(status):
         ),
     ],
 )
-def test_the_reason_of_a_failure_is_read_from_each_of_its_forms(error, output, expected):
+def test_the_reason_of_a_failure_is_read_from_each_of_its_forms(
+    error: Any, output: Any, expected: JobError
+) -> None:
     assert JobError.parse(error, output) == expected
 
 
-def test_a_status_shows_no_signed_address():
+def test_a_status_shows_no_signed_address() -> None:
     status = JobStatus.parse({**DONE, "output": {"video_url": SECRET_URL}})
     assert "0123secret" not in repr(status)

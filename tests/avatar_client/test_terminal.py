@@ -11,7 +11,7 @@ from tests.avatar_client.answers import DONE, QUEUED, RUNNING
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_progress_bar_follows_the_job_on_a_terminal(tmp_path):
+def test_a_progress_bar_follows_the_job_on_a_terminal(tmp_path: Path) -> None:
     script = tmp_path / "bar.py"
     script.write_text(
         "from avatar_client import JobStatus, progress_bar\n"

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from avatar_client import (
     JobNotFoundError,
     JobStatus,
 )
+from local_endpoint import LocalEndpoint
 from tests.avatar_client.client_kinds import KINDS, clients
+from tests.conftest import BucketServer
 
 ROOT = Path(__file__).parents[2]
 DRAFT: dict[str, Any] = {"resolution": 256, "num_inference_steps": 4, "seed": 128}
@@ -32,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("shared_worker")
 
 
 @pytest.fixture(params=KINDS)
-def client(request, endpoint):
+def client(request: pytest.FixtureRequest, endpoint: LocalEndpoint) -> Iterator[Any]:
     with clients(request.param, endpoint.api_key) as make:
         yield make(endpoint.url)
 
@@ -43,8 +46,11 @@ def num_frames(path: Path) -> int:
 
 
 def test_a_portrait_and_a_speech_become_a_video_in_a_file(
-    client, make_portrait, make_speech, tmp_path
-):
+    client: Any,
+    make_portrait: Callable[..., bytes],
+    make_speech: Callable[..., bytes],
+    tmp_path: Path,
+) -> None:
     portrait = tmp_path / "portrait.png"
     portrait.write_bytes(make_portrait())
     seen: list[JobStatus] = []
@@ -61,7 +67,12 @@ def test_a_portrait_and_a_speech_become_a_video_in_a_file(
     assert {status.status for status in seen} >= {"IN_PROGRESS", "COMPLETED"}
 
 
-def test_a_video_inside_the_answer_becomes_a_file(endpoint, make_portrait, make_speech, tmp_path):
+def test_a_video_inside_the_answer_becomes_a_file(
+    endpoint: LocalEndpoint,
+    make_portrait: Callable[..., bytes],
+    make_speech: Callable[..., bytes],
+    tmp_path: Path,
+) -> None:
     inline = {"delivery": "inline"}
     with AvatarEndpoint(endpoint.url, endpoint.api_key) as client:
         job = client.submit(make_portrait(), make_speech(0.5), **DRAFT, output=inline)
@@ -69,7 +80,9 @@ def test_a_video_inside_the_answer_becomes_a_file(endpoint, make_portrait, make_
         assert num_frames(job.download(tmp_path / "video.mp4")) > 0
 
 
-def test_the_worker_names_what_it_cannot_use(client, make_speech):
+def test_the_worker_names_what_it_cannot_use(
+    client: Any, make_speech: Callable[..., bytes]
+) -> None:
     job = client.submit(b"no picture", make_speech(0.5), **DRAFT)
     with pytest.raises(JobFailedError) as caught:
         job.wait(timeout_seconds=JOB_SECONDS)
@@ -77,7 +90,9 @@ def test_the_worker_names_what_it_cannot_use(client, make_speech):
     assert not caught.value.retryable
 
 
-def test_a_running_job_is_cancelled(client, make_portrait, make_speech):
+def test_a_running_job_is_cancelled(
+    client: Any, make_portrait: Callable[..., bytes], make_speech: Callable[..., bytes]
+) -> None:
     job = client.submit(make_portrait(), make_speech(2.0), resolution=704)
     for status in job.updates(timeout_seconds=JOB_SECONDS):
         if status.status == "IN_PROGRESS":
@@ -87,7 +102,9 @@ def test_a_running_job_is_cancelled(client, make_portrait, make_speech):
         job.wait(timeout_seconds=JOB_SECONDS)
 
 
-def test_an_unknown_job_and_a_wrong_key_are_told_apart(client, endpoint):
+def test_an_unknown_job_and_a_wrong_key_are_told_apart(
+    client: Any, endpoint: LocalEndpoint
+) -> None:
     with pytest.raises(JobNotFoundError):
         client.job("never-submitted").status()
     assert set(client.health()) == {"jobs", "workers"}
@@ -99,8 +116,12 @@ def test_an_unknown_job_and_a_wrong_key_are_told_apart(client, endpoint):
 
 
 def test_a_speech_too_large_for_a_request_goes_through_the_bucket(
-    endpoint, object_store, make_portrait, make_speech, tmp_path
-):
+    endpoint: LocalEndpoint,
+    object_store: BucketServer,
+    make_portrait: Callable[..., bytes],
+    make_speech: Callable[..., bytes],
+    tmp_path: Path,
+) -> None:
     speech = tmp_path / "speech.wav"
     speech.write_bytes(make_speech(25.0, rate_hz=192_000))
     assert speech.stat().st_size > 9_000_000
@@ -111,12 +132,14 @@ def test_a_speech_too_large_for_a_request_goes_through_the_bucket(
     assert plan["plan"]["duration_seconds"] == 0.5
 
 
-def test_many_jobs_are_followed_at_once(endpoint, make_portrait, make_speech):
-    async def plan(client):
+def test_many_jobs_are_followed_at_once(
+    endpoint: LocalEndpoint, make_portrait: Callable[..., bytes], make_speech: Callable[..., bytes]
+) -> None:
+    async def plan(client: Any) -> Any:
         job = await client.submit(make_portrait(), make_speech(0.5), **DRAFT, dry_run=True)
         return (await job.wait(timeout_seconds=JOB_SECONDS)).output["plan"]["width"]
 
-    async def plan_all():
+    async def plan_all() -> list[Any]:
         async with AsyncAvatarEndpoint(endpoint.url, endpoint.api_key) as client:
             return await asyncio.gather(*(plan(client) for _ in range(5)))
 
@@ -124,12 +147,17 @@ def test_many_jobs_are_followed_at_once(endpoint, make_portrait, make_speech):
 
 
 @pytest.fixture
-def command(endpoint, make_portrait, make_speech, tmp_path):
+def command(
+    endpoint: LocalEndpoint,
+    make_portrait: Callable[..., bytes],
+    make_speech: Callable[..., bytes],
+    tmp_path: Path,
+) -> Callable[..., Any]:
     """Starts `python -m avatar_client` beside two files."""
     (tmp_path / "portrait.png").write_bytes(make_portrait())
     (tmp_path / "speech.wav").write_bytes(make_speech(1.0))
 
-    def start(*arguments):
+    def start(*arguments: Any) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-m", "avatar_client", *arguments],
             cwd=tmp_path,
@@ -153,21 +181,23 @@ FILES = ("--image", "portrait.png", "--audio", "speech.wav")
 FAST = ("--resolution", "256", "--num-inference-steps", "4")
 
 
-def test_a_command_makes_a_video(command, tmp_path):
+def test_a_command_makes_a_video(command: Callable[..., Any], tmp_path: Path) -> None:
     with command("generate", *FILES, *FAST, "--output", "mine.mp4") as process:
         printed, told = process.communicate(timeout=JOB_SECONDS)
     assert (process.returncode, printed) == (0, "mine.mp4\n"), told
     assert num_frames(tmp_path / "mine.mp4") > 0
 
 
-def test_a_command_prints_the_plan_of_a_job(command):
+def test_a_command_prints_the_plan_of_a_job(command: Callable[..., Any]) -> None:
     with command("generate", *FILES, *FAST, "--dry-run") as process:
         printed, told = process.communicate(timeout=JOB_SECONDS)
     assert process.returncode == 0, told
     assert json.loads(printed)["plan"]["num_inference_steps"] == 4
 
 
-def test_an_interrupted_command_leaves_no_job_behind(command, endpoint):
+def test_an_interrupted_command_leaves_no_job_behind(
+    command: Callable[..., Any], endpoint: LocalEndpoint
+) -> None:
     with command("generate", *FILES, "--resolution", "704") as process:
         job_id = process.stderr.readline().split()[1]
         process.send_signal(signal.SIGINT)

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 
 from benchmarks.decode import COLUMNS, main
@@ -9,7 +10,9 @@ from benchmarks.decode import COLUMNS, main
 TOY = "--device cpu --dtype float32 --channels 4 4 8 8 --layers 1 --groups 4 --num-frames 5"
 
 
-def test_it_measures_every_way_and_finds_the_same_frames(capsys):
+def test_it_measures_every_way_and_finds_the_same_frames(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     torch.set_num_threads(1)
     main([*TOY.split(), "--sizes", "32x48", "--mp4"])
     lines = capsys.readouterr().out.splitlines()

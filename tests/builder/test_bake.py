@@ -7,16 +7,17 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import av
 import pytest
 import torch
 
 from builder.download import VARIANTS, read_upstream
-from local_endpoint import WorkerProcess
+from local_endpoint import LocalEndpoint, WorkerProcess
 from tests.builder.hub_server import COMMIT, REPOSITORY, HubServer
 from tests.builder.toy_repository import (
     AGREEMENT,
@@ -56,12 +57,12 @@ bake.main()
 
 
 @pytest.fixture(scope="session")
-def published(tmp_path_factory) -> dict[str, bytes]:
+def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return toy_repository(tmp_path_factory.mktemp("published"))
 
 
 @pytest.fixture
-def hub(published) -> Iterator[HubServer]:
+def hub(published: dict[str, bytes]) -> Iterator[HubServer]:
     with HubServer(dict(published)) as server:
         yield server
 
@@ -74,7 +75,7 @@ def run(hub: HubServer, variant: str, target: Path, code: str = BAKE) -> tuple[i
 
 
 @pytest.fixture(scope="session")
-def baked(published, tmp_path_factory) -> dict[str, Path]:
+def baked(published: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A model directory for each variant, each in a folder of its own."""
     directories: dict[str, Path] = {}
     for variant in VARIANTS:
@@ -88,14 +89,14 @@ def baked(published, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def model_dir(baked, tmp_path) -> Path:
+def model_dir(baked: dict[str, Path], tmp_path: Path) -> Path:
     """A baked directory that the test may damage."""
     shutil.copytree(baked["bf16"], tmp_path / "model")
     return tmp_path / "model"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_baked_directory_is_a_pipeline(baked, variant):
+def test_a_baked_directory_is_a_pipeline(baked: dict[str, Path], variant: str) -> None:
     require_whole(baked[variant], hashes=True)
     pipeline = HunyuanVideoAvatarPipeline.from_pretrained(baked[variant])
     assert pipeline.transformer.config.float8_blocks is (variant == "fp8")
@@ -103,8 +104,13 @@ def test_a_baked_directory_is_a_pipeline(baked, variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_handler_serves_a_job_from_a_baked_directory(
-    baked, variant, own_endpoint, tmp_path, make_portrait, make_speech
-):
+    baked: dict[str, Path],
+    variant: str,
+    own_endpoint: LocalEndpoint,
+    tmp_path: Path,
+    make_portrait: Callable[..., bytes],
+    make_speech: Callable[..., bytes],
+) -> None:
     operator = {"AVATAR_MODEL": "hunyuan-video-avatar", "MODEL_DIR": str(baked[variant])}
     job = {
         "image": base64.b64encode(make_portrait()).decode(),
@@ -127,7 +133,7 @@ def test_the_handler_serves_a_job_from_a_baked_directory(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_sources_are_gone_and_the_lock_file_stays(baked, variant):
+def test_the_sources_are_gone_and_the_lock_file_stays(baked: dict[str, Path], variant: str) -> None:
     beside = {path.name for path in baked[variant].parent.iterdir()}
     assert beside == {"model", "model.lock.json"}
     assert not list(baked[variant].rglob("*.part"))
@@ -135,7 +141,9 @@ def test_the_sources_are_gone_and_the_lock_file_stays(baked, variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_manifest_says_what_it_is_and_where_it_comes_from(baked, variant):
+def test_the_manifest_says_what_it_is_and_where_it_comes_from(
+    baked: dict[str, Path], variant: str
+) -> None:
     content = manifest.read(baked[variant])
     assert content is not None
     assert content["variant"] == variant
@@ -151,12 +159,14 @@ def test_the_manifest_says_what_it_is_and_where_it_comes_from(baked, variant):
     assert content["licence"]["name"] == read_upstream().licence
 
 
-def test_the_agreement_and_its_notice_go_with_the_weights(baked):
+def test_the_agreement_and_its_notice_go_with_the_weights(baked: dict[str, Path]) -> None:
     assert (baked["bf16"] / "LICENSE").read_bytes() == AGREEMENT
     assert "Copyright (c) 2025 Tencent" in (baked["bf16"] / "NOTICE").read_text()
 
 
-def test_the_encoders_keep_the_published_precision(baked, published):
+def test_the_encoders_keep_the_published_precision(
+    baked: dict[str, Path], published: dict[str, bytes]
+) -> None:
     content = manifest.read(baked["bf16"])
     assert content is not None
     kept = content["dtypes"]
@@ -164,7 +174,9 @@ def test_the_encoders_keep_the_published_precision(baked, published):
 
 
 @pytest.mark.slow
-def test_a_bake_killed_in_a_download_is_no_model_and_resumes(hub, baked, tmp_path):
+def test_a_bake_killed_in_a_download_is_no_model_and_resumes(
+    hub: HubServer, baked: dict[str, Path], tmp_path: Path
+) -> None:
     shard = f"{LLAVA}/model-00002-of-00004.safetensors"
     hub.held_at[shard] = 1000
     process = start_bake(hub, "bf16", tmp_path / "model")
@@ -189,7 +201,9 @@ def test_a_bake_killed_in_a_download_is_no_model_and_resumes(hub, baked, tmp_pat
     assert not (tmp_path / "model.sources").exists()
 
 
-def test_a_bake_killed_while_it_writes_weights_is_no_model_and_resumes(hub, baked, tmp_path):
+def test_a_bake_killed_while_it_writes_weights_is_no_model_and_resumes(
+    hub: HubServer, baked: dict[str, Path], tmp_path: Path
+) -> None:
     code, _ = run(hub, "bf16", tmp_path / "model", DYING_BAKE)
     assert code == -9
     halves = list((tmp_path / "model" / "transformer").iterdir())
@@ -205,7 +219,9 @@ def test_a_bake_killed_while_it_writes_weights_is_no_model_and_resumes(hub, bake
     assert contents(tmp_path / "model") == contents(baked["bf16"])
 
 
-def test_a_second_bake_fetches_nothing_and_another_variant_is_refused(hub, model_dir):
+def test_a_second_bake_fetches_nothing_and_another_variant_is_refused(
+    hub: HubServer, model_dir: Path
+) -> None:
     code, log = run(hub, "bf16", model_dir)
     assert code == 0, log
     assert "is there already, and whole" in log
@@ -216,7 +232,9 @@ def test_a_second_bake_fetches_nothing_and_another_variant_is_refused(hub, model
     assert log.splitlines()[-1].endswith("holds the variant bf16: choose another")
 
 
-def test_weights_that_the_converter_does_not_know_end_in_their_names(hub, tmp_path):
+def test_weights_that_the_converter_does_not_know_end_in_their_names(
+    hub: HubServer, tmp_path: Path
+) -> None:
     path = tmp_path / "weights.pt"
     torch.save({"module": {"another.weight": torch.zeros(2)}}, path)
     hub.files[f"{TRANSFORMERS}/mp_rank_00_model_states.pt"] = path.read_bytes()
@@ -233,8 +251,8 @@ def test_weights_that_the_converter_does_not_know_end_in_their_names(hub, tmp_pa
     [({"token": "hf_needed"}, 3), ({"served_instead": "ckpts/whisper-tiny/config.json"}, 6)],
 )
 def test_a_download_that_fails_ends_the_bake_with_its_code_and_no_model(
-    hub, tmp_path, fault, expected
-):
+    hub: HubServer, tmp_path: Path, fault: dict[str, str], expected: int
+) -> None:
     hub.token = fault.get("token")
     if path := fault.get("served_instead"):
         hub.served_instead[path] = b"{}"
@@ -247,7 +265,9 @@ def test_a_download_that_fails_ends_the_bake_with_its_code_and_no_model(
     assert not (tmp_path / "model" / "model_index.json").exists()
 
 
-def test_a_disk_without_room_for_source_and_target_is_refused_at_once(hub, tmp_path):
+def test_a_disk_without_room_for_source_and_target_is_refused_at_once(
+    hub: HubServer, tmp_path: Path
+) -> None:
     hub.listed_bytes[f"{LLAVA}/model-00001-of-00004.safetensors"] = 10**15
 
     code, log = run(hub, "bf16", tmp_path / "model")
@@ -257,7 +277,9 @@ def test_a_disk_without_room_for_source_and_target_is_refused_at_once(hub, tmp_p
     assert hub.requests == []
 
 
-def test_a_disk_that_fills_up_while_converting_ends_in_one_line(hub, tmp_path):
+def test_a_disk_that_fills_up_while_converting_ends_in_one_line(
+    hub: HubServer, tmp_path: Path
+) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = f"mount -t tmpfs -o size=1m tmpfs {disk}"
@@ -278,7 +300,7 @@ def test_a_disk_that_fills_up_while_converting_ends_in_one_line(hub, tmp_path):
     assert last.startswith(f"the disk of {disk / 'model'} is full: make room and run the same")
 
 
-def test_verify_says_whole_or_names_every_damaged_file(model_dir):
+def test_verify_says_whole_or_names_every_damaged_file(model_dir: Path) -> None:
     verify = [sys.executable, "-m", "builder.verify", str(model_dir), "--hashes"]
     good = subprocess.run(verify, cwd=ROOT, capture_output=True, text=True)
     assert (good.returncode, good.stdout) == (0, f"{model_dir} is whole\n")
@@ -300,7 +322,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_file_of_another_length_is_found_at_the_start(model_dir, damage):
+def test_a_file_of_another_length_is_found_at_the_start(model_dir: Path, damage: Any) -> None:
     for path in files_of(model_dir):
         whole = path.read_bytes()
         if damage is not None:
@@ -316,7 +338,7 @@ def test_a_file_of_another_length_is_found_at_the_start(model_dir, damage):
 
 
 @pytest.mark.parametrize("where", [0.0, 0.0001, 0.25, 0.5, 0.75, 1.0])
-def test_one_changed_byte_of_any_file_is_found_by_its_hash(model_dir, where):
+def test_one_changed_byte_of_any_file_is_found_by_its_hash(model_dir: Path, where: float) -> None:
     for path in files_of(model_dir):
         at = round(where * (path.stat().st_size - 1))
         with changed_byte(path, at), pytest.raises(RuntimeError, match=path.name):
@@ -324,7 +346,7 @@ def test_one_changed_byte_of_any_file_is_found_by_its_hash(model_dir, where):
     require_whole(model_dir, hashes=True)
 
 
-def test_every_byte_of_a_small_file_is_covered_by_its_hash(model_dir):
+def test_every_byte_of_a_small_file_is_covered_by_its_hash(model_dir: Path) -> None:
     small = [path for path in files_of(model_dir) if path.stat().st_size < 1000]
     for path in set(files_of(model_dir)) - set(small):
         path.unlink()
@@ -338,22 +360,22 @@ def test_every_byte_of_a_small_file_is_covered_by_its_hash(model_dir):
                 ]
 
 
-def test_every_byte_of_the_manifest_proves_itself(model_dir):
+def test_every_byte_of_the_manifest_proves_itself(model_dir: Path) -> None:
     path = model_dir / manifest.NAME
     for at in range(path.stat().st_size):
         with changed_byte(path, at), pytest.raises(RuntimeError, match=r"manifest\.json was"):
             require_whole(model_dir)
 
 
-def test_a_model_that_has_lost_its_manifest_is_not_taken_for_verified(model_dir):
+def test_a_model_that_has_lost_its_manifest_is_not_taken_for_verified(model_dir: Path) -> None:
     (model_dir / manifest.NAME).unlink()
     with pytest.raises(RuntimeError, match=r"manifest\.json is missing"):
         require_whole(model_dir, hashes=True)
 
 
 def test_a_worker_with_a_damaged_model_says_which_file_and_takes_no_job(
-    model_dir, own_endpoint, tmp_path
-):
+    model_dir: Path, own_endpoint: LocalEndpoint, tmp_path: Path
+) -> None:
     path = model_dir / "vae" / "diffusion_pytorch_model.safetensors"
     os.truncate(path, path.stat().st_size - 1)
     operator = {"AVATAR_MODEL": "hunyuan-video-avatar", "MODEL_DIR": str(model_dir)}

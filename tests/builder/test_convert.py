@@ -2,6 +2,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,17 +31,17 @@ def inference() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory) -> Path:
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_toy_checkpoint(tmp_path_factory.mktemp("plain"))
 
 
 @pytest.fixture(scope="module")
-def float8(tmp_path_factory) -> Path:
+def float8(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_toy_checkpoint(tmp_path_factory.mktemp("float8"), plain=False, float8=True)
 
 
 @pytest.fixture(scope="module")
-def model_dir(plain, tmp_path_factory) -> Path:
+def model_dir(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The plain checkpoint, converted with every tensor kept."""
     target = tmp_path_factory.mktemp("models") / "keep"
     convert(plain, target)
@@ -48,7 +49,7 @@ def model_dir(plain, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def own_checkpoint(tmp_path) -> Path:
+def own_checkpoint(tmp_path: Path) -> Path:
     """A checkpoint that the test may damage."""
     return build_toy_checkpoint(tmp_path / "own", float8=True)
 
@@ -74,14 +75,14 @@ def reference(case: str) -> torch.Tensor:
 # The transformer, straight from the published files
 
 
-def test_the_plain_transformer_is_the_references(plain):
+def test_the_plain_transformer_is_the_references(plain: Path) -> None:
     model = load_official_transformer(plain / TRANSFORMERS)
 
     assert relative_difference(velocity(model, "plain"), reference("plain")) < 1e-6
 
 
 @pytest.mark.parametrize("stored_dtype", [torch.bfloat16, torch.float8_e4m3fn])
-def test_the_8_bit_transformer_is_the_references(own_checkpoint, stored_dtype):
+def test_the_8_bit_transformer_is_the_references(own_checkpoint: Any, stored_dtype: Any) -> None:
     def store_as(weights: dict[str, torch.Tensor]) -> None:
         scales = torch.load(own_checkpoint / FLOAT8_MAP)["module"]
         weights |= {
@@ -96,14 +97,14 @@ def test_the_8_bit_transformer_is_the_references(own_checkpoint, stored_dtype):
     assert relative_difference(velocity(model, "fp8"), reference("fp8")) < 1e-6
 
 
-def test_the_dtype_can_be_chosen(plain):
+def test_the_dtype_can_be_chosen(plain: Path) -> None:
     model = load_official_transformer(plain / TRANSFORMERS, dtype=torch.bfloat16)
 
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert relative_difference(velocity(model, "plain"), reference("plain")) < 2e-2
 
 
-def test_the_full_size_is_the_default_and_every_weight_of_it_has_its_place():
+def test_the_full_size_is_the_default_and_every_weight_of_it_has_its_place() -> None:
     with torch.device("meta"):
         weights = HunyuanVideoAvatarTransformer3DModel().state_dict()
 
@@ -117,7 +118,9 @@ def test_the_full_size_is_the_default_and_every_weight_of_it_has_its_place():
 # The command
 
 
-def test_the_pipeline_loads_what_the_command_wrote(plain, tmp_path, monkeypatch):
+def test_the_pipeline_loads_what_the_command_wrote(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = tmp_path / "model"
     parent = plain.parent  # of ckpts
     monkeypatch.setattr(sys, "argv", ["convert", "--source", str(parent), "--target", str(target)])
@@ -134,7 +137,7 @@ def test_the_pipeline_loads_what_the_command_wrote(plain, tmp_path, monkeypatch)
     assert relative_difference(velocity(pipeline.transformer, "plain"), reference("plain")) < 1e-6
 
 
-def test_the_text_encoder_ends_with_the_states_in_use(plain, model_dir):
+def test_the_text_encoder_ends_with_the_states_in_use(plain: Path, model_dir: Path) -> None:
     whole = LlavaModel.from_pretrained(plain / "llava_llama_image").language_model
     ours = LlavaModel.from_pretrained(model_dir / "text_encoder").language_model
     states = []
@@ -148,7 +151,7 @@ def test_the_text_encoder_ends_with_the_states_in_use(plain, model_dir):
     assert torch.equal(states[0], expected)
 
 
-def test_the_other_encoders_are_whole(plain, model_dir):
+def test_the_other_encoders_are_whole(plain: Path, model_dir: Path) -> None:
     clip = CLIPTextModel.from_pretrained(model_dir / "text_encoder_2")
     tokenizer = CLIPTokenizer.from_pretrained(model_dir / "tokenizer_2")
     ids = tokenizer("a kitchen", return_tensors="pt").input_ids
@@ -170,7 +173,7 @@ def test_the_other_encoders_are_whole(plain, model_dir):
     assert all(torch.equal(encoder[k], published[f"model.encoder.{k}"]) for k in encoder)
 
 
-def test_keep_stores_each_tensor_in_its_dtype(own_checkpoint, tmp_path):
+def test_keep_stores_each_tensor_in_its_dtype(own_checkpoint: Path, tmp_path: Path) -> None:
     layer = "double_blocks.0.img_attn_qkv.weight"
     edit_weights(own_checkpoint / PLAIN, lambda w: w.update({layer: w[layer].half()}))
 
@@ -184,7 +187,7 @@ def test_keep_stores_each_tensor_in_its_dtype(own_checkpoint, tmp_path):
     assert {value.dtype for value in whisper.values()} == {torch.float16}
 
 
-def test_keep_keeps_8_bits_and_computes_as_the_reference_does(float8, tmp_path):
+def test_keep_keeps_8_bits_and_computes_as_the_reference_does(float8: Path, tmp_path: Path) -> None:
     convert(float8, tmp_path / "model")
     model = HunyuanVideoAvatarTransformer3DModel.from_pretrained(tmp_path / "model/transformer")
 
@@ -194,7 +197,7 @@ def test_keep_keeps_8_bits_and_computes_as_the_reference_does(float8, tmp_path):
     assert relative_difference(velocity(model, "fp8"), reference("fp8")) < 1e-6
 
 
-def test_8_bits_stay_8_bits_whatever_the_model_is_cast_to(float8, tmp_path):
+def test_8_bits_stay_8_bits_whatever_the_model_is_cast_to(float8: Path, tmp_path: Path) -> None:
     convert(float8, tmp_path / "model", "fp8")
     model = HunyuanVideoAvatarTransformer3DModel.from_pretrained(
         tmp_path / "model/transformer", dtype=torch.bfloat16
@@ -206,7 +209,7 @@ def test_8_bits_stay_8_bits_whatever_the_model_is_cast_to(float8, tmp_path):
     assert model.transformer_blocks[0].attn.to_q.weight.dtype == torch.uint8
 
 
-def test_fp8_has_a_scale_for_each_output_channel(plain, tmp_path):
+def test_fp8_has_a_scale_for_each_output_channel(plain: Path, tmp_path: Path) -> None:
     convert(plain, tmp_path / "model", "fp8")
     model = HunyuanVideoAvatarTransformer3DModel.from_pretrained(tmp_path / "model/transformer")
 
@@ -231,7 +234,9 @@ def test_fp8_has_a_scale_for_each_output_channel(plain, tmp_path):
     assert relative_difference(velocity(model, "plain"), reference("plain")) < 5e-2
 
 
-def test_fp8_keeps_llavas_decoder_in_8_bits_within_the_bound(plain, model_dir, tmp_path):
+def test_fp8_keeps_llavas_decoder_in_8_bits_within_the_bound(
+    plain: Path, model_dir: Path, tmp_path: Path
+) -> None:
     convert(plain, tmp_path / "model", "fp8")
     whole = LlavaModel.from_pretrained(model_dir / "text_encoder", dtype=torch.float32)
     encoder = Float8LlavaModel.from_pretrained(
@@ -252,7 +257,9 @@ def test_fp8_keeps_llavas_decoder_in_8_bits_within_the_bound(plain, model_dir, t
         assert name.startswith(layers) or torch.equal(others[name], tensor)
 
 
-def test_bf16_casts_transformer_and_text_encoders_but_not_the_vae(float8, tmp_path):
+def test_bf16_casts_transformer_and_text_encoders_but_not_the_vae(
+    float8: Path, tmp_path: Path
+) -> None:
     convert(float8, tmp_path / "model", "bf16")
 
     dtypes = {
@@ -275,7 +282,9 @@ def test_bf16_casts_transformer_and_text_encoders_but_not_the_vae(float8, tmp_pa
     assert relative_difference(velocity(model, "fp8"), reference("fp8")) < 2e-2
 
 
-def test_the_face_detector_comes_along_when_it_is_there(own_checkpoint, model_dir, tmp_path):
+def test_the_face_detector_comes_along_when_it_is_there(
+    own_checkpoint: Path, model_dir: Path, tmp_path: Path
+) -> None:
     detector = own_checkpoint / "det_align" / "detface.pt"
     detector.parent.mkdir()
     detector.write_bytes(b"a scripted network")
@@ -287,7 +296,9 @@ def test_the_face_detector_comes_along_when_it_is_there(own_checkpoint, model_di
     assert not (model_dir / "face_detector").exists()
 
 
-def test_the_command_finishes_what_was_interrupted(plain, model_dir, tmp_path):
+def test_the_command_finishes_what_was_interrupted(
+    plain: Path, model_dir: Path, tmp_path: Path
+) -> None:
     target = tmp_path / "model"
     convert(plain, target)
     kept = target / "vae" / "diffusion_pytorch_model.safetensors"
@@ -308,7 +319,7 @@ def test_the_command_finishes_what_was_interrupted(plain, model_dir, tmp_path):
 # What is refused
 
 
-def test_another_conversion_is_not_mixed_in(plain, float8, tmp_path):
+def test_another_conversion_is_not_mixed_in(plain: Path, float8: Path, tmp_path: Path) -> None:
     convert(plain, tmp_path / "model", "bf16")
 
     with pytest.raises(ValueError, match="holds a conversion of other files or to another dtype"):
@@ -317,7 +328,7 @@ def test_another_conversion_is_not_mixed_in(plain, float8, tmp_path):
         convert(float8, tmp_path / "model", "bf16")
 
 
-def test_a_directory_of_something_else_is_left_alone(plain, tmp_path):
+def test_a_directory_of_something_else_is_left_alone(plain: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("my only copy")
 
     with pytest.raises(ValueError, match="not empty"):
@@ -340,8 +351,8 @@ SHAPE = r"wrong shape: fps_proj.mlp.2.bias \(3,\), expected \(64,\)"
     ],
 )
 def test_a_transformer_that_does_not_fit_is_refused_by_name(
-    own_checkpoint, tmp_path, edit, message
-):
+    own_checkpoint: Path, tmp_path: Path, edit: Callable[..., Any], message: str
+) -> None:
     edit_weights(own_checkpoint / PLAIN, edit)
 
     with pytest.raises(ValueError, match=message):
@@ -351,7 +362,7 @@ def test_a_transformer_that_does_not_fit_is_refused_by_name(
     assert not (tmp_path / "model" / "model_index.json").exists()
 
 
-def test_an_8_bit_layer_without_a_scale_is_refused_by_name(own_checkpoint):
+def test_an_8_bit_layer_without_a_scale_is_refused_by_name(own_checkpoint: Path) -> None:
     edit_weights(own_checkpoint / FLOAT8_MAP, lambda scales: scales.pop("single_blocks.0.linear1"))
     (own_checkpoint / PLAIN).unlink()
 
@@ -359,7 +370,7 @@ def test_an_8_bit_layer_without_a_scale_is_refused_by_name(own_checkpoint):
         load_official_transformer(own_checkpoint / TRANSFORMERS)
 
 
-def test_an_unknown_setting_is_refused_by_name(own_checkpoint):
+def test_an_unknown_setting_is_refused_by_name(own_checkpoint: Path) -> None:
     path = own_checkpoint / TRANSFORMERS / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"twist": 1}))
 
@@ -368,7 +379,9 @@ def test_an_unknown_setting_is_refused_by_name(own_checkpoint):
 
 
 @pytest.mark.parametrize("value", [False, None])
-def test_a_vae_that_is_not_causal_is_refused(own_checkpoint, tmp_path, value):
+def test_a_vae_that_is_not_causal_is_refused(
+    own_checkpoint: Path, tmp_path: Path, value: Any
+) -> None:
     path = own_checkpoint / "hunyuan-video-t2v-720p/vae/config.json"
     settings = json.loads(path.read_text()) | {"mid_block_causal_attn": value}
     path.write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
@@ -377,7 +390,9 @@ def test_a_vae_that_is_not_causal_is_refused(own_checkpoint, tmp_path, value):
         convert(own_checkpoint, tmp_path / "model")
 
 
-def test_a_vae_in_its_training_wrapper_is_the_same_vae(own_checkpoint, model_dir, tmp_path):
+def test_a_vae_in_its_training_wrapper_is_the_same_vae(
+    own_checkpoint: Path, model_dir: Path, tmp_path: Path
+) -> None:
     path = own_checkpoint / "hunyuan-video-t2v-720p/vae/pytorch_model.pt"
     weights = {f"vae.{name}": value for name, value in torch.load(path).items()}
     torch.save({"state_dict": weights | {"loss.logvar": torch.zeros(1)}}, path)
@@ -388,7 +403,9 @@ def test_a_vae_in_its_training_wrapper_is_the_same_vae(own_checkpoint, model_dir
     assert (tmp_path / "model" / file).read_bytes() == (model_dir / file).read_bytes()
 
 
-def test_an_encoder_that_lacks_a_weight_is_refused_by_name(own_checkpoint, tmp_path):
+def test_an_encoder_that_lacks_a_weight_is_refused_by_name(
+    own_checkpoint: Path, tmp_path: Path
+) -> None:
 
     path = own_checkpoint / "text_encoder_2/model.safetensors"
     weights = load_file(path)
@@ -399,7 +416,9 @@ def test_an_encoder_that_lacks_a_weight_is_refused_by_name(own_checkpoint, tmp_p
         convert(own_checkpoint, tmp_path / "model")
 
 
-def test_the_command_says_what_is_missing_in_one_line(tmp_path, monkeypatch, capsys):
+def test_the_command_says_what_is_missing_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(
         sys, "argv", ["convert", "--source", str(tmp_path), "--target", str(tmp_path / "model")]
     )

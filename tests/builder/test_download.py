@@ -81,7 +81,9 @@ def locked(target: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("variant", download.VARIANTS)
-def test_the_files_of_the_variant_arrive_and_no_other(hub, tmp_path, variant):
+def test_the_files_of_the_variant_arrive_and_no_other(
+    hub: HubServer, tmp_path: Path, variant: str
+) -> None:
     code, log = run(hub, tmp_path / "weights", variant=variant)
 
     assert code == 0, log
@@ -89,7 +91,7 @@ def test_the_files_of_the_variant_arrive_and_no_other(hub, tmp_path, variant):
     assert content(tmp_path / "weights") == expected
 
 
-def test_the_lock_file_records_the_commit_and_every_hash(hub, tmp_path):
+def test_the_lock_file_records_the_commit_and_every_hash(hub: HubServer, tmp_path: Path) -> None:
     run(hub, tmp_path / "weights")
 
     assert locked(tmp_path / "weights")["commit"] == COMMIT
@@ -99,7 +101,7 @@ def test_the_lock_file_records_the_commit_and_every_hash(hub, tmp_path):
     }
 
 
-def test_a_second_run_fetches_nothing(hub, tmp_path):
+def test_a_second_run_fetches_nothing(hub: HubServer, tmp_path: Path) -> None:
     run(hub, tmp_path / "weights")
     hub.requests.clear()
 
@@ -109,7 +111,9 @@ def test_a_second_run_fetches_nothing(hub, tmp_path):
     assert hub.requests == []
 
 
-def test_without_a_revision_nothing_is_fetched_and_the_commit_of_main_is_named(hub, tmp_path):
+def test_without_a_revision_nothing_is_fetched_and_the_commit_of_main_is_named(
+    hub: HubServer, tmp_path: Path
+) -> None:
     code, log = run(hub, tmp_path / "weights", revision="")
 
     assert code == 2
@@ -118,14 +122,14 @@ def test_without_a_revision_nothing_is_fetched_and_the_commit_of_main_is_named(h
     assert not (tmp_path / "weights.lock.json").exists()
 
 
-def test_a_branch_is_no_revision(hub, tmp_path):
+def test_a_branch_is_no_revision(hub: HubServer, tmp_path: Path) -> None:
     code, log = run(hub, tmp_path / "weights", revision="main")
 
     assert code == 2
     assert "'main' is no commit, which has 40 hexadecimal digits" in log
 
 
-def test_a_later_run_asks_for_the_commit_of_the_first(hub, tmp_path):
+def test_a_later_run_asks_for_the_commit_of_the_first(hub: HubServer, tmp_path: Path) -> None:
     run(hub, tmp_path / "weights")
     code, log = run(hub, tmp_path / "weights", revision="")
     assert code == 0, log
@@ -140,7 +144,9 @@ def test_a_later_run_asks_for_the_commit_of_the_first(hub, tmp_path):
 
 
 @pytest.mark.parametrize("path", [MODEL, TOKENIZER])
-def test_a_file_that_changed_on_the_hub_since_the_first_download_is_refused(hub, tmp_path, path):
+def test_a_file_that_changed_on_the_hub_since_the_first_download_is_refused(
+    hub: HubServer, tmp_path: Path, path: str
+) -> None:
     run(hub, tmp_path / "weights")
     (tmp_path / "weights" / path).unlink()
     hub.files[path] = hub.files[path][::-1]
@@ -152,7 +158,7 @@ def test_a_file_that_changed_on_the_hub_since_the_first_download_is_refused(hub,
     assert not (tmp_path / "weights" / path).exists()
 
 
-def test_a_file_damaged_on_the_disk_is_fetched_anew(hub, tmp_path):
+def test_a_file_damaged_on_the_disk_is_fetched_anew(hub: HubServer, tmp_path: Path) -> None:
     run(hub, tmp_path / "weights")
     damaged = tmp_path / "weights" / SHARD
     damaged.write_bytes(b"\0" + damaged.read_bytes()[1:])
@@ -165,7 +171,9 @@ def test_a_file_damaged_on_the_disk_is_fetched_anew(hub, tmp_path):
 
 
 @pytest.mark.parametrize("path", [MODEL, TOKENIZER])
-def test_a_cut_connection_is_taken_up_where_it_broke(hub, tmp_path, path):
+def test_a_cut_connection_is_taken_up_where_it_broke(
+    hub: HubServer, tmp_path: Path, path: str
+) -> None:
     hub.cut_at[path] = [1000, 50_000, 60_000]
 
     code, log = run(hub, tmp_path / "weights", code=IMPATIENT)
@@ -175,7 +183,9 @@ def test_a_cut_connection_is_taken_up_where_it_broke(hub, tmp_path, path):
     assert hub.ranges(path) == [None, "bytes=1000-", "bytes=50000-", "bytes=60000-"]
 
 
-def test_a_server_without_ranges_is_read_from_the_start_again(hub, tmp_path):
+def test_a_server_without_ranges_is_read_from_the_start_again(
+    hub: HubServer, tmp_path: Path
+) -> None:
     hub.ignores_ranges = True
     hub.cut_at[MODEL] = [1000]
 
@@ -185,7 +195,7 @@ def test_a_server_without_ranges_is_read_from_the_start_again(hub, tmp_path):
     assert (tmp_path / "weights" / MODEL).read_bytes() == hub.files[MODEL]
 
 
-def test_a_killed_run_goes_on_in_the_middle_of_a_file(hub, tmp_path):
+def test_a_killed_run_goes_on_in_the_middle_of_a_file(hub: HubServer, tmp_path: Path) -> None:
     hub.held_at[MODEL] = 100_000
     process = command(hub, tmp_path / "weights")
     assert hub.waiting.wait(30)
@@ -205,7 +215,9 @@ def test_a_killed_run_goes_on_in_the_middle_of_a_file(hub, tmp_path):
     assert content(tmp_path / "weights").keys() == {*wanted("bf16"), "LICENSE"}
 
 
-def test_a_slow_file_that_stops_is_asked_for_again_after_the_timeout(hub, tmp_path):
+def test_a_slow_file_that_stops_is_asked_for_again_after_the_timeout(
+    hub: HubServer, tmp_path: Path
+) -> None:
     hub.held_at[MODEL] = 30_000
 
     code, log = run(hub, tmp_path / "weights", environment={"HF_HUB_DOWNLOAD_TIMEOUT": "1"})
@@ -215,7 +227,7 @@ def test_a_slow_file_that_stops_is_asked_for_again_after_the_timeout(hub, tmp_pa
     assert "timed out; trying again" in log
 
 
-def test_a_server_that_is_busy_for_a_moment_is_asked_again(hub, tmp_path):
+def test_a_server_that_is_busy_for_a_moment_is_asked_again(hub: HubServer, tmp_path: Path) -> None:
     hub.status = {"listing": [503], MODEL: [500, 429]}
 
     code, log = run(hub, tmp_path / "weights", code=IMPATIENT)
@@ -224,7 +236,9 @@ def test_a_server_that_is_busy_for_a_moment_is_asked_again(hub, tmp_path):
     assert f"{MODEL}: HTTP 429; trying again" in log
 
 
-def test_a_server_that_stays_away_ends_the_download_with_its_own_exit_code(hub, tmp_path):
+def test_a_server_that_stays_away_ends_the_download_with_its_own_exit_code(
+    hub: HubServer, tmp_path: Path
+) -> None:
     hub.status = {MODEL: [503] * 9}
 
     code, log = run(hub, tmp_path / "weights", code=IMPATIENT)
@@ -234,7 +248,7 @@ def test_a_server_that_stays_away_ends_the_download_with_its_own_exit_code(hub, 
     assert not (tmp_path / "weights" / MODEL).exists()
 
 
-def test_no_server_at_all_is_said_in_one_line(hub, tmp_path):
+def test_no_server_at_all_is_said_in_one_line(hub: HubServer, tmp_path: Path) -> None:
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9"}
     code, log = run(hub, tmp_path / "weights", code=IMPATIENT, environment=nowhere)
 
@@ -243,7 +257,7 @@ def test_no_server_at_all_is_said_in_one_line(hub, tmp_path):
     assert "Traceback" not in log
 
 
-def test_offline_mode_is_named_with_the_way_out(hub, tmp_path):
+def test_offline_mode_is_named_with_the_way_out(hub: HubServer, tmp_path: Path) -> None:
     code, log = run(hub, tmp_path / "weights", environment={"HF_HUB_OFFLINE": "1"})
 
     assert code == 5
@@ -251,7 +265,7 @@ def test_offline_mode_is_named_with_the_way_out(hub, tmp_path):
 
 
 @pytest.mark.parametrize("path", [MODEL, TOKENIZER])
-def test_wrong_content_is_thrown_away_and_named(hub, tmp_path, path):
+def test_wrong_content_is_thrown_away_and_named(hub: HubServer, tmp_path: Path, path: str) -> None:
     hub.served_instead[path] = b"x" * len(hub.files[path])
 
     code, log = run(hub, tmp_path / "weights")
@@ -262,7 +276,9 @@ def test_wrong_content_is_thrown_away_and_named(hub, tmp_path, path):
     assert path not in locked(tmp_path / "weights")["files"]
 
 
-def test_an_answer_shorter_than_the_listing_says_is_no_whole_file(hub, tmp_path):
+def test_an_answer_shorter_than_the_listing_says_is_no_whole_file(
+    hub: HubServer, tmp_path: Path
+) -> None:
     hub.served_instead[MODEL] = hub.files[MODEL][:5000]
 
     code, _ = run(hub, tmp_path / "weights", code=IMPATIENT)
@@ -271,7 +287,7 @@ def test_an_answer_shorter_than_the_listing_says_is_no_whole_file(hub, tmp_path)
     assert not (tmp_path / "weights" / MODEL).exists()
 
 
-def test_a_gated_repository_says_what_to_do(hub, tmp_path):
+def test_a_gated_repository_says_what_to_do(hub: HubServer, tmp_path: Path) -> None:
     hub.token = "hf_right"
 
     code, log = run(hub, tmp_path / "weights")
@@ -283,7 +299,7 @@ def test_a_gated_repository_says_what_to_do(hub, tmp_path):
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_private_repository_says_what_to_do(hub, tmp_path, status):
+def test_a_private_repository_says_what_to_do(hub: HubServer, tmp_path: Path, status: int) -> None:
     hub.status = {"listing": [status]}
 
     code, log = run(hub, tmp_path / "weights")
@@ -292,7 +308,9 @@ def test_a_private_repository_says_what_to_do(hub, tmp_path, status):
     assert f"{REPOSITORY} at {COMMIT}: access denied (HTTP {status})" in log
 
 
-def test_the_token_of_a_build_secret_opens_the_files_and_goes_to_no_other_host(hub, tmp_path):
+def test_the_token_of_a_build_secret_opens_the_files_and_goes_to_no_other_host(
+    hub: HubServer, tmp_path: Path
+) -> None:
     hub.token = "hf_right"
     secret = tmp_path / "hf_token"
     secret.write_text("hf_right\n")
@@ -306,7 +324,9 @@ def test_the_token_of_a_build_secret_opens_the_files_and_goes_to_no_other_host(h
     assert "hf_right" not in log
 
 
-def test_the_token_of_the_environment_is_used_without_a_secret(hub, tmp_path):
+def test_the_token_of_the_environment_is_used_without_a_secret(
+    hub: HubServer, tmp_path: Path
+) -> None:
     hub.token = "hf_right"
     environment = {"HF_TOKEN": "hf_right"}
     absent = str(tmp_path / "absent")
@@ -317,7 +337,9 @@ def test_the_token_of_the_environment_is_used_without_a_secret(hub, tmp_path):
     assert f"no token in {absent}" in log
 
 
-def test_a_file_that_is_not_published_is_named_before_anything_is_fetched(hub, tmp_path):
+def test_a_file_that_is_not_published_is_named_before_anything_is_fetched(
+    hub: HubServer, tmp_path: Path
+) -> None:
     del hub.files[SHARD]
 
     code, log = run(hub, tmp_path / "weights")
@@ -327,7 +349,9 @@ def test_a_file_that_is_not_published_is_named_before_anything_is_fetched(hub, t
     assert hub.requests == []
 
 
-def test_an_optional_file_that_is_not_published_is_left_out_with_a_warning(hub, tmp_path):
+def test_an_optional_file_that_is_not_published_is_left_out_with_a_warning(
+    hub: HubServer, tmp_path: Path
+) -> None:
     del hub.files["LICENSE"]
 
     code, log = run(hub, tmp_path / "weights")
@@ -336,7 +360,7 @@ def test_an_optional_file_that_is_not_published_is_left_out_with_a_warning(hub, 
     assert "LICENSE is not published, and left out" in log
 
 
-def test_a_file_that_vanishes_after_the_listing_is_named(hub, tmp_path):
+def test_a_file_that_vanishes_after_the_listing_is_named(hub: HubServer, tmp_path: Path) -> None:
     hub.status = {SHARD: [404]}
 
     code, log = run(hub, tmp_path / "weights")
@@ -345,7 +369,9 @@ def test_a_file_that_vanishes_after_the_listing_is_named(hub, tmp_path):
     assert log.splitlines()[-1].startswith(f"{SHARD}: not found (HTTP 404)")
 
 
-def test_a_disk_without_room_is_refused_before_anything_is_fetched(hub, tmp_path):
+def test_a_disk_without_room_is_refused_before_anything_is_fetched(
+    hub: HubServer, tmp_path: Path
+) -> None:
     hub.listed_bytes[MODEL] = 10**18
 
     code, log = run(hub, tmp_path / "weights")
@@ -356,7 +382,9 @@ def test_a_disk_without_room_is_refused_before_anything_is_fetched(hub, tmp_path
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
-def test_a_disk_that_fills_up_meanwhile_ends_the_download_with_one_line(hub, tmp_path):
+def test_a_disk_that_fills_up_meanwhile_ends_the_download_with_one_line(
+    hub: HubServer, tmp_path: Path
+) -> None:
     part = tmp_path / "weights" / f"{MODEL}.part"
     part.parent.mkdir(parents=True)
     part.symlink_to("/dev/full")  # every write to it fails with ENOSPC
@@ -369,7 +397,7 @@ def test_a_disk_that_fills_up_meanwhile_ends_the_download_with_one_line(hub, tmp
     assert not (tmp_path / "weights" / MODEL).exists()
 
 
-def test_a_target_that_cannot_be_written_is_named(hub, tmp_path):
+def test_a_target_that_cannot_be_written_is_named(hub: HubServer, tmp_path: Path) -> None:
     (tmp_path / "weights").write_text("a file, not a directory")
 
     code, log = run(hub, tmp_path / "weights")
@@ -378,7 +406,7 @@ def test_a_target_that_cannot_be_written_is_named(hub, tmp_path):
     assert f"{tmp_path / 'weights'} cannot be written" in log.splitlines()[-1]
 
 
-def test_every_published_path_is_named_once_and_no_hash_is_made_up():
+def test_every_published_path_is_named_once_and_no_hash_is_made_up() -> None:
     files = download.read_upstream().files
     assert len({file.path for file in files}) == len(files)
     for file in files:

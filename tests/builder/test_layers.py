@@ -3,6 +3,8 @@
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -16,7 +18,9 @@ GB = 10**9
 
 
 @given(st.dictionaries(NAMES, st.integers(0, 2 * GB), max_size=20), st.integers(5, 8))
-def test_every_name_is_in_one_layer_and_the_layers_differ_by_one_file_at_most(sizes, count):
+def test_every_name_is_in_one_layer_and_the_layers_differ_by_one_file_at_most(
+    sizes: Any, count: Any
+) -> None:
     dealt = layers.deal(sizes, count)
     assert len(dealt) == count
     assert sorted(name for names in dealt for name in names) == sorted(sizes)
@@ -26,20 +30,20 @@ def test_every_name_is_in_one_layer_and_the_layers_differ_by_one_file_at_most(si
 
 
 @given(st.dictionaries(NAMES, st.integers(0, 2 * GB), max_size=20), st.randoms())
-def test_the_layers_depend_on_names_and_sizes_alone(sizes, random):
+def test_the_layers_depend_on_names_and_sizes_alone(sizes: Any, random: Any) -> None:
     shuffled = list(sizes.items())
     random.shuffle(shuffled)
     assert layers.deal(dict(shuffled), 8) == layers.deal(sizes, 8)
 
 
-def test_a_layer_that_no_registry_takes_is_refused():
+def test_a_layer_that_no_registry_takes_is_refused() -> None:
     sizes = dict.fromkeys("abcdef", 2 * GB)
     assert layers.deal(sizes, 2)
     with pytest.raises(ValueError, match=r"^1 layers are too few: one would have 12\.0 GB$"):
         layers.deal(sizes, 1)
 
 
-def test_the_layers_copied_into_one_directory_are_the_model_again(tmp_path):
+def test_the_layers_copied_into_one_directory_are_the_model_again(tmp_path: Path) -> None:
     files = {"model_index.json": b"index", "vae/config.json": b"{}", "vae/model.bin": b"weights"}
     for name, content in files.items():
         (tmp_path / "model" / name).parent.mkdir(parents=True, exist_ok=True)

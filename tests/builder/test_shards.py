@@ -1,5 +1,6 @@
 import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def plan(made: list[str], fail_at: str | None = None) -> list[PlannedTensors]:
     ]
 
 
-def test_shards_hold_every_tensor_once_and_none_is_too_big(tmp_path):
+def test_shards_hold_every_tensor_once_and_none_is_too_big(tmp_path: Path) -> None:
     write_shards(tmp_path, "model", plan([]), max_shard_bytes=2 * BYTES_EACH)
 
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
@@ -40,13 +41,13 @@ def test_shards_hold_every_tensor_once_and_none_is_too_big(tmp_path):
         assert torch.equal(tensor, torch.full((100,), float(value)))
 
 
-def test_what_fits_into_one_file_has_no_index(tmp_path):
+def test_what_fits_into_one_file_has_no_index(tmp_path: Path) -> None:
     write_shards(tmp_path, "model", plan([]))
 
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
-def test_an_interrupted_run_is_finished_without_making_a_shard_again(tmp_path):
+def test_an_interrupted_run_is_finished_without_making_a_shard_again(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_shards(tmp_path, "model", plan([], fail_at="d"), max_shard_bytes=2 * BYTES_EACH)
     made: list[str] = []
@@ -56,7 +57,7 @@ def test_an_interrupted_run_is_finished_without_making_a_shard_again(tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
 
 
-def test_a_shard_cut_short_is_not_taken_for_whole(tmp_path):
+def test_a_shard_cut_short_is_not_taken_for_whole(tmp_path: Path) -> None:
     write_shards(tmp_path, "model", plan([]), max_shard_bytes=2 * BYTES_EACH)
     damaged = tmp_path / "model-00002-of-00003.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])

@@ -111,7 +111,9 @@ def engine() -> Engine:
 
 
 @pytest.fixture(scope="module")
-def speak(engine, tmp_path_factory) -> Iterator[Callable[..., Video]]:
+def speak(
+    engine: Engine, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Video]]:
     """Makes a video as a client would: `speak(face's seed, recording, **fields of the request)`.
 
     One that was made before is not made again.
@@ -174,12 +176,14 @@ def require_closed_mouth(video: Video) -> None:
     assert video.mouth.max() <= 0.1
 
 
-def test_the_model_is_whole_and_small():
+def test_the_model_is_whole_and_small() -> None:
     require_whole(DEMO_DIR, hashes=True)
     assert sum(path.stat().st_size for path in DEMO_DIR.rglob("*") if path.is_file()) <= 12e6
 
 
-def test_a_face_that_was_never_seen_speaks_with_a_voice_that_was_never_heard(speak):
+def test_a_face_that_was_never_seen_speaks_with_a_voice_that_was_never_heard(
+    speak: Callable[..., Video],
+) -> None:
     video = speak()
     require_speech(video)
     require_likeness(video)
@@ -189,14 +193,14 @@ def test_a_face_that_was_never_seen_speaks_with_a_voice_that_was_never_heard(spe
 
 @pytest.mark.talks
 @pytest.mark.parametrize(("seed", "name"), [(FACES[1], "romanian"), (FACES[2], "finnish")])
-def test_other_faces_speak_too(speak, seed, name):
+def test_other_faces_speak_too(speak: Callable[..., Video], seed: int, name: str) -> None:
     video = speak(seed, name)
     require_speech(video)
     require_likeness(video)
 
 
 @pytest.mark.talks
-def test_the_same_face_with_another_recording_speaks_that_one(speak):
+def test_the_same_face_with_another_recording_speaks_that_one(speak: Callable[..., Video]) -> None:
     video = speak(name="finnish")
     require_speech(video)
     other = talking.sync(video.mouth, talking.envelope(recording("romanian")))
@@ -204,14 +208,14 @@ def test_the_same_face_with_another_recording_speaks_that_one(speak):
 
 
 @pytest.mark.talks
-def test_silence_leaves_the_mouth_closed(speak):
+def test_silence_leaves_the_mouth_closed(speak: Callable[..., Video]) -> None:
     video = speak(name="silence")
     require_closed_mouth(video)
     require_likeness(video)
 
 
 @pytest.mark.talks
-def test_more_pose_moves_the_head_more(speak):
+def test_more_pose_moves_the_head_more(speak: Callable[..., Video]) -> None:
     still, usual, lively = (
         video.sway for video in (speak(motion={"pose": 0}), speak(), speak(motion={"pose": 60}))
     )
@@ -219,7 +223,7 @@ def test_more_pose_moves_the_head_more(speak):
 
 
 @pytest.mark.talks
-def test_the_seed_changes_no_speech(speak):
+def test_the_seed_changes_no_speech(speak: Callable[..., Video]) -> None:
     one, other = speak(), speak(seed=2)
     require_speech(other)
     assert np.corrcoef(one.mouth, other.mouth)[0, 1] > 0.9
@@ -228,7 +232,7 @@ def test_the_seed_changes_no_speech(speak):
 
 @pytest.mark.talks
 @pytest.mark.xfail(reason="the model was not trained for long enough to blink", strict=True)
-def test_the_seed_changes_the_blinks(speak):
+def test_the_seed_changes_the_blinks(speak: Callable[..., Video]) -> None:
     one, other = (
         talking.eye_opening(video.frames, video.face) for video in (speak(), speak(seed=2))
     )
@@ -237,13 +241,13 @@ def test_the_seed_changes_the_blinks(speak):
 
 
 @pytest.fixture(scope="module")
-def long_video(speak) -> Video:
+def long_video(speak: Callable[..., Video]) -> Video:
     """15 seconds: a ring of windows that shift."""
     return speak(name="english")
 
 
 @pytest.mark.talks
-def test_a_long_video_is_as_much_in_time_at_its_end_as_at_its_start(long_video):
+def test_a_long_video_is_as_much_in_time_at_its_end_as_at_its_start(long_video: Video) -> None:
     require_likeness(long_video)
     sound = talking.envelope(long_video.waveform)
     for part in (slice(0, 125), slice(250, 375)):
@@ -253,7 +257,7 @@ def test_a_long_video_is_as_much_in_time_at_its_end_as_at_its_start(long_video):
 
 
 @pytest.mark.talks
-def test_a_long_video_has_no_seams(long_video):
+def test_a_long_video_has_no_seams(long_video: Video) -> None:
     same = talking.outside(long_video.face, SIZE, SIZE)
     still = long_video.frames[:, same].astype(np.float32)
     changes = abs(np.diff(still, axis=0)).mean(axis=(1, 2))  # of frame i + 1 to frame i
@@ -334,7 +338,9 @@ def swapped_guidance(engine: Engine) -> Iterator[None]:
 
 @pytest.mark.talks
 @pytest.mark.parametrize("fault", [muted_adapters, late_audio, swapped_guidance])
-def test_a_fault_on_the_way_of_the_audio_is_seen(speak, engine, fault):
+def test_a_fault_on_the_way_of_the_audio_is_seen(
+    speak: Callable[..., Video], engine: Engine, fault: Callable[..., Any]
+) -> None:
     with fault(engine):
         video = speak(fault=fault.__name__)
     with pytest.raises(AssertionError):
@@ -342,12 +348,12 @@ def test_a_fault_on_the_way_of_the_audio_is_seen(speak, engine, fault):
 
 
 @pytest.mark.talks
-def test_a_mouth_outside_of_the_face_box_does_not_speak(speak):
+def test_a_mouth_outside_of_the_face_box_does_not_speak(speak: Callable[..., Video]) -> None:
     require_no_speech(speak(face_box=CORNER))
 
 
 @pytest.mark.talks
-def test_a_face_mask_that_is_left_out_is_seen(speak, engine):
+def test_a_face_mask_that_is_left_out_is_seen(speak: Callable[..., Video], engine: Engine) -> None:
     with no_face_mask(engine):
         video = speak(fault="no_face_mask", face_box=CORNER)
     with pytest.raises(AssertionError):

@@ -1,3 +1,7 @@
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -19,23 +23,23 @@ CASES = DESCRIBED["cases"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def inference():
+def inference() -> Iterator[None]:
     with torch.inference_mode():
         yield
 
 
 @pytest.fixture(scope="module")
-def feature_extractor(toy_model):
+def feature_extractor(toy_model: Path) -> Any:
     return WhisperFeatureExtractor.from_pretrained(toy_model / "feature_extractor")
 
 
 @pytest.fixture(scope="module")
-def audio_encoder(toy_model):
+def audio_encoder(toy_model: Path) -> Any:
     return WhisperModel.from_pretrained(toy_model / "audio_encoder", dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
-def states(feature_extractor, audio_encoder):
+def states(feature_extractor: Any, audio_encoder: Any) -> dict[Any, torch.Tensor]:
     """Encoder states of each case."""
     return {
         name: encode_speech(log_mel(waveform(case["samples"]), feature_extractor), audio_encoder)
@@ -53,7 +57,7 @@ def tone(seconds: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_log_mel_is_the_reference_s(name, feature_extractor):
+def test_log_mel_is_the_reference_s(name: str, feature_extractor: Any) -> None:
     mel = log_mel(waveform(CASES[name]["samples"]), feature_extractor)
     assert mel.shape == (1, 80, 3000)
     assert torch.equal(mel, mel.half().float())
@@ -64,7 +68,9 @@ def test_log_mel_is_the_reference_s(name, feature_extractor):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_encoder_states_and_windows_are_the_reference_s(name, states):
+def test_encoder_states_and_windows_are_the_reference_s(
+    name: str, states: dict[Any, torch.Tensor]
+) -> None:
     case = CASES[name]
     assert relative_difference(states[name][::75], TENSORS[case["hidden"]]) < STATES_TOLERANCE
     num_frames = case["features"]  # the reference stops at 400
@@ -78,7 +84,9 @@ def test_encoder_states_and_windows_are_the_reference_s(name, states):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_windows_are_exactly_the_states_around_each_frame(name, states):
+def test_windows_are_exactly_the_states_around_each_frame(
+    name: str, states: dict[Any, torch.Tensor]
+) -> None:
     windows = audio_windows(states[name], 129, fps=25)[0]
     padded = pad(states[name].half(), (0, 0, 0, 0, 4, 0))
     for frame in (0, 1, 64, 128):
@@ -86,18 +94,18 @@ def test_windows_are_exactly_the_states_around_each_frame(name, states):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_length_in_frames_is_the_reference_s(name):
+def test_the_length_in_frames_is_the_reference_s(name: str) -> None:
     assert count_frames(CASES[name]["samples"], fps=25) == CASES[name]["audio_len"]
 
 
-def test_speech_is_padded_with_silence(feature_extractor, audio_encoder):
+def test_speech_is_padded_with_silence(feature_extractor: Any, audio_encoder: Any) -> None:
     embeds = encode_audio(tone(1.0), 25, feature_extractor, audio_encoder)
     assert embeds.shape == (1, 129, 10, 5, 384)
     assert embeds[:, 24].any()
     assert not embeds[:, 25:].any()
 
 
-def test_all_of_a_long_recording_is_encoded(feature_extractor, audio_encoder):
+def test_all_of_a_long_recording_is_encoded(feature_extractor: Any, audio_encoder: Any) -> None:
     speech = tone(40.0)
     embeds = encode_audio(speech, 25, feature_extractor, audio_encoder)
     assert embeds.shape[1] == 1000 + 5
@@ -109,7 +117,9 @@ def test_all_of_a_long_recording_is_encoded(feature_extractor, audio_encoder):
     assert torch.equal(embeds[:, 750, :4], first[:, 749, 2:6])  # the join, where nothing is missing
 
 
-def test_half_the_frame_rate_takes_every_second_window(feature_extractor, audio_encoder):
+def test_half_the_frame_rate_takes_every_second_window(
+    feature_extractor: Any, audio_encoder: Any
+) -> None:
     speech = tone(10.0)
     embeds = encode_audio(speech, 25, feature_extractor, audio_encoder)
     half_rate = encode_audio(speech, 12.5, feature_extractor, audio_encoder)
@@ -117,6 +127,6 @@ def test_half_the_frame_rate_takes_every_second_window(feature_extractor, audio_
     assert torch.equal(half_rate[:, :125], embeds[:, :250:2])
 
 
-def test_less_than_a_frame_is_refused(feature_extractor, audio_encoder):
+def test_less_than_a_frame_is_refused(feature_extractor: Any, audio_encoder: Any) -> None:
     with pytest.raises(ValueError, match="shorter than one frame"):
         encode_audio(tone(0.03), 25, feature_extractor, audio_encoder)

@@ -6,7 +6,7 @@ from worker.generation.conditioning import KEPT_PROMPTS, PromptCache
 PORTRAIT = Image.new("RGB", (4, 4))
 
 
-def test_the_oldest_prompts_are_forgotten_first():
+def test_the_oldest_prompts_are_forgotten_first() -> None:
     encoded: list[str] = []
     cache = PromptCache()
 
@@ -27,7 +27,7 @@ def test_the_oldest_prompts_are_forgotten_first():
     assert encoded == [*prompts, prompts[0]]
 
 
-def test_pictures_of_the_same_bytes_and_another_shape_are_told_apart():
+def test_pictures_of_the_same_bytes_and_another_shape_are_told_apart() -> None:
     cache = PromptCache()
     wide, tall = Image.new("RGB", (8, 2)), Image.new("RGB", (2, 8))
 

@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from worker.settings import Settings
 
 
 @pytest.fixture
-def engine(random_model) -> Engine:
+def engine(random_model: Path) -> Engine:
     return Engine.load(Settings(model_dir=str(random_model)))
 
 
@@ -25,7 +26,9 @@ def video(engine: Engine) -> np.ndarray:
     return np.concatenate(list(engine.decode_frames(conditioning, latents)))
 
 
-def test_a_warm_up_goes_the_whole_way_and_changes_no_job(engine, caplog):
+def test_a_warm_up_goes_the_whole_way_and_changes_no_job(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
     before = video(engine)
     with caplog.at_level(logging.INFO, "worker.generation.engine"):
         engine.warm_up()
@@ -34,7 +37,7 @@ def test_a_warm_up_goes_the_whole_way_and_changes_no_job(engine, caplog):
 
 
 @pytest.mark.parametrize("part", ["audio_encoder", "transformer", "vae"])
-def test_a_warm_up_that_fails_says_why(engine, part):
+def test_a_warm_up_that_fails_says_why(engine: Engine, part: str) -> None:
     for parameter in getattr(engine.pipeline, part).parameters():
         parameter.data = parameter.data.flatten()[:1]
     with pytest.raises(RuntimeError, match=r"^the warm-up failed: (?!None).+"):
@@ -42,19 +45,21 @@ def test_a_warm_up_that_fails_says_why(engine, part):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_the_model_is_warm_when_it_is_loaded(random_model, caplog):
+def test_on_a_gpu_the_model_is_warm_when_it_is_loaded(
+    random_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.INFO, "worker.generation.engine"):
         Engine.load(Settings(model_dir=str(random_model)))
     assert "warmed up in" in caplog.text
 
 
 @pytest.mark.parametrize(("num_gpus", "num_ranks"), [(0, 1), (1, 1), (2, 2), (3, 2), (9, 8)])
-def test_both_cfg_branches_get_equally_many_ranks(num_gpus, num_ranks):
+def test_both_cfg_branches_get_equally_many_ranks(num_gpus: int, num_ranks: int) -> None:
     settings = Settings(avatar_model="demo", num_gpus=num_gpus)
     assert len(rank_devices(settings)) == num_ranks
 
 
-def test_on_a_cpu_the_memory_of_one_tensor_serves_the_next(random_model):
+def test_on_a_cpu_the_memory_of_one_tensor_serves_the_next(random_model: Path) -> None:
     """Where it goes back to the kernel, each of its pages is a fault again."""
     program = (
         "import resource, sys, torch\n"

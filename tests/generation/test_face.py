@@ -54,7 +54,7 @@ def picture_with_a_red_square(width: int, height: int, box: tuple[int, ...]) -> 
     return image
 
 
-def test_the_cascade_finds_the_face_in_a_photo(photo):
+def test_the_cascade_finds_the_face_in_a_photo(photo: Image.Image) -> None:
     face = largest_face(photo, None)
     assert face is not None
     x, y, width, height = face
@@ -63,18 +63,22 @@ def test_the_cascade_finds_the_face_in_a_photo(photo):
     assert 40 < width < 90
 
 
-def test_the_cascade_finds_no_face_where_there_is_none(photo):
+def test_the_cascade_finds_no_face_where_there_is_none(photo: Image.Image) -> None:
     upside_down = photo.rotate(180)
     assert detect_by_cascade(upside_down) == []
     assert largest_face(Image.new("RGB", (300, 200), (90, 120, 60)), None) is None
 
 
-def test_the_checkpoint_s_detector_gives_boxes_in_the_picture_s_pixels(detector):
+def test_the_checkpoint_s_detector_gives_boxes_in_the_picture_s_pixels(
+    detector: TorchScriptFaceDetector,
+) -> None:
     image = picture_with_a_red_square(832, 416, (64, 128, 32, 32))
     assert detector.detect(image) == [(64.0, 128.0, 32.0, 32.0)]
 
 
-def test_pictures_of_any_size_are_scaled_for_the_detector_and_boxes_back(detector):
+def test_pictures_of_any_size_are_scaled_for_the_detector_and_boxes_back(
+    detector: TorchScriptFaceDetector,
+) -> None:
     image = picture_with_a_red_square(200, 100, (50, 25, 50, 50))  # scaled to 832 x 416
     boxes = detector.detect(image)
     assert len(boxes) > 20  # cells of 32 px in a square of 208
@@ -99,13 +103,13 @@ class ThreeFaces(torch.nn.Module):
         return faces
 
 
-def test_the_largest_likely_face_is_taken():
+def test_the_largest_likely_face_is_taken() -> None:
     detector = TorchScriptFaceDetector(torch.jit.script(ThreeFaces()))
     image = Image.new("RGB", (416, 416))
     assert largest_face(image, detector) == (260.0, 170.0, 80.0, 60.0)
 
 
-def test_overlapping_boxes_are_one_face():
+def test_overlapping_boxes_are_one_face() -> None:
     corners = torch.tensor([[0, 0, 10, 10], [1, 1, 11, 11], [20, 0, 30, 10], [0, 6, 10, 16.0]])
     kept = non_maximum_suppression(corners, torch.tensor([0.8, 0.9, 0.7, 0.6]), 0.45)
     assert kept.tolist() == [1, 2, 3]
@@ -113,7 +117,9 @@ def test_overlapping_boxes_are_one_face():
     assert none.tolist() == []
 
 
-def test_the_detector_survives_saving_and_stays_float32(detector, tmp_path):
+def test_the_detector_survives_saving_and_stays_float32(
+    detector: TorchScriptFaceDetector, tmp_path: Path
+) -> None:
     detector.save_pretrained(tmp_path)
     again = TorchScriptFaceDetector.from_pretrained(tmp_path, torch_dtype=torch.float16)
     assert again.dtype == torch.float32

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -23,12 +25,12 @@ def resized(name: str) -> Image.Image:
 
 
 @pytest.mark.parametrize("name", ["pixels0", "portrait"])
-def test_a_resized_picture_is_the_reference_s_to_the_bit(name):
+def test_a_resized_picture_is_the_reference_s_to_the_bit(name: str) -> None:
     ours = torch.from_numpy(np.array(resized(name))).permute(2, 0, 1)
     assert torch.equal(ours, TENSORS[f"{name}.resized"])
 
 
-def test_the_text_encoder_s_pixels_are_the_reference_s():
+def test_the_text_encoder_s_pixels_are_the_reference_s() -> None:
     _, text = load_case("text")
     ours = to_llava_pixels(resized("portrait"))
     assert ours.dtype == torch.float16
@@ -37,24 +39,24 @@ def test_the_text_encoder_s_pixels_are_the_reference_s():
     assert (ours != text["pixel_values"]).float().mean() < 2e-3
 
 
-def test_any_kind_of_picture_becomes_rgb():
+def test_any_kind_of_picture_becomes_rgb() -> None:
     grey = resize(Image.new("LA", (20, 10), (128, 255)), FrameSize(64, 128))
     assert grey.mode == "RGB"
     assert to_pixels(grey).shape == (1, 3, 1, 64, 128)
 
 
-def test_pixels_run_from_minus_one_to_one():
+def test_pixels_run_from_minus_one_to_one() -> None:
     image = Image.new("RGB", (16, 16), (0, 255, 51))
     assert to_pixels(image)[0, :, 0, 0, 0].tolist() == pytest.approx([-1, 1, -0.6])
 
 
 @pytest.mark.parametrize("row", FACES["rows"], ids=lambda row: str(row["box"]))
-def test_a_face_mask_is_the_reference_s_to_the_bit(row):
+def test_a_face_mask_is_the_reference_s_to_the_bit(row: dict[str, Any]) -> None:
     box = row["box"] and tuple(row["box"])
     assert torch.equal(face_mask(box, FACE_FRAME), TENSORS[row["latent"]])
 
 
-def test_a_box_keeps_its_place_when_the_picture_is_resized():
+def test_a_box_keeps_its_place_when_the_picture_is_resized() -> None:
     box = (10.0, 20.0, 30.0, 40.0)
     scaled = scale_box(box, FrameSize(height=100, width=200), FrameSize(height=50, width=400))
     assert scaled == (20.0, 10.0, 60.0, 20.0)

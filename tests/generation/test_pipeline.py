@@ -32,11 +32,11 @@ PORTRAIT = Image.fromarray(END_TO_END_TENSORS["image"].numpy())
 
 
 @pytest.fixture(scope="module")
-def pipeline(toy_model) -> HunyuanVideoAvatarPipeline:
+def pipeline(toy_model: Path) -> HunyuanVideoAvatarPipeline:
     return load(toy_model)
 
 
-def load(directory) -> HunyuanVideoAvatarPipeline:
+def load(directory: Path) -> HunyuanVideoAvatarPipeline:
     pipeline = HunyuanVideoAvatarPipeline.from_pretrained(directory)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -100,7 +100,9 @@ def loop_conditioning(num_audio_frames: int, scaling_factor: float) -> Condition
 
 @pytest.mark.parametrize("state", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", LOOP["cases"])
-def test_the_loop_is_the_reference_s(name, state, pipeline):
+def test_the_loop_is_the_reference_s(
+    name: str, state: str, pipeline: HunyuanVideoAvatarPipeline
+) -> None:
     case = LOOP["cases"][name]
     conditioning = loop_conditioning(case["audio_frames"], pipeline.vae.config.scaling_factor)
     assert conditioning.plan.num_windows == case["windows"]
@@ -145,7 +147,9 @@ def end_to_end_arguments(case: Mapping[str, Any]) -> dict[str, Any]:
         pytest.param("s6_steps20_pos", marks=pytest.mark.slow),
     ],
 )
-def test_a_video_is_the_reference_s_from_end_to_end(name, state, pipeline):
+def test_a_video_is_the_reference_s_from_end_to_end(
+    name: str, state: str, pipeline: HunyuanVideoAvatarPipeline
+) -> None:
     case = END_TO_END["cases"][name]
     output = pipeline(
         **end_to_end_arguments(case),
@@ -164,7 +168,9 @@ def test_a_video_is_the_reference_s_from_end_to_end(name, state, pipeline):
     assert ("no face was found" in " ".join(output.warnings)) == (case["bbox"] is None)
 
 
-def test_the_published_8_bit_pair_makes_its_own_video_from_end_to_end(tmp_path, pipeline):
+def test_the_published_8_bit_pair_makes_its_own_video_from_end_to_end(
+    tmp_path: Path, pipeline: HunyuanVideoAvatarPipeline
+) -> None:
     ckpts = build_toy_checkpoint(tmp_path, plain=False, float8=True)
     convert(ckpts, tmp_path / "model")
     arguments = {
@@ -187,7 +193,9 @@ def test_the_published_8_bit_pair_makes_its_own_video_from_end_to_end(tmp_path, 
 @pytest.mark.parametrize(
     ("seconds", "fps", "num_frames"), [(0.2, 25, 5), (1.0, 12.5, 12), (5.3, 25, 132)]
 )
-def test_a_video_is_as_long_as_its_speech(seconds, fps, num_frames, pipeline):
+def test_a_video_is_as_long_as_its_speech(
+    seconds: float, fps: float, num_frames: int, pipeline: HunyuanVideoAvatarPipeline
+) -> None:
     arguments = small(audio=speech(seconds), fps=fps, num_inference_steps=1, output_type="pt")
     output = pipeline(**arguments)
     assert output.frames.shape == (1, num_frames, 3, 32, 32)
@@ -197,7 +205,7 @@ def test_a_video_is_as_long_as_its_speech(seconds, fps, num_frames, pipeline):
 TWO_STEPS = DenoiseOptions(num_inference_steps=2)
 
 
-def test_forty_seconds_are_generated_to_the_end(pipeline):
+def test_forty_seconds_are_generated_to_the_end(pipeline: HunyuanVideoAvatarPipeline) -> None:
     conditioning = pipeline.encode(
         image=PORTRAIT, audio=speech(40.0), prompt="A person.", face_box=(0, 0, 128, 64),
         height=32, width=32,
@@ -215,11 +223,11 @@ def test_forty_seconds_are_generated_to_the_end(pipeline):
 
 
 @pytest.mark.parametrize("num_steps", [1, 3, 7])
-def test_any_number_of_steps_runs(num_steps, pipeline):
+def test_any_number_of_steps_runs(num_steps: int, pipeline: HunyuanVideoAvatarPipeline) -> None:
     assert pipeline(**small(num_inference_steps=num_steps)).frames.isfinite().all()
 
 
-def test_without_guidance_each_step_runs_one_branch(pipeline):
+def test_without_guidance_each_step_runs_one_branch(pipeline: HunyuanVideoAvatarPipeline) -> None:
     samples = []
     hook = pipeline.transformer.register_forward_hook(
         lambda _module, _inputs, output: samples.append(len(output.sample))
@@ -231,7 +239,9 @@ def test_without_guidance_each_step_runs_one_branch(pipeline):
     assert samples[3:] == [2, 2, 2]
 
 
-def test_cached_steps_are_close_to_computed_ones_and_cheaper(pipeline):
+def test_cached_steps_are_close_to_computed_ones_and_cheaper(
+    pipeline: HunyuanVideoAvatarPipeline,
+) -> None:
     blocks = []
     hook = pipeline.transformer.transformer_blocks[0].register_forward_hook(
         lambda *_: blocks.append(1)
@@ -246,7 +256,7 @@ def test_cached_steps_are_close_to_computed_ones_and_cheaper(pipeline):
     assert 0 < relative_difference(cached, computed) < 0.5
 
 
-def test_prompts_and_portrait_are_encoded_once(toy_model):
+def test_prompts_and_portrait_are_encoded_once(toy_model: Path) -> None:
     pipeline, encoded = load(toy_model), []
     pipeline.text_encoder.language_model.register_forward_hook(lambda *_: encoded.append(1))
     first = pipeline(**small()).frames
@@ -258,12 +268,14 @@ def test_prompts_and_portrait_are_encoded_once(toy_model):
     assert len(encoded) == 3
 
 
-def test_a_prompt_that_is_too_long_is_cut_and_the_user_told(pipeline):
+def test_a_prompt_that_is_too_long_is_cut_and_the_user_told(
+    pipeline: HunyuanVideoAvatarPipeline,
+) -> None:
     output = pipeline(**small(prompt=PROMPTS["cases"]["too_long"]["prompt"]))
     assert output.warnings == ("the prompt is longer than the model reads: its end was cut off",)
 
 
-def test_a_typed_image_token_is_only_text(pipeline):
+def test_a_typed_image_token_is_only_text(pipeline: HunyuanVideoAvatarPipeline) -> None:
     output = pipeline(**small(prompt="A <image> of <|eot_id|> a person"))
     assert output.frames.isfinite().all()
     assert output.warnings == ()
@@ -272,7 +284,7 @@ def test_a_typed_image_token_is_only_text(pipeline):
 # Arguments
 
 
-def test_the_arguments_and_their_defaults_are_the_documented_ones():
+def test_the_arguments_and_their_defaults_are_the_documented_ones() -> None:
     parameters = inspect.signature(HunyuanVideoAvatarPipeline.__call__).parameters
     defaults = {
         name: parameter.default
@@ -321,13 +333,17 @@ def test_the_arguments_and_their_defaults_are_the_documented_ones():
     ],
     ids=lambda changes: f"{next(iter(changes))}",
 )
-def test_what_the_model_cannot_serve_is_refused_by_name(changes, pipeline):
+def test_what_the_model_cannot_serve_is_refused_by_name(
+    changes: dict[str, Any], pipeline: HunyuanVideoAvatarPipeline
+) -> None:
     with pytest.raises(ValueError, match=next(iter(changes))):
         pipeline(**small(**changes))
 
 
 @pytest.mark.parametrize("output_type", ["pt", "np", "pil"])
-def test_frames_come_as_diffusers_lays_them_out(output_type, pipeline):
+def test_frames_come_as_diffusers_lays_them_out(
+    output_type: str, pipeline: HunyuanVideoAvatarPipeline
+) -> None:
     frames = pipeline(**small(output_type=output_type, width=48)).frames
     if output_type == "pil":
         assert [len(frames), len(frames[0]), frames[0][0].size] == [1, 5, (48, 32)]
@@ -338,7 +354,7 @@ def test_frames_come_as_diffusers_lays_them_out(output_type, pipeline):
     assert 0 <= frames.min() < frames.max() <= 1
 
 
-def test_the_size_follows_from_the_picture(pipeline):
+def test_the_size_follows_from_the_picture(pipeline: HunyuanVideoAvatarPipeline) -> None:
     conditioning = pipeline.encode(
         image=Image.new("RGB", (300, 200)), audio=speech(0.2), prompt="", resolution=64
     )
@@ -347,7 +363,9 @@ def test_the_size_follows_from_the_picture(pipeline):
     assert conditioning.face_mask.shape == (1, 1, 1, 8, 16)
 
 
-def test_a_face_box_is_in_the_pixels_of_the_given_picture(pipeline):
+def test_a_face_box_is_in_the_pixels_of_the_given_picture(
+    pipeline: Any,
+) -> None:
     def mask(image: Image.Image, box: tuple[float, ...]) -> Tensor:
         arguments = {"audio": speech(0.2), "prompt": "", "height": 64, "width": 128}
         return pipeline.encode(image=image, face_box=box, **arguments).face_mask
@@ -356,7 +374,9 @@ def test_a_face_box_is_in_the_pixels_of_the_given_picture(pipeline):
     assert torch.equal(mask(PORTRAIT, (40, 20, 16, 18)), mask(large, (80, 60, 32, 54)))
 
 
-def test_a_detected_face_is_told_in_the_pixels_of_the_given_picture(pipeline):
+def test_a_detected_face_is_told_in_the_pixels_of_the_given_picture(
+    pipeline: Any,
+) -> None:
     photo = Image.open(Path(__file__).parents[1] / "data" / "astronaut.jpg")
     arguments = {"audio": speech(0.2), "prompt": "", "height": 256, "width": 256}
     conditioning = pipeline.encode(image=photo, **arguments)
@@ -370,7 +390,9 @@ def test_a_detected_face_is_told_in_the_pixels_of_the_given_picture(pipeline):
 # Repeating, stopping, saving
 
 
-def test_a_seed_repeats_the_video_and_the_global_generator_stays_untouched(pipeline):
+def test_a_seed_repeats_the_video_and_the_global_generator_stays_untouched(
+    pipeline: HunyuanVideoAvatarPipeline,
+) -> None:
     state = torch.get_rng_state()
     first, again = (pipeline(**small(generator=seeded(5))).frames for _ in range(2))
     other = pipeline(**small(generator=seeded(6))).frames
@@ -381,7 +403,9 @@ def test_a_seed_repeats_the_video_and_the_global_generator_stays_untouched(pipel
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_two_videos_in_turns_do_not_disturb_one_another(pipeline):
+def test_two_videos_in_turns_do_not_disturb_one_another(
+    pipeline: HunyuanVideoAvatarPipeline,
+) -> None:
     arguments = {"num_inference_steps": 4, "computed_steps": [0, 2]}
     alone = pipeline(**small(**arguments)).frames
 
@@ -391,7 +415,9 @@ def test_two_videos_in_turns_do_not_disturb_one_another(pipeline):
     assert torch.equal(pipeline(**small(**arguments, on_step=make_another)).frames, alone)
 
 
-def test_on_step_counts_finished_steps_and_can_stop_the_loop(pipeline):
+def test_on_step_counts_finished_steps_and_can_stop_the_loop(
+    pipeline: HunyuanVideoAvatarPipeline,
+) -> None:
     class StopError(Exception):
         pass
 
@@ -407,7 +433,7 @@ def test_on_step_counts_finished_steps_and_can_stop_the_loop(pipeline):
     assert seen == [(1, 5), (2, 5), (3, 5)]
 
 
-def test_the_three_stages_are_the_whole(pipeline):
+def test_the_three_stages_are_the_whole(pipeline: HunyuanVideoAvatarPipeline) -> None:
     arguments = small()
     options = DenoiseOptions(num_inference_steps=arguments.pop("num_inference_steps"))
     generator = arguments.pop("generator")
@@ -420,7 +446,9 @@ def test_the_three_stages_are_the_whole(pipeline):
     assert torch.equal(torch.cat(frames)[None], whole)
 
 
-def test_saving_and_loading_changes_no_bit(pipeline, tmp_path):
+def test_saving_and_loading_changes_no_bit(
+    pipeline: HunyuanVideoAvatarPipeline, tmp_path: Path
+) -> None:
     pipeline.save_pretrained(tmp_path)
     again = load(tmp_path)
     for name, component in pipeline.components.items():
@@ -444,7 +472,7 @@ class OneFace(torch.nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-def test_the_checkpoint_s_face_detector_is_converted_loaded_and_saved(tmp_path):
+def test_the_checkpoint_s_face_detector_is_converted_loaded_and_saved(tmp_path: Path) -> None:
     ckpts = build_toy_checkpoint(tmp_path)
     (ckpts / "det_align").mkdir()
     torch.jit.script(OneFace()).save(str(ckpts / "det_align" / "detface.pt"))
@@ -459,7 +487,7 @@ def test_the_checkpoint_s_face_detector_is_converted_loaded_and_saved(tmp_path):
 
 
 @pytest.mark.gpu
-def test_a_gpu_seed_is_drawn_on_the_gpu(toy_model):
+def test_a_gpu_seed_is_drawn_on_the_gpu(toy_model: Path) -> None:
     pipeline = load(toy_model).to("cuda")
     first, again = (
         pipeline(**small(generator=torch.Generator("cuda").manual_seed(5))).frames for _ in range(2)
@@ -470,7 +498,7 @@ def test_a_gpu_seed_is_drawn_on_the_gpu(toy_model):
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
-def test_the_loop_does_not_wait_for_the_gpu(toy_model):
+def test_the_loop_does_not_wait_for_the_gpu(toy_model: Path) -> None:
     pipeline = load(toy_model).to("cuda")
     arguments = small()
     del arguments["output_type"], arguments["generator"], arguments["num_inference_steps"]
@@ -486,7 +514,7 @@ def test_the_loop_does_not_wait_for_the_gpu(toy_model):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_each_component_runs_in_its_own_dtype(toy_model):
+def test_each_component_runs_in_its_own_dtype(toy_model: Path) -> None:
     dtypes = {"transformer": torch.bfloat16, "vae": torch.float16, "default": torch.bfloat16}
     pipeline = HunyuanVideoAvatarPipeline.from_pretrained(toy_model, dtype=dtypes)
     pipeline.set_progress_bar_config(disable=True)

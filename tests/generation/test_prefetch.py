@@ -33,12 +33,12 @@ class Maker:
             raise
 
 
-def test_the_items_are_the_iterator_s_in_order():
+def test_the_items_are_the_iterator_s_in_order() -> None:
     assert list(prefetch(iter(range(100)))) == list(range(100))
     assert list(prefetch(iter(()))) == []
 
 
-def test_one_item_is_made_while_the_one_before_is_used_and_no_more():
+def test_one_item_is_made_while_the_one_before_is_used_and_no_more() -> None:
     maker = Maker(3)
     with closing(prefetch(iter(maker))) as items:
         assert next(items) == 0
@@ -49,7 +49,7 @@ def test_one_item_is_made_while_the_one_before_is_used_and_no_more():
     assert threading.current_thread() not in maker.threads
 
 
-def test_a_failure_comes_out_unchanged_after_the_items_before_it():
+def test_a_failure_comes_out_unchanged_after_the_items_before_it() -> None:
     failure = ValueError("a fault of the GPU")
     items = prefetch(iter(Maker(2, failure)))
     assert [next(items), next(items)] == [0, 1]
@@ -58,7 +58,7 @@ def test_a_failure_comes_out_unchanged_after_the_items_before_it():
     assert caught.value is failure
 
 
-def test_a_user_that_stops_leaves_nothing_behind():
+def test_a_user_that_stops_leaves_nothing_behind() -> None:
     maker = Maker(5)
 
     def stop_after(number: int) -> None:
@@ -74,7 +74,7 @@ def test_a_user_that_stops_leaves_nothing_behind():
     assert maker.is_left
 
 
-def test_a_failure_that_nobody_waits_for_is_not_raised_when_the_user_stops():
+def test_a_failure_that_nobody_waits_for_is_not_raised_when_the_user_stops() -> None:
     maker = Maker(1, ValueError("too late"))
     items = prefetch(iter(maker))
     assert next(items) == 0

@@ -8,7 +8,7 @@ def window_tokens(value: float) -> tuple[torch.Tensor, torch.Tensor]:
     return value + torch.arange(4.0).view(4, 1, 1), torch.full((2, 1), value)
 
 
-def test_cached_tokens_come_from_the_window_that_computed_a_frame_last():
+def test_cached_tokens_come_from_the_window_that_computed_a_frame_last() -> None:
     cache = StepCache()
     cache.write([0, 1, 2], *window_tokens(10))
     cache.write([3, 4, 0], *window_tokens(20))

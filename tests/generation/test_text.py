@@ -1,3 +1,7 @@
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from transformers import CLIPTextModel, CLIPTokenizer, LlavaModel, PreTrainedTokenizerFast
@@ -24,28 +28,28 @@ COMPLETE = [name for name in CASES if "hidden" in CASES[name]]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def inference():
+def inference() -> Iterator[None]:
     with torch.inference_mode():
         yield
 
 
 @pytest.fixture(scope="module")
-def tokenizer(toy_model):
+def tokenizer(toy_model: Path) -> Any:
     return PreTrainedTokenizerFast.from_pretrained(toy_model / "tokenizer")
 
 
 @pytest.fixture(scope="module")
-def clip_tokenizer(toy_model):
+def clip_tokenizer(toy_model: Path) -> Any:
     return CLIPTokenizer.from_pretrained(toy_model / "tokenizer_2")
 
 
 @pytest.fixture(scope="module")
-def text_encoder(toy_model):
+def text_encoder(toy_model: Path) -> Any:
     return LlavaModel.from_pretrained(toy_model / "text_encoder", dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
-def text_encoder_in_8_bits(tmp_path_factory):
+def text_encoder_in_8_bits(tmp_path_factory: pytest.TempPathFactory) -> Any:
     directory = tmp_path_factory.mktemp("in 8 bits")
     convert(build_toy_checkpoint(directory), directory / "model", "fp8")
     encoder = directory / "model" / "text_encoder"
@@ -53,17 +57,17 @@ def text_encoder_in_8_bits(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def text_encoder_2(toy_model):
+def text_encoder_2(toy_model: Path) -> Any:
     return CLIPTextModel.from_pretrained(toy_model / "text_encoder_2", dtype=torch.float32).eval()
 
 
-def test_the_fixed_words_are_the_reference_s():
+def test_the_fixed_words_are_the_reference_s() -> None:
     assert DESCRIBED["prompt_prefix"] == PROMPT_PREFIX
     assert CASES["neg"]["prompt"] == NEGATIVE_PROMPT
 
 
 @pytest.mark.parametrize("name", COMPLETE)
-def test_token_ids_are_the_reference_s(name, tokenizer):
+def test_token_ids_are_the_reference_s(name: str, tokenizer: Any) -> None:
     tokens = tokenize(CASES[name]["prompt"], tokenizer)
     valid = CASES[name]["valid_tokens"]
     assert tokens.ids == TENSORS[CASES[name]["token_ids"]][0, :valid].tolist()
@@ -74,8 +78,8 @@ def test_token_ids_are_the_reference_s(name, tokenizer):
 
 @pytest.mark.parametrize("name", COMPLETE)
 def test_llava_s_states_and_mask_are_the_reference_s_at_every_position(
-    name, tokenizer, text_encoder
-):
+    name: str, tokenizer: Any, text_encoder: Any
+) -> None:
     tokens = tokenize(CASES[name]["prompt"], tokenizer)
     embeds, mask = encode_llava([tokens], TENSORS["pixel_values"], text_encoder)
     assert torch.equal(mask, TENSORS[CASES[name]["dit_mask"]].long())
@@ -84,15 +88,15 @@ def test_llava_s_states_and_mask_are_the_reference_s_at_every_position(
 
 @pytest.mark.parametrize("name", COMPLETE)
 def test_llava_s_states_in_8_bits_are_the_reference_s_within_the_bound(
-    name, tokenizer, text_encoder_in_8_bits
-):
+    name: str, tokenizer: Any, text_encoder_in_8_bits: Any
+) -> None:
     tokens = tokenize(CASES[name]["prompt"], tokenizer)
     embeds, mask = encode_llava([tokens], TENSORS["pixel_values"], text_encoder_in_8_bits)
     assert torch.equal(mask, TENSORS[CASES[name]["dit_mask"]].long())
     assert relative_difference(embeds, TENSORS[CASES[name]["hidden"]]) < FLOAT8_TOLERANCE
 
 
-def test_prompts_do_not_touch_one_another(tokenizer, text_encoder):
+def test_prompts_do_not_touch_one_another(tokenizer: Any, text_encoder: Any) -> None:
     tokens = [tokenize(CASES[name]["prompt"], tokenizer) for name in ("neg", "limit350")]
     embeds, masks = encode_llava(tokens, TENSORS["pixel_values"], text_encoder)
     for row, name in enumerate(("neg", "limit350")):
@@ -101,12 +105,16 @@ def test_prompts_do_not_touch_one_another(tokenizer, text_encoder):
 
 
 @pytest.mark.parametrize("name", COMPLETE)
-def test_clip_s_pooled_vector_is_the_reference_s(name, clip_tokenizer, text_encoder_2):
+def test_clip_s_pooled_vector_is_the_reference_s(
+    name: str, clip_tokenizer: Any, text_encoder_2: Any
+) -> None:
     pooled = encode_clip([CASES[name]["prompt"]], clip_tokenizer, text_encoder_2)
     assert relative_difference(pooled, TENSORS[CASES[name]["clip_pooled"]]) < TOLERANCE
 
 
-def test_a_prompt_that_is_too_long_is_cut_before_the_image(tokenizer, text_encoder):
+def test_a_prompt_that_is_too_long_is_cut_before_the_image(
+    tokenizer: Any, text_encoder: Any
+) -> None:
     prompt = CASES["too_long"]["prompt"]
     tokens = tokenize(prompt, tokenizer)
     assert tokens.was_cut
@@ -123,20 +131,22 @@ def test_a_prompt_that_is_too_long_is_cut_before_the_image(tokenizer, text_encod
 @pytest.mark.parametrize(
     "typed", ["<image>", "<|eot_id|>", "<pad>", "<IMAGE>", "<image<image>>", "<<image>"]
 )
-def test_special_tokens_typed_by_the_user_are_words(typed, tokenizer):
+def test_special_tokens_typed_by_the_user_are_words(typed: str, tokenizer: Any) -> None:
     special = set(tokenizer.get_added_vocab().values())
     plain = [id for id in tokenize("a  in a park", tokenizer).ids if id in special]
     typed_ids = tokenize(f"a {typed} in a park", tokenizer).ids
     assert [id for id in typed_ids if id in special] == plain
 
 
-def test_a_typed_end_of_text_does_not_end_clip_s_prompt(clip_tokenizer, text_encoder_2):
+def test_a_typed_end_of_text_does_not_end_clip_s_prompt(
+    clip_tokenizer: Any, text_encoder_2: Any
+) -> None:
     pooled = encode_clip(
         ["a <|endoftext|> cat", "a <|endoftext|> dog"], clip_tokenizer, text_encoder_2
     )
     assert not torch.allclose(pooled[0], pooled[1])
 
 
-def test_a_prompt_without_special_tokens_stays_as_it_is(tokenizer):
+def test_a_prompt_without_special_tokens_stays_as_it_is(tokenizer: Any) -> None:
     prompt = 'A "quoted" <b>bold</b> prompt, 100 % | café\n'
     assert plain_text(prompt, tokenizer) == prompt

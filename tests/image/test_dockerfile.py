@@ -42,23 +42,23 @@ def settings(stage: Stage) -> dict[str, str]:
     return below | dict(word.split("=", 1) for each in stage.of("ENV") for word in each.words)
 
 
-def test_hadolint_finds_nothing():
+def test_hadolint_finds_nothing() -> None:
     hadolint = Path(sys.executable).with_name("hadolint")
     subprocess.run([hadolint, DOCKERFILE], check=True)
 
 
-def test_the_default_image_is_the_code_alone():
+def test_the_default_image_is_the_code_alone() -> None:
     assert (LAST.parent, LAST.instructions) == ("worker", ())
 
 
-def test_the_code_alone_needs_no_buildkit():
+def test_the_code_alone_needs_no_buildkit() -> None:
     names = list(STAGES)
     for name in names[: names.index("worker") + 1]:  # those that an older builder runs for it
         assert not [run for run in STAGES[name].of("RUN") if run.flags]
 
 
 @pytest.mark.parametrize("name", ["worker", "worker-bf16", "worker-fp8"])
-def test_every_image_runs_the_worker_as_a_user_without_rights_and_offline(name):
+def test_every_image_runs_the_worker_as_a_user_without_rights_and_offline(name: str) -> None:
     stage, base = STAGES[name], STAGES["base"]
     assert stage.parent == "base"
     assert [each.value for each in base.of("USER")] == ["1000"]
@@ -69,7 +69,7 @@ def test_every_image_runs_the_worker_as_a_user_without_rights_and_offline(name):
     assert settings(stage)["RUNPOD_LOG_LEVEL"] == "INFO"
 
 
-def test_no_secret_is_named_and_the_token_is_seen_by_the_bake_alone():
+def test_no_secret_is_named_and_the_token_is_seen_by_the_bake_alone() -> None:
     for stage in STAGES.values():
         for instruction in stage.instructions:
             if instruction.name in ("ARG", "ENV"):
@@ -81,7 +81,7 @@ def test_no_secret_is_named_and_the_token_is_seen_by_the_bake_alone():
                 assert "hf_token" not in instruction.value
 
 
-def test_the_build_is_sent_what_the_image_consists_of_and_no_more():
+def test_the_build_is_sent_what_the_image_consists_of_and_no_more() -> None:
     sent = context_files(ROOT)
     assert {"handler.py", "worker/__init__.py", "builder/weights.toml"} <= set(sent)
     assert not [name for name in sent if name.endswith(".pyc")]
@@ -95,14 +95,16 @@ def copied_from_here(stage: Stage) -> Iterator[str]:
             yield from copy.words[:-1]
 
 
-def test_the_hosts_are_asked_for_the_cuda_that_torch_is_built_for():
+def test_the_hosts_are_asked_for_the_cuda_that_torch_is_built_for() -> None:
     hub = json.loads((ROOT / ".runpod" / "hub.json").read_text())
     [argument] = STAGES["packages"].of("ARG")
     assert [argument.value.removeprefix("CUDA_VERSION=")] == hub["config"]["allowedCudaVersions"]
 
 
 @pytest.mark.parametrize("stage", BAKED.values(), ids=BAKED)
-def test_the_weights_lie_below_the_code_and_every_layer_of_them_is_copied_once(stage):
+def test_the_weights_lie_below_the_code_and_every_layer_of_them_is_copied_once(
+    stage: Stage,
+) -> None:
     weights_stage = STAGES[stage.name.replace("worker", "weights")]
     *weights, code = stage.of("COPY")
     assert (code.flags, code.words) == ({"from": "worker"}, ["/app", "./"])
@@ -125,7 +127,7 @@ def layer_count(weights_stage: Stage) -> int:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_no_layer_of_the_published_model_is_too_large(variant):
+def test_no_layer_of_the_published_model_is_too_large(variant: str) -> None:
     sizes = {
         f"{component}/{number}": sum(planned.num_bytes for planned in shard)
         for component, tensors in full_size(variant).items()
@@ -193,7 +195,7 @@ def planned(network: nn.Module, dtype: torch.dtype) -> list[PlannedTensors]:
     ]
 
 
-def test_the_bake_is_given_the_modules_that_it_imports_and_no_more():
+def test_the_bake_is_given_the_modules_that_it_imports_and_no_more() -> None:
     code = """
 import sys
 import builder.bake, builder.convert, builder.layers

@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from builder.download import VARIANTS
+from local_endpoint import LocalEndpoint
 from tests.builder.hub_server import HubServer
 from tests.builder.toy_repository import ROOT, toy_repository
 from tests.image.dockerfile import Builder, Image, parse
@@ -73,7 +74,9 @@ def package_index() -> tuple[dict[str, str], list[Path]]:
 
 
 @pytest.fixture(scope="module")
-def images(base_root, tmp_path_factory) -> Iterator[Mapping[str, Image]]:
+def images(
+    base_root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Mapping[str, Image]]:
     """Every stage of the Dockerfile."""
     scratch = tmp_path_factory.mktemp("build")
     token = scratch / "token"
@@ -104,8 +107,13 @@ def image_of(images: Mapping[str, Image], variant: str) -> Image:
 
 @pytest.mark.parametrize("variant", [*VARIANTS, "code alone"])
 def test_the_images_own_command_answers_a_job_and_ends_when_told(
-    images, variant, own_endpoint, tmp_path, make_portrait, make_speech
-):
+    images: Mapping[str, Image],
+    variant: str,
+    own_endpoint: LocalEndpoint,
+    tmp_path: Path,
+    make_portrait: Callable[..., bytes],
+    make_speech: Callable[..., bytes],
+) -> None:
     image = image_of(images, variant)
     worker_id = f"image-{variant.replace(' ', '-')}"
     home = Path("/home/avatar")
@@ -140,7 +148,9 @@ def test_the_images_own_command_answers_a_job_and_ends_when_told(
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, "code alone"])
-def test_an_image_holds_no_compiler_no_token_and_no_source_of_the_weights(images, variant):
+def test_an_image_holds_no_compiler_no_token_and_no_source_of_the_weights(
+    images: Mapping[str, Image], variant: str
+) -> None:
     image = image_of(images, variant)
     for directory in image.environment["PATH"].split(":"):
         for compiler in COMPILERS:
@@ -152,13 +162,15 @@ def test_an_image_holds_no_compiler_no_token_and_no_source_of_the_weights(images
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_weights_belong_to_the_user_that_reads_them(images, variant):
+def test_the_weights_belong_to_the_user_that_reads_them(
+    images: Mapping[str, Image], variant: str
+) -> None:
     image = image_of(images, variant)
     for path in (image.root / BAKED_DIR).rglob("*"):
         assert str(path.stat().st_uid) == image.user == "1000"
 
 
-def test_the_image_of_the_code_alone_is_at_most_10_gb(images):
+def test_the_image_of_the_code_alone_is_at_most_10_gb(images: Mapping[str, Image]) -> None:
     sizes = [
         sum(path.lstat().st_size for path in layer.rglob("*"))
         for layer in image_of(images, "code alone").layers

@@ -29,7 +29,7 @@ def _outcome() -> str:
     return "fine"
 
 
-async def app(scope, receive, send):
+async def app(scope: Any, receive: Any, send: Any) -> None:
     """Answers each request with this server process's id and what became of its models."""
     body = json.dumps({"process": os.getpid(), "outcome": _outcome()}).encode()
     await send({"type": "http.response.start", "status": 200, "headers": []})

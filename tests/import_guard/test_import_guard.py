@@ -21,7 +21,7 @@ BROKEN = "import torchvision.extension\nraise RuntimeError('operator torchvision
 
 
 @pytest.fixture
-def site(tmp_path) -> Path:
+def site(tmp_path: Path) -> Path:
     """An installation with nothing but a torch, which is enough where nothing is computed."""
     install(tmp_path, "torch", "__version__ = '2.13.0'")
     return tmp_path
@@ -51,7 +51,7 @@ def torchvision(child: Child) -> Any:
 # What is found
 
 
-def test_importing_the_package_imports_nothing_but_the_standard_library(site):
+def test_importing_the_package_imports_nothing_but_the_standard_library(site: Path) -> None:
     child = python(
         site,
         """
@@ -66,7 +66,7 @@ def test_importing_the_package_imports_nothing_but_the_standard_library(site):
     assert not report
 
 
-def test_absent_packages_cost_no_torch_and_no_words(site):
+def test_absent_packages_cost_no_torch_and_no_words(site: Path) -> None:
     child = python(
         site, "show(import_guard.ensure())\nimport sys\nassert 'torch' not in sys.modules"
     )
@@ -75,7 +75,7 @@ def test_absent_packages_cost_no_torch_and_no_words(site):
     assert child.stderr == ""
 
 
-def test_a_broken_package_becomes_not_installed_for_the_whole_process(site):
+def test_a_broken_package_becomes_not_installed_for_the_whole_process(site: Path) -> None:
     install_broken_torchvision(site)
 
     child = python(
@@ -100,7 +100,9 @@ def test_a_broken_package_becomes_not_installed_for_the_whole_process(site):
     assert child.stderr.startswith("torchvision of unknown version does not work with torch 2.13.0")
 
 
-def test_the_warning_and_the_report_name_both_versions_and_the_bottom_of_the_chain(site):
+def test_the_warning_and_the_report_name_both_versions_and_the_bottom_of_the_chain(
+    site: Path,
+) -> None:
     code = """
     try:
         raise OSError("libcudart.so.12: cannot open shared object file")
@@ -133,7 +135,7 @@ def test_the_warning_and_the_report_name_both_versions_and_the_bottom_of_the_cha
     assert len(child.stderr.splitlines()) == 1
 
 
-def test_a_library_that_does_not_load_is_found_before_the_package_is_run(site):
+def test_a_library_that_does_not_load_is_found_before_the_package_is_run(site: Path) -> None:
     install(site, "torchvision", "raise SystemExit('it was run')")
     (site / "torchvision" / "_C.so").write_bytes(b"no library")
 
@@ -144,7 +146,7 @@ def test_a_library_that_does_not_load_is_found_before_the_package_is_run(site):
     assert "_C.so" in torchvision(child)["error"]
 
 
-def test_a_first_import_that_failed_and_was_swallowed_does_not_hide_the_cause(site):
+def test_a_first_import_that_failed_and_was_swallowed_does_not_hide_the_cause(site: Path) -> None:
     code = """
     import sys
     if "torchvision.extension" in sys.modules:
@@ -166,7 +168,7 @@ def test_a_first_import_that_failed_and_was_swallowed_does_not_hide_the_cause(si
     assert torchvision(child)["error"] == "RuntimeError: operator torchvision::nms is missing"
 
 
-def test_without_torch_nothing_is_hidden(tmp_path):
+def test_without_torch_nothing_is_hidden(tmp_path: Path) -> None:
     install_broken_torchvision(tmp_path)
 
     child = python(tmp_path, "show(import_guard.ensure())")
@@ -174,7 +176,7 @@ def test_without_torch_nothing_is_hidden(tmp_path):
     assert torchvision(child)["status"] == "no-torch"
 
 
-def test_a_torch_that_cannot_be_imported_is_the_error_itself(tmp_path):
+def test_a_torch_that_cannot_be_imported_is_the_error_itself(tmp_path: Path) -> None:
     install(tmp_path, "torch", "raise OSError('libtorch_cpu.so: cannot open')")
     install_broken_torchvision(tmp_path)
 
@@ -183,7 +185,7 @@ def test_a_torch_that_cannot_be_imported_is_the_error_itself(tmp_path):
     assert child.stderr.rstrip().endswith("OSError: libtorch_cpu.so: cannot open")
 
 
-def test_a_package_is_run_once_however_many_threads_ask(site):
+def test_a_package_is_run_once_however_many_threads_ask(site: Path) -> None:
     install(site, "torchvision", "import time\ntime.sleep(0.2)\nprint('{}')\nraise RuntimeError()")
 
     child = python(
@@ -201,7 +203,7 @@ def test_a_package_is_run_once_however_many_threads_ask(site):
     assert child.stderr.count("does not work") == 1
 
 
-def test_a_verdict_stands_with_its_reasons(site):
+def test_a_verdict_stands_with_its_reasons(site: Path) -> None:
     install_broken_torchvision(site)
 
     child = python(site, "show(import_guard.ensure())\nshow(import_guard.ensure(policy='off'))")
@@ -211,7 +213,9 @@ def test_a_verdict_stands_with_its_reasons(site):
     assert second == first
 
 
-def test_a_package_that_imports_transformers_while_it_is_examined_does_not_lock_up(site):
+def test_a_package_that_imports_transformers_while_it_is_examined_does_not_lock_up(
+    site: Path,
+) -> None:
     install(site, "transformers", "")
     install(site, "flash_attn", "import transformers\n__version__ = '2.8'")
 
@@ -225,7 +229,9 @@ def test_a_package_that_imports_transformers_while_it_is_examined_does_not_lock_
 
 
 @pytest.mark.parametrize("library", ["transformers", "diffusers"])
-def test_a_library_already_finds_the_broken_package_gone_when_it_is_imported(site, library):
+def test_a_library_already_finds_the_broken_package_gone_when_it_is_imported(
+    site: Path, library: str
+) -> None:
     install_broken_torchvision(site)
     install(site, library, "import importlib.util\nfound = importlib.util.find_spec('torchvision')")
 
@@ -245,7 +251,7 @@ def test_a_library_already_finds_the_broken_package_gone_when_it_is_imported(sit
 
 
 @pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
-def test_a_child_process_is_guarded_however_it_was_started(site, method):
+def test_a_child_process_is_guarded_however_it_was_started(site: Path, method: str) -> None:
     install_broken_torchvision(site)
     install(site, "transformers", "")
     (site / "launcher.py").write_text(
@@ -271,7 +277,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("policy", ["auto", "block"])
-def test_a_guard_that_comes_after_its_libraries_is_an_error(site, policy):
+def test_a_guard_that_comes_after_its_libraries_is_an_error(site: Path, policy: str) -> None:
     install_broken_torchvision(site)
     install(site, "transformers", "")
     code = "import transformers\nimport worker"
@@ -282,7 +288,7 @@ def test_a_guard_that_comes_after_its_libraries_is_an_error(site, policy):
     assert "Too late to hide torchvision: transformers came before the guard" in child.stderr
 
 
-def test_a_guard_that_comes_late_with_nothing_to_hide_is_no_error(site):
+def test_a_guard_that_comes_late_with_nothing_to_hide_is_no_error(site: Path) -> None:
     install(site, "transformers", "")
 
     child = run_python("-S", "-c", "import transformers\nimport worker", packages=(site,))
@@ -290,7 +296,7 @@ def test_a_guard_that_comes_late_with_nothing_to_hide_is_no_error(site):
     assert (child.returncode, child.stderr) == (0, "")
 
 
-def test_importing_the_handler_imports_no_torch(tmp_path):
+def test_importing_the_handler_imports_no_torch(tmp_path: Path) -> None:
     install_broken_torchvision(tmp_path)
     code = "import handler, json, sys; print(json.dumps(sorted(sys.modules)))"
 
@@ -304,7 +310,7 @@ def test_importing_the_handler_imports_no_torch(tmp_path):
 # The operator's setting
 
 
-def test_block_hides_a_package_without_running_it(site):
+def test_block_hides_a_package_without_running_it(site: Path) -> None:
     install(site, "torchvision", "raise SystemExit('it was run')")
 
     child = python(
@@ -318,7 +324,7 @@ def test_block_hides_a_package_without_running_it(site):
     assert child.stderr == ""
 
 
-def test_off_leaves_the_package_where_it_is(site):
+def test_off_leaves_the_package_where_it_is(site: Path) -> None:
     install_broken_torchvision(site)
 
     child = python(
@@ -335,7 +341,7 @@ def test_off_leaves_the_package_where_it_is(site):
     assert child.facts[0]["image_processor_backend"] == "torchvision"
 
 
-def test_require_refuses_a_broken_package(site):
+def test_require_refuses_a_broken_package(site: Path) -> None:
     install_broken_torchvision(site)
     install(site, "transformers", "")
 
@@ -347,19 +353,19 @@ def test_require_refuses_a_broken_package(site):
         assert "ImportGuardError: IMPORT_GUARD=require: torchvision of unknown" in child.stderr
 
 
-def test_require_accepts_an_absent_package(site):
+def test_require_accepts_an_absent_package(site: Path) -> None:
     child = python(site, "show(import_guard.ensure(policy='require'))")
 
     assert torchvision(child)["status"] == "absent"
 
 
-def test_an_empty_setting_is_the_default(site):
+def test_an_empty_setting_is_the_default(site: Path) -> None:
     child = python(site, "show(import_guard.ensure())", IMPORT_GUARD="")
 
     assert torchvision(child)["policy"] == "auto"
 
 
-def test_an_unknown_policy_is_refused_with_the_known_ones(site):
+def test_an_unknown_policy_is_refused_with_the_known_ones(site: Path) -> None:
     child = python(site, "import_guard.ensure()", IMPORT_GUARD="on")
 
     assert child.returncode != 0
@@ -378,7 +384,9 @@ def examined(site: Path, before: str = "") -> Child:
 @pytest.mark.parametrize(
     ("kept", "status"), [("[0, 2]", "healthy"), ("[0, 1, 2]", "blocked"), ("[]", "blocked")]
 )
-def test_torchvision_is_healthy_if_its_operator_answers_right(tmp_path, kept, status):
+def test_torchvision_is_healthy_if_its_operator_answers_right(
+    tmp_path: Path, kept: str, status: str
+) -> None:
     ops = f"import torch\ndef nms(boxes, scores, iou_threshold):\n    return torch.tensor({kept})"
     install(tmp_path, "torchvision", "__version__ = '0.28.0'", ops=ops)
 
@@ -390,7 +398,7 @@ def test_torchvision_is_healthy_if_its_operator_answers_right(tmp_path, kept, st
     )
 
 
-def test_a_mock_in_torchvisions_place_is_not_healthy(tmp_path):
+def test_a_mock_in_torchvisions_place_is_not_healthy(tmp_path: Path) -> None:
     mock = "import sys, unittest.mock\nsys.modules['torchvision'] = unittest.mock.MagicMock()"
     install_broken_torchvision(tmp_path)
 
@@ -402,7 +410,9 @@ def test_a_mock_in_torchvisions_place_is_not_healthy(tmp_path):
 @pytest.mark.parametrize(
     ("heard", "status"), [("[1, .5, .25]", "healthy"), ("[1, 0, 0]", "blocked")]
 )
-def test_torchaudio_is_healthy_if_its_operator_answers_right(tmp_path, heard, status):
+def test_torchaudio_is_healthy_if_its_operator_answers_right(
+    tmp_path: Path, heard: str, status: str
+) -> None:
     functional = f"import torch\ndef lfilter(*filter):\n    return torch.tensor({heard})"
     install(tmp_path, "torchaudio", "", functional=functional)
 
@@ -414,7 +424,9 @@ def test_torchaudio_is_healthy_if_its_operator_answers_right(tmp_path, heard, st
 @pytest.mark.parametrize(
     ("failure", "status"), [("None", "healthy"), ("OSError('libcudart.so.12')", "blocked")]
 )
-def test_xformers_is_healthy_if_its_library_loaded(tmp_path, failure, status):
+def test_xformers_is_healthy_if_its_library_loaded(
+    tmp_path: Path, failure: str, status: str
+) -> None:
     install(tmp_path, "xformers", "", ops="", _cpp_lib=f"_cpp_library_load_exception = {failure}")
 
     child = examined(tmp_path)
@@ -425,7 +437,7 @@ def test_xformers_is_healthy_if_its_library_loaded(tmp_path, failure, status):
 # What it tells
 
 
-def test_the_report_names_the_image_processors_that_transformers_uses_here():
+def test_the_report_names_the_image_processors_that_transformers_uses_here() -> None:
     from transformers.utils import is_torchvision_available
 
     backend = import_guard.ensure().image_processor_backend
@@ -433,7 +445,7 @@ def test_the_report_names_the_image_processors_that_transformers_uses_here():
     assert backend == ("torchvision" if is_torchvision_available() else "pil")
 
 
-def test_what_a_client_sees_of_the_report_is_short_and_holds_no_path(site):
+def test_what_a_client_sees_of_the_report_is_short_and_holds_no_path(site: Path) -> None:
     install_broken_torchvision(site)
 
     child = python(site, "print(json.dumps(import_guard.ensure().brief()))")
@@ -448,7 +460,7 @@ def test_what_a_client_sees_of_the_report_is_short_and_holds_no_path(site):
     ]
 
 
-def test_a_chain_of_exceptions_ends_with_its_root_cause():
+def test_a_chain_of_exceptions_ends_with_its_root_cause() -> None:
     try:
         try:
             try:
@@ -484,7 +496,7 @@ import torch
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_whatever_is_started_passes_the_guard_before_torch(entry):
+def test_whatever_is_started_passes_the_guard_before_torch(entry: str) -> None:
     root = Path(__file__).parents[2]
 
     done = subprocess.run(

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.import_guard import real_packages
-from tests.import_guard.real_packages import release, replace_in, run_python
+from tests.import_guard.real_packages import Child, release, replace_in, run_python
 
 pytestmark = [
     pytest.mark.packages,
@@ -26,20 +26,20 @@ USE = "from tests.import_guard.model_classes import print_facts; print_facts()"
 GUARDED_USE = f"import worker; {USE}"
 
 
-def guarded(*packages: Path, code: str = GUARDED_USE, **settings: str):
+def guarded(*packages: Path, code: str = GUARDED_USE, **settings: str) -> Child:
     return run_python("-c", code, packages=packages, **settings)
 
 
-def unguarded(*packages: Path, code: str = USE):
+def unguarded(*packages: Path, code: str = USE) -> Child:
     return run_python("-c", code, packages=packages)
 
 
-def verdict(child, name="torchvision"):
+def verdict(child: Any, name: str = "torchvision") -> Any:
     (facts,) = child.facts
     return facts["report"]["packages"][name]
 
 
-def assert_runs_without_torchvision(child):
+def assert_runs_without_torchvision(child: Any) -> None:
     (facts,) = child.facts
     assert facts["report"]["packages"]["torchvision"]["status"] == "blocked"
     assert facts["report"]["image_processor_backend"] == "pil"
@@ -49,14 +49,14 @@ def assert_runs_without_torchvision(child):
 
 
 @pytest.fixture
-def healthy(tmp_path):
+def healthy(tmp_path: Path) -> Path:
     return real_packages.healthy_torchvision(tmp_path / "healthy")
 
 
 # torchvision
 
 
-def test_where_torchvision_is_absent_the_guard_does_and_says_nothing():
+def test_where_torchvision_is_absent_the_guard_does_and_says_nothing() -> None:
     child, control = guarded(), unguarded()
 
     assert verdict(child)["status"] == "absent"
@@ -69,7 +69,7 @@ def test_where_torchvision_is_absent_the_guard_does_and_says_nothing():
     ("version", "requires"),
     [("0.28.0", "torch==2.13.0"), ("0.24.1", "torch==2.9.1"), ("0.29.1", "torch>=2.14.0")],
 )
-def test_a_torchvision_whose_library_does_not_load_is_hidden(version, requires):
+def test_a_torchvision_whose_library_does_not_load_is_hidden(version: str, requires: str) -> None:
     broken = release("torchvision", version)
 
     control = unguarded(broken)
@@ -86,7 +86,7 @@ def test_a_torchvision_whose_library_does_not_load_is_hidden(version, requires):
     assert child.stderr.count("does not work") == 1
 
 
-def test_a_swallowed_first_import_does_not_become_a_circular_import():
+def test_a_swallowed_first_import_does_not_become_a_circular_import() -> None:
     broken = release("torchvision", "0.24.1")
     swallow = "try:\n    import torchvision\nexcept Exception:\n    pass\n"
 
@@ -101,7 +101,7 @@ def test_a_swallowed_first_import_does_not_become_a_circular_import():
     assert "circular" not in child.stderr
 
 
-def test_a_torchvision_that_imports_but_has_no_operators_is_hidden():
+def test_a_torchvision_that_imports_but_has_no_operators_is_hidden() -> None:
     broken = release("torchvision", "0.16.2")
 
     control = unguarded(broken)
@@ -111,7 +111,7 @@ def test_a_torchvision_that_imports_but_has_no_operators_is_hidden():
     assert_runs_without_torchvision(child)
 
 
-def test_a_healthy_torchvision_is_left_alone(healthy):
+def test_a_healthy_torchvision_is_left_alone(healthy: Path) -> None:
     child, control = guarded(healthy), unguarded(healthy)
 
     assert verdict(child)["status"] == "healthy"
@@ -122,7 +122,7 @@ def test_a_healthy_torchvision_is_left_alone(healthy):
     assert child.stderr == control.stderr
 
 
-def test_version_numbers_that_disagree_do_not_condemn_a_working_torchvision(healthy):
+def test_version_numbers_that_disagree_do_not_condemn_a_working_torchvision(healthy: Path) -> None:
     (metadata,) = healthy.glob("torchvision-*.dist-info/METADATA")
     replace_in(metadata, "torch (==2.13.0)", "torch (>=2.14.0)")
 
@@ -133,7 +133,9 @@ def test_version_numbers_that_disagree_do_not_condemn_a_working_torchvision(heal
     assert child.stderr == ""
 
 
-def test_a_torchvision_whose_operators_are_registered_for_another_device_is_hidden(healthy):
+def test_a_torchvision_whose_operators_are_registered_for_another_device_is_hidden(
+    healthy: Path,
+) -> None:
     replace_in(healthy / "torchvision/extension.py", '_nms, "CPU"', '_nms, "CUDA"')
 
     child = guarded(healthy)
@@ -142,7 +144,7 @@ def test_a_torchvision_whose_operators_are_registered_for_another_device_is_hidd
     assert "Could not run 'torchvision::nms' with arguments from the 'CPU' backend" in child.stderr
 
 
-def test_a_torchvision_for_another_major_version_of_cuda_is_hidden(healthy):
+def test_a_torchvision_for_another_major_version_of_cuda_is_hidden(healthy: Path) -> None:
     words = "PyTorch and torchvision were compiled with different CUDA major versions"
     extension = healthy / "torchvision/extension.py"
     extension.write_text(f"{extension.read_text()}\nraise RuntimeError({words!r})\n")
@@ -156,7 +158,7 @@ def test_a_torchvision_for_another_major_version_of_cuda_is_hidden(healthy):
     assert words in child.stderr
 
 
-def test_an_empty_directory_of_that_name_is_hidden(tmp_path):
+def test_an_empty_directory_of_that_name_is_hidden(tmp_path: Path) -> None:
     (tmp_path / "torchvision").mkdir()
 
     control = unguarded(tmp_path)
@@ -166,7 +168,7 @@ def test_an_empty_directory_of_that_name_is_hidden(tmp_path):
     assert_runs_without_torchvision(child)
 
 
-def test_metadata_left_behind_is_not_a_torchvision(tmp_path):
+def test_metadata_left_behind_is_not_a_torchvision(tmp_path: Path) -> None:
     (metadata,) = release("torchvision", "0.24.1").glob("*.dist-info")
     shutil.copytree(metadata, tmp_path / metadata.name)
 
@@ -176,7 +178,7 @@ def test_metadata_left_behind_is_not_a_torchvision(tmp_path):
     assert child.facts[0]["available"] is False
 
 
-def test_a_guard_that_comes_too_late_says_so(tmp_path):
+def test_a_guard_that_comes_too_late_says_so(tmp_path: Path) -> None:
     broken = release("torchvision", "0.28.0")
 
     control = unguarded(broken, code=f"import transformers; {USE}")
@@ -189,21 +191,21 @@ def test_a_guard_that_comes_too_late_says_so(tmp_path):
     )
 
 
-def test_requiring_health_stops_the_process_with_the_guards_own_words():
+def test_requiring_health_stops_the_process_with_the_guards_own_words() -> None:
     child = guarded(release("torchvision", "0.28.0"), IMPORT_GUARD="require")
 
     assert child.returncode != 0
     assert "ImportGuardError: IMPORT_GUARD=require: torchvision 0.28.0 does not" in child.stderr
 
 
-def test_the_guard_turned_off_leaves_the_fault_as_it_was():
+def test_the_guard_turned_off_leaves_the_fault_as_it_was() -> None:
     child = guarded(release("torchvision", "0.28.0"), IMPORT_GUARD="off")
 
     assert child.returncode != 0
     assert "operator torchvision::nms does not exist" in child.stderr
 
 
-def test_the_error_that_stopped_an_inference_server_is_cured(tmp_path):
+def test_the_error_that_stopped_an_inference_server_is_cured(tmp_path: Path) -> None:
     old = [
         release("transformers", "4.45.1"),
         release("diffusers", "0.33.0"),
@@ -235,7 +237,7 @@ def test_the_error_that_stopped_an_inference_server_is_cured(tmp_path):
 # Its siblings
 
 
-def test_a_torchaudio_whose_library_does_not_load_is_hidden():
+def test_a_torchaudio_whose_library_does_not_load_is_hidden() -> None:
     broken = release("torchaudio", "2.11.0")
 
     control = unguarded(broken)
@@ -247,14 +249,14 @@ def test_a_torchaudio_whose_library_does_not_load_is_hidden():
     assert "torchaudio 2.11.0 does not work" in child.stderr
 
 
-def test_a_healthy_torchaudio_is_left_alone(tmp_path):
+def test_a_healthy_torchaudio_is_left_alone(tmp_path: Path) -> None:
     child = guarded(real_packages.healthy_torchaudio(tmp_path))
 
     assert verdict(child, "torchaudio")["status"] == "healthy"
     assert "does not work" not in child.stderr
 
 
-def test_an_xformers_whose_library_does_not_load_is_hidden():
+def test_an_xformers_whose_library_does_not_load_is_hidden() -> None:
     broken = release("xformers", "0.0.33.post2")
 
     control = unguarded(broken)
@@ -267,7 +269,7 @@ def test_an_xformers_whose_library_does_not_load_is_hidden():
     assert "torch==2.9.1" in child.stderr
 
 
-def test_all_three_broken_at_once_are_hidden():
+def test_all_three_broken_at_once_are_hidden() -> None:
     child = guarded(
         release("torchvision", "0.24.1"),
         release("torchaudio", "2.11.0"),
@@ -283,7 +285,9 @@ def test_all_three_broken_at_once_are_hidden():
 # Processes. "main" as the control: what the first process did does not help the ones it starts.
 
 
-def launch(way, guard, command=("tests/import_guard/process_launcher.py",)):
+def launch(
+    way: str, guard: Any, command: Any = ("tests/import_guard/process_launcher.py",)
+) -> Child:
     broken = release("torchvision", "0.28.0")
     return run_python(*command, way, packages=(broken,), GUARD=guard)
 
@@ -298,7 +302,7 @@ def launch(way, guard, command=("tests/import_guard/process_launcher.py",)):
         ("pool", "main", 2),
     ],
 )
-def test_every_process_is_guarded(way, guard_of_the_control, num_processes):
+def test_every_process_is_guarded(way: str, guard_of_the_control: str, num_processes: int) -> None:
     control = launch(way, guard_of_the_control)
     child = launch(way, "package")
 
@@ -309,7 +313,7 @@ def test_every_process_is_guarded(way, guard_of_the_control, num_processes):
     ] * num_processes
 
 
-def test_every_process_of_torchrun_is_guarded():
+def test_every_process_of_torchrun_is_guarded() -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     command = (*torchrun, "tests/import_guard/process_launcher.py")
 
@@ -321,7 +325,7 @@ def test_every_process_of_torchrun_is_guarded():
 
 
 @pytest.mark.parametrize(("guard", "outcome"), [("package", "fine"), ("main", "RuntimeError: ")])
-def test_both_workers_of_uvicorn_are_guarded(guard, outcome):
+def test_both_workers_of_uvicorn_are_guarded(guard: str, outcome: str) -> None:
     answers = answers_of_uvicorn(guard)
 
     assert len(answers) == 2

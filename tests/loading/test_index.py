@@ -22,7 +22,7 @@ def entry(start: int, end: int, dtype: str = "U8") -> dict[str, Any]:
     return {"dtype": dtype, "shape": [end - start], "data_offsets": [start, end]}
 
 
-def test_the_tensors_of_a_file_come_in_their_order_and_are_all_of_it(tmp_path):
+def test_the_tensors_of_a_file_come_in_their_order_and_are_all_of_it(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     tensors = {
         "b": torch.arange(6, dtype=torch.bfloat16).view(2, 3),
@@ -56,14 +56,16 @@ def test_the_tensors_of_a_file_come_in_their_order_and_are_all_of_it(tmp_path):
         ({"a": entry(0, 4) | {"shape": ["4"]}}, 4, "the header is damaged at a"),
     ],
 )
-def test_a_header_that_does_not_fit_its_file_is_named(tmp_path, header, num_bytes, message):
+def test_a_header_that_does_not_fit_its_file_is_named(
+    tmp_path: Path, header: dict[str, Any], num_bytes: int, message: str
+) -> None:
     path = write(tmp_path / "model.safetensors", header, num_bytes)
     with pytest.raises(ValueError, match=rf"model\.safetensors.*{message}"):
         stored_tensors(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"1234", struct.pack("<Q", 9) + b"{}"])
-def test_a_file_without_a_whole_header_is_cut(tmp_path, content):
+def test_a_file_without_a_whole_header_is_cut(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     assert not has_full_length(path)
@@ -71,6 +73,6 @@ def test_a_file_without_a_whole_header_is_cut(tmp_path, content):
         stored_tensors(path)
 
 
-def test_a_directory_without_weights_is_named(tmp_path):
+def test_a_directory_without_weights_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=rf"{tmp_path} holds no weights"):
         weight_files(tmp_path)

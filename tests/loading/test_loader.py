@@ -34,7 +34,7 @@ TRANSFORMER_FILE = "transformer/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def models(toy_model, tmp_path_factory) -> dict[str, Path]:
+def models(toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The toy checkpoint as it is, and with the transformer in 8 bits."""
     directory = tmp_path_factory.mktemp("models")
     convert(build_toy_checkpoint(directory), directory / "fp8", "fp8")
@@ -42,7 +42,7 @@ def models(toy_model, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def own_model(toy_model, tmp_path) -> Path:
+def own_model(toy_model: Path, tmp_path: Path) -> Path:
     """A model directory for tests that change it."""
     return Path(shutil.copytree(toy_model, tmp_path / "model"))
 
@@ -81,14 +81,16 @@ def num_open_files() -> int:
 @pytest.mark.parametrize("reading", [Reading(), SMALL], ids=["blocks of 16 MiB", "small blocks"])
 @pytest.mark.parametrize("dtypes", [ON_GPU, ON_CPU], ids=["as on a GPU", "as on a CPU"])
 @pytest.mark.parametrize("variant", ["keep", "fp8"])
-def test_every_tensor_is_bit_for_bit_that_of_from_pretrained(variant, dtypes, reading, models):
+def test_every_tensor_is_bit_for_bit_that_of_from_pretrained(
+    variant: Any, dtypes: Any, reading: Any, models: Any
+) -> None:
     expected = HunyuanVideoAvatarPipeline.from_pretrained(models[variant], dtype=dtypes)
     components, _ = loader.load(models[variant], CPU, dtypes, reading=reading)
     pipeline = HunyuanVideoAvatarPipeline(**components)  # it casts what runs in another dtype
     assert_same(all_tensors(pipeline.components), all_tensors(expected.components))
 
 
-def test_the_components_are_of_the_same_classes_and_ready_to_run(toy_model):
+def test_the_components_are_of_the_same_classes_and_ready_to_run(toy_model: Path) -> None:
     expected = HunyuanVideoAvatarPipeline.from_pretrained(toy_model)
     components, _ = loader.load(toy_model, CPU, ON_CPU)
     for name, component in expected.components.items():
@@ -101,7 +103,7 @@ def test_the_components_are_of_the_same_classes_and_ready_to_run(toy_model):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("variant", ["keep", "fp8"])
-def test_on_a_gpu_every_tensor_is_the_same_too(variant, models):
+def test_on_a_gpu_every_tensor_is_the_same_too(variant: str, models: dict[str, Path]) -> None:
     expected = HunyuanVideoAvatarPipeline.from_pretrained(models[variant], dtype=ON_GPU)
     for reading in (Reading(), SMALL):
         components, _ = loader.load(models[variant], torch.device("cuda"), ON_GPU, reading=reading)
@@ -110,7 +112,7 @@ def test_on_a_gpu_every_tensor_is_the_same_too(variant, models):
         assert_same(tensors, all_tensors(expected.components))
 
 
-def test_the_engine_loads_a_model_directory_and_says_how_fast(toy_model):
+def test_the_engine_loads_a_model_directory_and_says_how_fast(toy_model: Path) -> None:
     report = Engine.load(Settings(model_dir=str(toy_model))).load_report
     tensors = [load_file(path) for path in toy_model.glob("*/*.safetensors")]
     stored = sum(tensor.nbytes for file in tensors for tensor in file.values())
@@ -123,7 +125,9 @@ def test_the_engine_loads_a_model_directory_and_says_how_fast(toy_model):
     assert str(report).startswith("0.01 GB in ")
 
 
-def test_the_memory_that_the_weights_take_is_known_from_their_headers(models):
+def test_the_memory_that_the_weights_take_is_known_from_their_headers(
+    models: dict[str, Path],
+) -> None:
     for variant in models.values():
         components, _ = loader.load(variant, CPU, ON_GPU)
         taken = sum(tensor.nbytes for tensor in all_tensors(components).values())
@@ -148,8 +152,8 @@ def tensors_of(module: torch.nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("variant", ["keep", "fp8"])
 @pytest.mark.parametrize("place", ["device", "host"])
 def test_each_block_has_one_storage_of_its_own_and_what_is_left_has_one_more(
-    place, variant, models
-):
+    place: Any, variant: Any, models: Any
+) -> None:
     components, _ = loader.load(models[variant], CPU, ON_CPU, {"default": place})
     for name in loader.NETWORKS:
         network = components[name]
@@ -167,7 +171,9 @@ def test_each_block_has_one_storage_of_its_own_and_what_is_left_has_one_more(
         assert rest not in seen, name
 
 
-def test_tensors_begin_at_multiples_of_256_bytes_and_waste_no_more_than_that(toy_model):
+def test_tensors_begin_at_multiples_of_256_bytes_and_waste_no_more_than_that(
+    toy_model: Path,
+) -> None:
     components, _ = loader.load(toy_model, CPU, ON_CPU, {"default": "host"})
     for block in layout.blocks(components["transformer"]).values():
         own = tensors_of(block).values()
@@ -176,7 +182,7 @@ def test_tensors_begin_at_multiples_of_256_bytes_and_waste_no_more_than_that(toy
         assert next(iter(own)).untyped_storage().nbytes() < used + 256 * len(own)
 
 
-def test_blocks_are_the_entries_of_the_outermost_lists(toy_model):
+def test_blocks_are_the_entries_of_the_outermost_lists(toy_model: Path) -> None:
     components, _ = loader.load(toy_model, CPU, ON_CPU)
     config = components["transformer"].config
     names = list(layout.blocks(components["transformer"]))
@@ -192,7 +198,9 @@ def test_blocks_are_the_entries_of_the_outermost_lists(toy_model):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("variant", ["keep", "fp8"])
-def test_a_gpu_can_fetch_by_itself_what_stays_on_the_host(variant, models):
+def test_a_gpu_can_fetch_by_itself_what_stays_on_the_host(
+    variant: str, models: dict[str, Path]
+) -> None:
     placement: dict[str, Place] = {"transformer": "host", "default": "device"}
     components, _ = loader.load(models[variant], torch.device("cuda"), ON_GPU, placement)
     expected = HunyuanVideoAvatarPipeline.from_pretrained(models[variant], dtype=ON_GPU)
@@ -209,26 +217,26 @@ def test_a_gpu_can_fetch_by_itself_what_stays_on_the_host(variant, models):
 # Files that do not fit
 
 
-def test_a_missing_tensor_is_named(own_model):
+def test_a_missing_tensor_is_named(own_model: Path) -> None:
     rewrite(own_model / TRANSFORMER_FILE, {"proj_out.bias": None})
     with pytest.raises(ValueError, match=r"model/transformer: proj_out\.bias is missing"):
         loader.load(own_model, CPU, ON_CPU)
 
 
-def test_an_unknown_tensor_is_named_with_its_file(own_model):
+def test_an_unknown_tensor_is_named_with_its_file(own_model: Path) -> None:
     rewrite(own_model / TRANSFORMER_FILE, {"proj_in.bias": torch.zeros(2)})
     with pytest.raises(ValueError, match=rf"{TRANSFORMER_FILE}: proj_in\.bias is unknown"):
         loader.load(own_model, CPU, ON_CPU)
 
 
-def test_a_tensor_that_is_there_twice_is_named_with_its_file(own_model):
+def test_a_tensor_that_is_there_twice_is_named_with_its_file(own_model: Path) -> None:
     stray = own_model / "vae" / "old.safetensors"
     save_file({"decoder.conv_in.conv.bias": torch.zeros(16)}, stray)
     with pytest.raises(ValueError, match=r"old\.safetensors: decoder.* or there twice"):
         loader.load(own_model, CPU, ON_CPU)
 
 
-def test_a_misshapen_tensor_is_named_with_its_file(own_model):
+def test_a_misshapen_tensor_is_named_with_its_file(own_model: Path) -> None:
     path = own_model / "text_encoder_2" / "model.safetensors"
     name = "text_model.final_layer_norm.weight"
     rewrite(path, {name: torch.zeros(3)})
@@ -236,7 +244,7 @@ def test_a_misshapen_tensor_is_named_with_its_file(own_model):
         loader.load(own_model, CPU, ON_CPU)
 
 
-def test_bits_do_not_pass_for_numbers(own_model):
+def test_bits_do_not_pass_for_numbers(own_model: Path) -> None:
     path = own_model / TRANSFORMER_FILE
     bits = load_file(path)["proj_out.weight"].to(torch.uint8)
     rewrite(path, {"proj_out.weight": bits})
@@ -246,27 +254,29 @@ def test_bits_do_not_pass_for_numbers(own_model):
         loader.load(own_model, CPU, ON_CPU)
 
 
-def test_many_faults_are_counted_and_the_first_ones_named(own_model):
+def test_many_faults_are_counted_and_the_first_ones_named(own_model: Path) -> None:
     path = own_model / "transformer" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"float8_blocks": True}))
     with pytest.raises(ValueError, match=r"is of torch\.\w+, not torch\.uint8; .*; and 138 more$"):
         loader.load(own_model, CPU, ON_CPU)
 
 
-def test_a_dtype_that_no_network_has_is_named(own_model):
+def test_a_dtype_that_no_network_has_is_named(own_model: Path) -> None:
     rewrite(own_model / TRANSFORMER_FILE, {"proj_out.bias": torch.zeros(16, dtype=torch.int64)})
     with pytest.raises(ValueError, match=r"proj_out\.bias is of an unknown dtype, I64"):
         loader.load(own_model, CPU, ON_CPU)
 
 
-def test_a_component_without_weights_is_named(own_model):
+def test_a_component_without_weights_is_named(own_model: Path) -> None:
     (own_model / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="model/vae holds no weights"):
         loader.load(own_model, CPU, ON_CPU)
 
 
 @pytest.mark.parametrize("past_cache", [True, False])
-def test_a_file_that_ends_early_is_named_and_nothing_stays_behind(past_cache, own_model):
+def test_a_file_that_ends_early_is_named_and_nothing_stays_behind(
+    past_cache: bool, own_model: Path
+) -> None:
     path = own_model / TRANSFORMER_FILE
     os.truncate(path, path.stat().st_size - 10_000)
     open_files = num_open_files()
@@ -281,7 +291,7 @@ def test_a_file_that_ends_early_is_named_and_nothing_stays_behind(past_cache, ow
 
 
 @pytest.fixture(scope="module")
-def larger_model(toy_model, tmp_path_factory) -> Path:
+def larger_model(toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The toy model with a transformer of 300 MB, whose file the disk has."""
     model = Path(shutil.copytree(toy_model, tmp_path_factory.mktemp("larger") / "model"))
     config = json.loads((model / "transformer" / "config.json").read_text())
@@ -312,7 +322,7 @@ def memory_bytes(field: str) -> int:
     return next(int(line.split()[1]) << 10 for line in status.splitlines() if field in line)
 
 
-def test_beside_the_weights_only_the_ring_takes_memory(larger_model):
+def test_beside_the_weights_only_the_ring_takes_memory(larger_model: Path) -> None:
     reading = Reading(num_threads=2, block_bytes=2**20)
     loader.load(larger_model, CPU, ON_CPU, reading=reading)  # what else is done once in a process
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
@@ -323,7 +333,9 @@ def test_beside_the_weights_only_the_ring_takes_memory(larger_model):
     del components
 
 
-def test_a_file_outside_the_page_cache_is_read_past_it_and_one_inside_from_it(larger_model):
+def test_a_file_outside_the_page_cache_is_read_past_it_and_one_inside_from_it(
+    larger_model: Path,
+) -> None:
     path = larger_model / TRANSFORMER_FILE
     drop_from_page_cache(path)
     if is_cached(path):
@@ -338,8 +350,8 @@ def test_a_file_outside_the_page_cache_is_read_past_it_and_one_inside_from_it(la
 
 
 def test_the_disk_s_speed_comes_with_the_report_of_a_model_that_is_large_enough(
-    larger_model, toy_model
-):
+    larger_model: Path, toy_model: Path
+) -> None:
     _, report = loader.load(larger_model, CPU, ON_CPU)
     assert report.disk_bytes_per_second is not None
     assert report.disk_ratio == pytest.approx(

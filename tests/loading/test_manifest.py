@@ -11,7 +11,7 @@ from worker.loading import manifest
 
 
 @pytest.fixture
-def model_dir(tmp_path) -> Path:
+def model_dir(tmp_path: Path) -> Path:
     """A directory with weights, another file, and a manifest of both."""
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "model.safetensors").write_bytes(b"weights")
@@ -29,14 +29,14 @@ def entries(model_dir: Path) -> dict[str, dict[str, Any]]:
     return files
 
 
-def test_a_file_is_described_by_its_size_and_hash(model_dir):
+def test_a_file_is_described_by_its_size_and_hash(model_dir: Path) -> None:
     assert entries(model_dir)["vae/model.safetensors"] == {
         "size_bytes": 7,
         "sha256": hashlib.sha256(b"weights").hexdigest(),
     }
 
 
-def test_what_is_written_is_read_and_the_same_content_is_the_same_file(model_dir):
+def test_what_is_written_is_read_and_the_same_content_is_the_same_file(model_dir: Path) -> None:
     content = manifest.read(model_dir)
     text = (model_dir / manifest.NAME).read_text()
     assert content is not None
@@ -45,11 +45,11 @@ def test_what_is_written_is_read_and_the_same_content_is_the_same_file(model_dir
     assert (model_dir / manifest.NAME).read_text() == text
 
 
-def test_a_directory_without_a_manifest_has_none(tmp_path):
+def test_a_directory_without_a_manifest_has_none(tmp_path: Path) -> None:
     assert manifest.read(tmp_path) is None
 
 
-def test_every_changed_byte_of_the_manifest_is_found(model_dir):
+def test_every_changed_byte_of_the_manifest_is_found(model_dir: Path) -> None:
     path = model_dir / manifest.NAME
     whole = path.read_bytes()
     for index in range(len(whole)):
@@ -59,13 +59,13 @@ def test_every_changed_byte_of_the_manifest_is_found(model_dir):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "7", "{}", '{"sha256": "0"}'])
-def test_what_is_no_manifest_is_found(model_dir, text):
+def test_what_is_no_manifest_is_found(model_dir: Path, text: str) -> None:
     (model_dir / manifest.NAME).write_text(text)
     with pytest.raises(ValueError, match="was changed or cut"):
         manifest.read(model_dir)
 
 
-def test_an_entry_that_was_added_by_hand_is_found(model_dir):
+def test_an_entry_that_was_added_by_hand_is_found(model_dir: Path) -> None:
     path = model_dir / manifest.NAME
     content = json.loads(path.read_text())
     content["files"]["more"] = content["files"]["model_index.json"]
@@ -74,12 +74,12 @@ def test_an_entry_that_was_added_by_hand_is_found(model_dir):
         manifest.read(model_dir)
 
 
-def test_whole_files_have_no_faults(model_dir):
+def test_whole_files_have_no_faults(model_dir: Path) -> None:
     assert manifest.faults(model_dir, entries(model_dir)) == []
     assert manifest.faults(model_dir, entries(model_dir), hashes=True) == []
 
 
-def test_missing_cut_and_foreign_files_are_each_named(model_dir):
+def test_missing_cut_and_foreign_files_are_each_named(model_dir: Path) -> None:
     (model_dir / "model_index.json").unlink()
     (model_dir / "vae" / "model.safetensors").write_bytes(b"weight")
     (model_dir / "vae" / "other.safetensors").write_bytes(b"weights")
@@ -91,7 +91,7 @@ def test_missing_cut_and_foreign_files_are_each_named(model_dir):
     ]
 
 
-def test_changed_bytes_of_the_same_number_are_found_by_their_hash_alone(model_dir):
+def test_changed_bytes_of_the_same_number_are_found_by_their_hash_alone(model_dir: Path) -> None:
     (model_dir / "vae" / "model.safetensors").write_bytes(b"height!")
     assert manifest.faults(model_dir, entries(model_dir)) == []
     assert manifest.faults(model_dir, entries(model_dir), hashes=True) == [

@@ -54,7 +54,7 @@ def snapshot(root: Path, commit: str) -> Path:
     return root / model_directory.CACHE_DIR / name / "snapshots" / commit
 
 
-def test_the_places_are_searched_in_their_order(tmp_path):
+def test_the_places_are_searched_in_their_order(tmp_path: Path) -> None:
     given = make_model(tmp_path / "given")
     baked = make_model(tmp_path / model_directory.BAKED_DIR)
     cached = make_model(snapshot(tmp_path, "a" * 40))
@@ -74,7 +74,7 @@ def test_the_places_are_searched_in_their_order(tmp_path):
         model_directory.find(settings, tmp_path)
 
 
-def test_the_choice_says_why_each_place_before_it_was_skipped(tmp_path):
+def test_the_choice_says_why_each_place_before_it_was_skipped(tmp_path: Path) -> None:
     make_model(tmp_path / model_directory.VOLUME_DIR)
     (tmp_path / model_directory.BAKED_DIR).mkdir(parents=True)
 
@@ -89,14 +89,14 @@ def test_the_choice_says_why_each_place_before_it_was_skipped(tmp_path):
     )
 
 
-def test_the_demo_model_is_whole_and_comes_first_where_it_is_asked_for(tmp_path):
+def test_the_demo_model_is_whole_and_comes_first_where_it_is_asked_for(tmp_path: Path) -> None:
     make_model(tmp_path / model_directory.BAKED_DIR)
     found = model_directory.find(Settings(avatar_model="demo"), tmp_path)
     assert found.path == model_directory.DEMO_DIR
     assert found.skipped == ()
 
 
-def test_no_model_anywhere_is_an_error_that_names_every_place(tmp_path):
+def test_no_model_anywhere_is_an_error_that_names_every_place(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         model_directory.find(Settings(model_dir=str(tmp_path / "typo")), tmp_path)
     message = str(caught.value)
@@ -110,7 +110,7 @@ def test_no_model_anywhere_is_an_error_that_names_every_place(tmp_path):
         assert reason in message
 
 
-def test_the_model_cache_gives_the_snapshot_that_main_stands_for(tmp_path):
+def test_the_model_cache_gives_the_snapshot_that_main_stands_for(tmp_path: Path) -> None:
     old, new = (make_model(snapshot(tmp_path, letter * 40)) for letter in "ab")
     settings = Settings(model_repository=MIRROR)
     for path, seconds in ((old, 1000), (new, 2000)):
@@ -123,7 +123,7 @@ def test_the_model_cache_gives_the_snapshot_that_main_stands_for(tmp_path):
     assert model_directory.find(settings, tmp_path).path == old
 
 
-def test_the_links_of_the_model_cache_are_followed(tmp_path):
+def test_the_links_of_the_model_cache_are_followed(tmp_path: Path) -> None:
     blobs = make_model(tmp_path / "blobs")
     linked = snapshot(tmp_path, "a" * 40)
     for path in (path for path in blobs.rglob("*") if path.is_file()):
@@ -138,7 +138,7 @@ def test_the_links_of_the_model_cache_are_followed(tmp_path):
         model_directory.find(settings, tmp_path)
 
 
-def test_a_damaged_model_is_not_skipped(tmp_path):
+def test_a_damaged_model_is_not_skipped(tmp_path: Path) -> None:
     given = make_model(tmp_path / "given")
     make_model(tmp_path / model_directory.BAKED_DIR)
     cut(given / "vae" / "model.safetensors")
@@ -146,7 +146,7 @@ def test_a_damaged_model_is_not_skipped(tmp_path):
         model_directory.find(Settings(model_dir=str(given)), tmp_path)
 
 
-def test_weights_of_another_model_between_these_are_found(tmp_path):
+def test_weights_of_another_model_between_these_are_found(tmp_path: Path) -> None:
     model_dir = make_model(tmp_path / "model")
     (model_dir / "transformer" / "model.safetensors").write_bytes(safetensors(64))
     with pytest.raises(
@@ -155,7 +155,7 @@ def test_weights_of_another_model_between_these_are_found(tmp_path):
         model_directory.require_whole(model_dir)
 
 
-def test_every_fault_is_named_at_once(tmp_path):
+def test_every_fault_is_named_at_once(tmp_path: Path) -> None:
     model_dir = make_model(tmp_path / "model")
     (model_dir / "vae" / "config.json").unlink()
     cut(model_dir / "transformer" / "model-00002-of-00002.safetensors")
@@ -186,8 +186,8 @@ def garble(path: Path) -> None:
     "name", ["vae/model.safetensors", "transformer/model-00002-of-00002.safetensors"]
 )
 def test_without_a_manifest_the_weights_say_how_long_they_are(
-    tmp_path, name: str, damage: Callable[[Path], object]
-):
+    tmp_path: Path, name: str, damage: Callable[[Path], object]
+) -> None:
     model_dir = make_model(tmp_path / "model", with_manifest=False)
     model_directory.require_whole(model_dir)
 
@@ -198,20 +198,20 @@ def test_without_a_manifest_the_weights_say_how_long_they_are(
 
 
 @pytest.mark.parametrize("name", ["model_index.json", "transformer/model.safetensors.index.json"])
-def test_without_a_manifest_a_cut_index_is_named(tmp_path, name):
+def test_without_a_manifest_a_cut_index_is_named(tmp_path: Path, name: str) -> None:
     model_dir = make_model(tmp_path / "model", with_manifest=False)
     cut(model_dir / name)
     with pytest.raises(RuntimeError, match=name.replace(".", r"\.") + " is damaged"):
         model_directory.require_whole(model_dir)
 
 
-def test_hashes_need_a_manifest(tmp_path):
+def test_hashes_need_a_manifest(tmp_path: Path) -> None:
     model_dir = make_model(tmp_path / "model", with_manifest=False)
     with pytest.raises(RuntimeError, match=r"manifest\.json is missing"):
         model_directory.require_whole(model_dir, hashes=True)
 
 
-def test_a_damaged_model_fails_the_fitness_check_with_the_files_name(tmp_path):
+def test_a_damaged_model_fails_the_fitness_check_with_the_files_name(tmp_path: Path) -> None:
     model_dir = make_model(tmp_path / "model")
     cut(model_dir / "vae" / "model.safetensors")
     worker = Worker(Settings(model_dir=str(model_dir)))
@@ -233,7 +233,7 @@ print(model_directory.find(Settings.from_env(), Path(sys.argv[1])).path)
 
 
 @pytest.fixture(scope="module")
-def mirror(tmp_path_factory) -> dict[str, bytes]:
+def mirror(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     directory = make_model(tmp_path_factory.mktemp("mirror") / "model")
     paths = (path for path in directory.rglob("*") if path.is_file())
     files = {str(path.relative_to(directory)): path.read_bytes() for path in paths}
@@ -260,7 +260,9 @@ def find_with_download(hub: HubServer, root: Path) -> subprocess.CompletedProces
 
 
 @pytest.mark.parametrize("has_volume", [True, False])
-def test_an_allowed_download_ends_on_the_volume_or_in_the_container(tmp_path, mirror, has_volume):
+def test_an_allowed_download_ends_on_the_volume_or_in_the_container(
+    tmp_path: Path, mirror: dict[str, bytes], has_volume: bool
+) -> None:
     place = model_directory.VOLUME_DIR if has_volume else model_directory.BAKED_DIR
     if has_volume:
         (tmp_path / "runpod-volume").mkdir()
@@ -273,7 +275,9 @@ def test_an_allowed_download_ends_on_the_volume_or_in_the_container(tmp_path, mi
         assert hub.requests == []
 
 
-def test_a_download_that_fails_leaves_no_model_and_the_next_start_goes_on(tmp_path, mirror):
+def test_a_download_that_fails_leaves_no_model_and_the_next_start_goes_on(
+    tmp_path: Path, mirror: dict[str, bytes]
+) -> None:
     shard = "transformer/model-00002-of-00002.safetensors"
     with HubServer(dict(mirror), repository=MIRROR, status={shard: [403] * 9}) as hub:
         failed = find_with_download(hub, tmp_path)
@@ -288,7 +292,9 @@ def test_a_download_that_fails_leaves_no_model_and_the_next_start_goes_on(tmp_pa
         assert shard in [name for name, _ in hub.requests]
 
 
-def test_a_download_that_is_not_what_its_manifest_says_is_refused(tmp_path, mirror):
+def test_a_download_that_is_not_what_its_manifest_says_is_refused(
+    tmp_path: Path, mirror: dict[str, bytes]
+) -> None:
     name = "vae/model.safetensors"
     other = mirror[name][:-1] + b"\1"
     with HubServer(dict(mirror), repository=MIRROR, served_instead={name: other}) as hub:

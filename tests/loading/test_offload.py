@@ -1,6 +1,8 @@
 """The plan for the GPU's memory, and models that are offloaded to the host."""
 
 import re
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,7 +42,7 @@ PUBLISHED = {
 # The plan
 
 
-def test_where_everything_fits_everything_is_resident():
+def test_where_everything_fits_everything_is_resident() -> None:
     plan = make_plan(79 * GIB, PUBLISHED)
     assert plan.all_resident
     assert plan.resolutions() == [256, 384, 512, 704]
@@ -56,7 +58,9 @@ def test_where_everything_fits_everything_is_resident():
         (8, [256, 384, 512]),
     ],
 )
-def test_smaller_gpus_make_large_videos_with_fewer_resident_blocks(gib, resolutions):
+def test_smaller_gpus_make_large_videos_with_fewer_resident_blocks(
+    gib: int, resolutions: list[int]
+) -> None:
     plan = make_plan((gib - 1) * GIB, PUBLISHED)
     assert not plan.all_resident
     assert plan.resolutions() == resolutions
@@ -64,13 +68,13 @@ def test_smaller_gpus_make_large_videos_with_fewer_resident_blocks(gib, resoluti
     assert smaller.resident_blocks <= plan.resident_blocks <= plan.num_blocks
 
 
-def test_what_is_too_small_for_anything_says_how_much_is_missing():
+def test_what_is_too_small_for_anything_says_how_much_is_missing() -> None:
     with pytest.raises(ValueError, match=r"^\d\.\d GiB more of GPU memory are needed$"):
         make_plan(2 * GIB, PUBLISHED)
 
 
 @given(st.integers(39 * GIB // 10, 100 * GIB))
-def test_no_plan_takes_more_than_there_is(budget):
+def test_no_plan_takes_more_than_there_is(budget: Any) -> None:
     plan = make_plan(budget, PUBLISHED)
     transformer = PUBLISHED["transformer"]
     if plan.all_resident:
@@ -109,7 +113,7 @@ def host_addresses(network: torch.nn.Module) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("resident", [0, 1, 3, 6, 7])
-def test_a_model_that_is_onloaded_block_by_block_computes_the_same(resident):
+def test_a_model_that_is_onloaded_block_by_block_computes_the_same(resident: int) -> None:
     network, x = Counted(7), torch.randn(2, 3)
     orders = [range(7), range(6, 7), range(7), range(3, 5), range(7)]  # some skip, some go back
     expected = [network(x, order) for order in orders]
@@ -132,7 +136,7 @@ def test_a_model_that_is_onloaded_block_by_block_computes_the_same(resident):
     assert "blocks.6.weight" in kept or not resident
 
 
-def test_blocks_that_are_not_resident_share_two_buffers():
+def test_blocks_that_are_not_resident_share_two_buffers() -> None:
     network = Counted(9)
     offloaded = OffloadedModel(network, list(network.blocks), CPU, resident=2)
     addresses = []
@@ -146,7 +150,7 @@ def test_blocks_that_are_not_resident_share_two_buffers():
     assert len(set(addresses)) == NUM_PREFETCH_BUFFERS + 2
 
 
-def test_a_model_that_is_onloaded_whole_is_offloaded_whole_even_after_a_failure():
+def test_a_model_that_is_onloaded_whole_is_offloaded_whole_even_after_a_failure() -> None:
     network, x = Counted(3), torch.randn(2, 3)
     expected, on_host = network(x, range(3)), host_addresses(network)
     offloaded = OffloadedModel(network, list(network.blocks), CPU, resident=None)
@@ -163,7 +167,7 @@ def test_a_model_that_is_onloaded_whole_is_offloaded_whole_even_after_a_failure(
     assert host_addresses(network) == on_host
 
 
-def test_weights_in_several_storages_are_refused():
+def test_weights_in_several_storages_are_refused() -> None:
     network = torch.nn.Sequential(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="one storage"):
         OffloadedModel(network, [network[0]], CPU, resident=0)
@@ -173,7 +177,7 @@ def test_weights_in_several_storages_are_refused():
 
 
 @pytest.mark.parametrize("resident_blocks", [1, 4])
-def test_a_video_of_offloaded_models_is_the_same(toy_model, resident_blocks):
+def test_a_video_of_offloaded_models_is_the_same(toy_model: Path, resident_blocks: int) -> None:
     plan = MemoryPlan(0, False, resident_blocks, 8, 10**6)
     frames = []
     placements: tuple[dict[str, Place], ...] = (
@@ -205,7 +209,7 @@ def test_a_video_of_offloaded_models_is_the_same(toy_model, resident_blocks):
         assert len(stayed) == (resident_blocks if name == "transformer" else 0)
 
 
-def test_a_size_that_the_plan_cannot_make_is_refused_with_those_that_it_can():
+def test_a_size_that_the_plan_cannot_make_is_refused_with_those_that_it_can() -> None:
     plan = make_plan(5 * GIB, PUBLISHED)
     engine = Engine(None, CPU, 0.0, None, plan, has_float8=False)  # type: ignore[arg-type]
     engine.require_fits_memory(Image.new("RGB", (300, 300)), 256)

@@ -15,7 +15,7 @@ REPORT = LoadReport(
 )
 
 
-def test_a_load_is_told_beside_the_disk():
+def test_a_load_is_told_beside_the_disk() -> None:
     assert REPORT.bytes_per_second == 1e9
     assert REPORT.disk_ratio == pytest.approx(0.5)
     assert str(REPORT) == (
@@ -24,7 +24,7 @@ def test_a_load_is_told_beside_the_disk():
     )
 
 
-def test_where_the_disk_was_not_measured_nothing_is_said_of_it():
+def test_where_the_disk_was_not_measured_nothing_is_said_of_it() -> None:
     report = dataclasses.replace(REPORT, disk_bytes_per_second=None)
     assert report.disk_ratio is None
     assert str(report).startswith("3.00 GB in 3.0 s, 1.00 GB/s, 50% from the page cache; ")

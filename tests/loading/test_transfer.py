@@ -1,6 +1,7 @@
 """Networks filled from files, and the memory on the host."""
 
 import weakref
+from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
@@ -12,9 +13,9 @@ CPU = torch.device("cpu")
 SMALL = Reading(num_threads=3, block_bytes=8 * PAGE_BYTES)
 
 
-def test_buffers_that_are_in_no_file_share_the_storage_of_their_block(tmp_path):
+def test_buffers_that_are_in_no_file_share_the_storage_of_their_block(tmp_path: Path) -> None:
     class Layer(torch.nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.weight = torch.nn.Parameter(torch.empty(3, 5, device="meta"))
             self.register_buffer("steps", torch.arange(7), persistent=False)
@@ -40,7 +41,7 @@ def test_buffers_that_are_in_no_file_share_the_storage_of_their_block(tmp_path):
         assert tensors["steps"].tolist() == list(range(7))
 
 
-def test_the_host_s_memory_is_given_back_with_the_last_tensor_in_it():
+def test_the_host_s_memory_is_given_back_with_the_last_tensor_in_it() -> None:
     memory = HostMemory(1000)
     tensor = memory.tensor()[256:512]
     watched = weakref.ref(memory)
@@ -51,7 +52,7 @@ def test_the_host_s_memory_is_given_back_with_the_last_tensor_in_it():
     assert watched() is None
 
 
-def test_one_changed_byte_of_a_header_is_named_or_changes_nothing(tmp_path):
+def test_one_changed_byte_of_a_header_is_named_or_changes_nothing(tmp_path: Path) -> None:
     weights = {"0.weight": torch.rand(3, 5), "0.bias": torch.rand(3)}
     path = tmp_path / "model.safetensors"
     save_file(weights, path, metadata={"format": "pt"})

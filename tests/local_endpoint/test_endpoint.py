@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from base64 import b64encode
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -26,46 +27,48 @@ HERE = Path(__file__).parent
 class Receiver:
     """A webhook's receiver that answers as it is told, then with 200."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.statuses: list[int] = []
         receiver = self
 
         class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
+            def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 receiver.calls.append((self.path, json.loads(body)))
                 self.send_response(receiver.statuses.pop(0) if receiver.statuses else 200)
                 self.send_header("Location", "/elsewhere")
                 self.end_headers()
 
-            def log_message(self, *_): ...
+            def log_message(self, *_: Any) -> None: ...
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
-    def wait_for(self, count, timeout_seconds=10.0):
+    def wait_for(
+        self, count: int, timeout_seconds: float = 10.0
+    ) -> list[tuple[str, dict[str, Any]]]:
         deadline = time.monotonic() + timeout_seconds
         while len(self.calls) < count:
             assert time.monotonic() < deadline, self.calls
             time.sleep(0.05)
         return self.calls
 
-    def close(self):
+    def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
 
 
 @pytest.fixture
-def receiver():
+def receiver() -> Iterator[Receiver]:
     receiver = Receiver()
     yield receiver
     receiver.close()
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
+def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalEndpoint]:
     """An endpoint with one worker that does as its jobs tell it."""
     with (
         LocalEndpoint(webhook_retry_seconds=0.5) as endpoint,
@@ -78,30 +81,30 @@ def told(tmp_path_factory):
 
 
 @pytest.fixture
-def alone():
+def alone() -> Iterator[LocalEndpoint]:
     """An endpoint without workers."""
     with LocalEndpoint() as endpoint:
         yield endpoint
 
 
-def client_of(endpoint):
+def client_of(endpoint: Any) -> httpx.Client:
     headers = {"Authorization": f"Bearer {endpoint.api_key}"}
     return httpx.Client(base_url=endpoint.url, headers=headers, timeout=30)
 
 
 @pytest.fixture
-def client(told):
+def client(told: LocalEndpoint) -> Iterator[httpx.Client]:
     with client_of(told) as client:
         yield client
 
 
 @pytest.fixture
-def lone_client(alone):
+def lone_client(alone: LocalEndpoint) -> Iterator[httpx.Client]:
     with client_of(alone) as client:
         yield client
 
 
-def wait_for_status(client, job_id, *statuses, timeout_seconds=15.0):
+def wait_for_status(client: Any, job_id: str, *statuses: str, timeout_seconds: float = 15.0) -> Any:
     deadline = time.monotonic() + timeout_seconds
     while (state := client.get(f"/status/{job_id}").json())["status"] not in statuses:
         assert time.monotonic() < deadline, state
@@ -112,7 +115,7 @@ def wait_for_status(client, job_id, *statuses, timeout_seconds=15.0):
 # RunPod's own client library
 
 
-def run_library(way, endpoint, job):
+def run_library(way: str, endpoint: Any, job: dict[str, Any]) -> Any:
     done = subprocess.run(
         [
             sys.executable,
@@ -132,13 +135,20 @@ def run_library(way, endpoint, job):
 
 
 @pytest.fixture(scope="session")
-def demo_job(make_portrait, make_speech):
+def demo_job(
+    make_portrait: Callable[..., bytes], make_speech: Callable[..., bytes]
+) -> dict[str, dict[str, Any]]:
     media = {"image": make_portrait(), "audio": make_speech(seconds=1.0)}
     encoded = {name: b64encode(content).decode() for name, content in media.items()}
     return {"input": {"resolution": 256, "num_inference_steps": 12, "seed": 1, **encoded}}
 
 
-def test_runpods_library_completes_the_whole_story(endpoint, shared_worker, demo_job, receiver):
+def test_runpods_library_completes_the_whole_story(
+    endpoint: LocalEndpoint,
+    shared_worker: WorkerProcess,
+    demo_job: dict[str, dict[str, Any]],
+    receiver: Receiver,
+) -> None:
     job = {**demo_job, "webhook": f"{receiver.url}/done?token=secret"}
 
     seen = run_library("sync", endpoint, job)
@@ -161,7 +171,9 @@ def test_runpods_library_completes_the_whole_story(endpoint, shared_worker, demo
     assert body["executionTime"] > 0
 
 
-def test_runpods_library_works_for_asyncio_too(endpoint, shared_worker, demo_job):
+def test_runpods_library_works_for_asyncio_too(
+    endpoint: LocalEndpoint, shared_worker: WorkerProcess, demo_job: dict[str, dict[str, Any]]
+) -> None:
     seen = run_library("async", endpoint, demo_job)
 
     assert seen["status"] == "COMPLETED"
@@ -173,7 +185,7 @@ def test_runpods_library_works_for_asyncio_too(endpoint, shared_worker, demo_job
 # States
 
 
-def test_runsync_answers_with_the_result(client):
+def test_runsync_answers_with_the_result(client: httpx.Client) -> None:
     answer = client.post("/runsync", json={"input": {"sleep": 0.2}})
 
     assert answer.status_code == 200
@@ -182,7 +194,9 @@ def test_runsync_answers_with_the_result(client):
     assert answer.json()["executionTime"] >= 200
 
 
-def test_runsync_that_takes_too_long_answers_how_far_it_is_and_the_job_goes_on(client):
+def test_runsync_that_takes_too_long_answers_how_far_it_is_and_the_job_goes_on(
+    client: httpx.Client,
+) -> None:
     begun = client.post("/runsync?wait=1000", json={"input": {"sleep": 2}}).json()
 
     assert begun["status"] == "IN_PROGRESS"
@@ -191,7 +205,9 @@ def test_runsync_that_takes_too_long_answers_how_far_it_is_and_the_job_goes_on(c
     )
 
 
-def test_a_job_over_its_execution_timeout_is_ended_stopped_and_can_be_retried(client, told):
+def test_a_job_over_its_execution_timeout_is_ended_stopped_and_can_be_retried(
+    client: httpx.Client, told: LocalEndpoint
+) -> None:
     policy = {"executionTimeout": 5000}
     late_id = client.post("/run", json={"input": {"sleep": 60}, "policy": policy}).json()["id"]
 
@@ -206,7 +222,9 @@ def test_a_job_over_its_execution_timeout_is_ended_stopped_and_can_be_retried(cl
     assert client.post(f"/cancel/{late_id}").json()["status"] == "CANCELLED"
 
 
-def test_a_job_over_its_time_to_live_is_gone_even_while_it_runs(client, told):
+def test_a_job_over_its_time_to_live_is_gone_even_while_it_runs(
+    client: httpx.Client, told: LocalEndpoint
+) -> None:
     job_id = told.submit({"input": {"sleep": 60}, "policy": {"ttl": 4000}})
     wait_for_status(client, job_id, "IN_PROGRESS")
 
@@ -217,7 +235,13 @@ def test_a_job_over_its_time_to_live_is_gone_even_while_it_runs(client, told):
 
 
 @pytest.mark.parametrize(("prefix", "is_sync"), [("run", False), ("runsync", True)])
-def test_a_result_is_kept_for_the_documented_time(client, told, monkeypatch, prefix, is_sync):
+def test_a_result_is_kept_for_the_documented_time(
+    client: httpx.Client,
+    told: LocalEndpoint,
+    monkeypatch: pytest.MonkeyPatch,
+    prefix: str,
+    is_sync: bool,
+) -> None:
     monkeypatch.setitem(job_queue.KEPT_SECONDS, prefix, 1.0)
     job_id = told.submit({"input": {}}, is_sync=is_sync)
     wait_for_status(client, job_id, "COMPLETED")
@@ -227,14 +251,14 @@ def test_a_result_is_kept_for_the_documented_time(client, told, monkeypatch, pre
     assert client.get(f"/status/{job_id}").status_code == 404
 
 
-def test_a_completed_job_is_neither_cancelled_nor_retried(client):
+def test_a_completed_job_is_neither_cancelled_nor_retried(client: httpx.Client) -> None:
     job_id = client.post("/runsync", json={"input": {}}).json()["id"]
 
     assert client.post(f"/cancel/{job_id}").json()["status"] == "COMPLETED"
     assert client.post(f"/retry/{job_id}").status_code == 400
 
 
-def test_purging_removes_what_waits_and_leaves_what_runs(client):
+def test_purging_removes_what_waits_and_leaves_what_runs(client: httpx.Client) -> None:
     running_id = client.post("/run", json={"input": {"sleep": 2}}).json()["id"]
     wait_for_status(client, running_id, "IN_PROGRESS")
     waiting_ids = [client.post("/run", json={"input": {}}).json()["id"] for _ in range(3)]
@@ -245,7 +269,9 @@ def test_purging_removes_what_waits_and_leaves_what_runs(client):
     assert wait_for_status(client, running_id, "COMPLETED")
 
 
-def test_what_a_handler_yields_is_streamed_once(alone, lone_client):
+def test_what_a_handler_yields_is_streamed_once(
+    alone: LocalEndpoint, lone_client: httpx.Client
+) -> None:
     job_id = lone_client.post("/run", json={"input": {}}).json()["id"]
     key = alone.worker_environment("w", Path("/"))["RUNPOD_AI_API_KEY"]
     with httpx.Client(base_url=alone.url, headers={"Authorization": key}) as worker:
@@ -262,7 +288,9 @@ def test_what_a_handler_yields_is_streamed_once(alone, lone_client):
 # Webhooks
 
 
-def test_a_webhook_that_is_not_taken_is_called_twice_more(client, receiver):
+def test_a_webhook_that_is_not_taken_is_called_twice_more(
+    client: httpx.Client, receiver: Receiver
+) -> None:
     receiver.statuses = [500, 302]
     told = {"return": {"error": "E: why"}}
 
@@ -274,7 +302,9 @@ def test_a_webhook_that_is_not_taken_is_called_twice_more(client, receiver):
     assert {(body["status"], body["error"]) for _, body in calls} == {("FAILED", "E: why")}
 
 
-def test_a_webhook_that_is_never_taken_is_given_up_after_three_calls(client, receiver):
+def test_a_webhook_that_is_never_taken_is_given_up_after_three_calls(
+    client: httpx.Client, receiver: Receiver
+) -> None:
     receiver.statuses = [500] * 9
 
     client.post("/run", json={"input": {}, "webhook": receiver.url})
@@ -284,7 +314,7 @@ def test_a_webhook_that_is_never_taken_is_given_up_after_three_calls(client, rec
     assert len(receiver.calls) == 3
 
 
-def test_a_cancelled_job_calls_its_webhook(lone_client, receiver):
+def test_a_cancelled_job_calls_its_webhook(lone_client: httpx.Client, receiver: Receiver) -> None:
     job = {"input": {}, "webhook": receiver.url}
     job_id = lone_client.post("/run", json=job).json()["id"]
 
@@ -293,7 +323,7 @@ def test_a_cancelled_job_calls_its_webhook(lone_client, receiver):
     assert receiver.wait_for(1)[0][1]["status"] == "CANCELLED"
 
 
-def test_a_webhook_outlives_the_endpoint(tmp_path, receiver):
+def test_a_webhook_outlives_the_endpoint(tmp_path: Path, receiver: Receiver) -> None:
     url = receiver.url
     receiver.statuses = [500]
     with (
@@ -311,7 +341,9 @@ def test_a_webhook_outlives_the_endpoint(tmp_path, receiver):
 
 
 @pytest.mark.parametrize("host", ["169.254.169.254", "10.0.0.1", "[fe80::1]", "[::ffff:10.0.0.1]"])
-def test_a_webhook_into_a_private_network_is_not_called(host, caplog):
+def test_a_webhook_into_a_private_network_is_not_called(
+    host: str, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING):
         assert not asyncio.run(call(Webhook("job", f"http://{host}/", {})))
 
@@ -339,7 +371,9 @@ def test_a_webhook_into_a_private_network_is_not_called(host, caplog):
         ('{"input": {}, "webhook": "http://\\ud800"}', "webhook: "),
     ],
 )
-def test_a_body_that_is_no_job_is_refused_with_its_place(lone_client, body, told):
+def test_a_body_that_is_no_job_is_refused_with_its_place(
+    lone_client: httpx.Client, body: str, told: LocalEndpoint
+) -> None:
     answer = lone_client.post("/run", content=body, headers={"Content-Type": "application/json"})
 
     assert answer.status_code == 400
@@ -348,7 +382,9 @@ def test_a_body_that_is_no_job_is_refused_with_its_place(lone_client, body, told
 
 
 @pytest.mark.parametrize(("operation", "limit"), [("run", 10_000_000), ("runsync", 20_000_000)])
-def test_a_body_over_the_limit_is_refused(lone_client, operation, limit):
+def test_a_body_over_the_limit_is_refused(
+    lone_client: httpx.Client, operation: str, limit: int
+) -> None:
     job = {"input": {"image": "x" * limit}}
 
     answer = lone_client.post(f"/{operation}", json=job)
@@ -357,8 +393,8 @@ def test_a_body_over_the_limit_is_refused(lone_client, operation, limit):
     assert str(limit) in answer.json()["error"]
 
 
-def test_a_body_without_an_end_is_cut(alone):
-    def body():
+def test_a_body_without_an_end_is_cut(alone: LocalEndpoint) -> None:
+    def body() -> Iterator[bytes]:
         while True:
             yield b"x" * 1_000_000
 
@@ -371,7 +407,7 @@ def test_a_body_without_an_end_is_cut(alone):
 
 
 @pytest.mark.parametrize("key", ["", "wrong", "Bearer", "Bearer wrong", "Basic x", "Bearer ünï"])
-def test_a_wrong_key_is_refused_everywhere(alone, key):
+def test_a_wrong_key_is_refused_everywhere(alone: LocalEndpoint, key: str) -> None:
     calls = [("POST", "/run"), ("POST", "/runsync"), ("GET", "/health"), ("GET", "/status/a")]
     calls += [("POST", "/cancel/a"), ("POST", "/retry/a"), ("POST", "/purge-queue")]
     calls += [("GET", "/stream/a"), ("GET", "/job-take/w"), ("GET", "/ping/w")]
@@ -382,11 +418,15 @@ def test_a_wrong_key_is_refused_everywhere(alone, key):
         assert answer.status_code == 401, path
 
 
-def test_the_clients_key_does_not_open_the_workers_side(alone, lone_client):
+def test_the_clients_key_does_not_open_the_workers_side(
+    alone: LocalEndpoint, lone_client: httpx.Client
+) -> None:
     assert lone_client.get("/job-take/w").status_code == 401
 
 
-def test_more_waiting_jobs_than_the_limit_are_put_off(lone_client, monkeypatch):
+def test_more_waiting_jobs_than_the_limit_are_put_off(
+    lone_client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(client_api, "MAX_WAITING_JOBS", 2)
     answers = [lone_client.post("/run", json={"input": {}}) for _ in range(3)]
 
@@ -394,7 +434,7 @@ def test_more_waiting_jobs_than_the_limit_are_put_off(lone_client, monkeypatch):
     assert answers[2].headers["Retry-After"]
 
 
-def test_a_result_for_a_job_that_is_not_known_is_refused(alone):
+def test_a_result_for_a_job_that_is_not_known_is_refused(alone: LocalEndpoint) -> None:
     key = alone.worker_environment("w", Path("/"))["RUNPOD_AI_API_KEY"]
     headers = {"Authorization": key}
 
@@ -403,7 +443,7 @@ def test_a_result_for_a_job_that_is_not_known_is_refused(alone):
     assert answer.status_code == 404
 
 
-def test_the_keys_are_kept_for_this_user_alone(tmp_path):
+def test_the_keys_are_kept_for_this_user_alone(tmp_path: Path) -> None:
     with LocalEndpoint(tmp_path) as first:
         key = first.api_key
     with LocalEndpoint(tmp_path, with_object_store=True) as second:
@@ -412,17 +452,17 @@ def test_the_keys_are_kept_for_this_user_alone(tmp_path):
             assert (tmp_path / name).stat().st_mode & 0o077 == 0
 
 
-def test_two_endpoints_never_share_a_directory(tmp_path):
+def test_two_endpoints_never_share_a_directory(tmp_path: Path) -> None:
     with LocalEndpoint(tmp_path), pytest.raises(OSError, match="another endpoint uses"):
         LocalEndpoint(tmp_path).start()
 
 
 @pytest.fixture
-def eager_worker(alone):
+def eager_worker(alone: LocalEndpoint) -> Iterator[None]:
     """Takes each job at once, by the worker's protocol, and answers what it was given."""
     over = threading.Event()
 
-    def work():
+    def work() -> None:
         key = alone.worker_environment("w", Path("/"))["RUNPOD_AI_API_KEY"]
         with httpx.Client(base_url=alone.url, headers={"Authorization": key}, timeout=60) as worker:
             while not over.is_set():
@@ -440,7 +480,7 @@ def eager_worker(alone):
 
 
 @pytest.mark.slow
-def test_schemathesis_finds_no_fault(alone, eager_worker):
+def test_schemathesis_finds_no_fault(alone: LocalEndpoint, eager_worker: None) -> None:
     command = [
         str(Path(sys.executable).with_name("schemathesis")),
         *("run", f"{alone.origin}/openapi.json"),
@@ -460,7 +500,7 @@ def test_schemathesis_finds_no_fault(alone, eager_worker):
 
 
 @pytest.mark.slow
-def test_many_jobs_of_many_clients_all_end_in_order_of_arrival(tmp_path):
+def test_many_jobs_of_many_clients_all_end_in_order_of_arrival(tmp_path: Path) -> None:
     with LocalEndpoint() as endpoint:
         workers = [
             WorkerProcess(endpoint, tmp_path / name, script=HERE / "told_handler.py")
@@ -470,7 +510,7 @@ def test_many_jobs_of_many_clients_all_end_in_order_of_arrival(tmp_path):
             for worker in workers:
                 worker.wait_until_polling(timeout_seconds=60)
 
-            def submit(number):
+            def submit(number: int) -> list[Any]:
                 return [
                     client.post("/run", json={"input": {"number": number}}).json()["id"]
                     for _ in range(2)

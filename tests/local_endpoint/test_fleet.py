@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 from base64 import b64encode
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -70,7 +72,7 @@ class Served:
         self.process.wait(30)
         self.client.close()
 
-    def until(self, condition, timeout_seconds=60.0):
+    def until(self, condition: Any, timeout_seconds: float = 60.0) -> Any:
         deadline = time.monotonic() + timeout_seconds
         while True:
             with suppress(httpx.TransportError):
@@ -79,30 +81,30 @@ class Served:
             assert time.monotonic() < deadline, (self.state.parent / "log").read_text()
             time.sleep(0.1)
 
-    def submit(self, job):
+    def submit(self, job: dict[str, Any]) -> Any:
         return self.client.post("/run", json=job).json()["id"]
 
-    def status(self, job_id):
+    def status(self, job_id: str) -> Any:
         return self.client.get(f"/status/{job_id}").json()
 
-    def until_denoising(self, job_id):
+    def until_denoising(self, job_id: str) -> Any:
         """The job once it has made a step."""
 
-        def denoising():
+        def denoising() -> Any:
             state = self.status(job_id)
             step = state["status"] == "IN_PROGRESS" and state.get("output", {}).get("step")
             return state if step else None
 
         return self.until(denoising)
 
-    def until_over(self, job_id):
-        def over():
+    def until_over(self, job_id: str) -> Any:
+        def over() -> Any:
             state = self.status(job_id)
             return None if state["status"].startswith("IN_") else state
 
         return self.until(over, JOB_SECONDS)
 
-    def worker_process(self, worker_id) -> psutil.Process:
+    def worker_process(self, worker_id: str) -> psutil.Process:
         for process in psutil.process_iter(["environ"]):
             found = (process.info["environ"] or {}).get("RUNPOD_POD_ID") == worker_id
             if found and process.parent().pid in (self.process.pid, 1):
@@ -111,14 +113,16 @@ class Served:
 
 
 @pytest.fixture
-def job(make_portrait, make_speech):
+def job(
+    make_portrait: Callable[..., bytes], make_speech: Callable[..., bytes]
+) -> dict[str, dict[str, Any]]:
     media = {"image": make_portrait(), "audio": make_speech(seconds=1.0)}
     encoded = {name: b64encode(content).decode() for name, content in media.items()}
     return {"input": {"resolution": 256, "num_inference_steps": STEPS, **encoded}}
 
 
 @pytest.fixture
-def served(tmp_path, random_model):
+def served(tmp_path: Path, random_model: Path) -> Iterator[Served]:
     served = Served(tmp_path / "state", random_model, workers=2)
     yield served
     served.stop()
@@ -130,14 +134,16 @@ def is_alive(process: psutil.Process) -> bool:
     return False
 
 
-def require_video(state):
+def require_video(state: Any) -> None:
     assert (state["status"], state.get("error")) == ("COMPLETED", None)
     content = httpx.get(state["output"]["video_url"]).raise_for_status().content
     assert sha256(content).hexdigest() == state["output"]["sha256"]
 
 
 @pytest.mark.slow
-def test_the_job_of_a_killed_worker_is_finished_by_another_one(served, job):
+def test_the_job_of_a_killed_worker_is_finished_by_another_one(
+    served: Served, job: dict[str, dict[str, Any]]
+) -> None:
     served.until(lambda: served.client.get("/health").json()["workers"]["idle"] == 2)
     job_id = served.submit(job)
     first = served.until_denoising(job_id)
@@ -151,7 +157,9 @@ def test_the_job_of_a_killed_worker_is_finished_by_another_one(served, job):
 
 
 @pytest.mark.slow
-def test_a_killed_endpoint_starts_again_with_its_jobs_and_its_workers(served, job):
+def test_a_killed_endpoint_starts_again_with_its_jobs_and_its_workers(
+    served: Served, job: dict[str, dict[str, Any]]
+) -> None:
     earlier_id = served.submit({**job, "input": {**job["input"], "num_inference_steps": 1}})
     earlier = served.until_over(earlier_id)
     require_video(earlier)
@@ -179,8 +187,8 @@ def test_a_killed_endpoint_starts_again_with_its_jobs_and_its_workers(served, jo
 
 @pytest.mark.slow
 def test_a_stopped_endpoint_leaves_no_process_and_finishes_its_jobs_after_the_next_start(
-    served, job
-):
+    served: Served, job: dict[str, dict[str, Any]]
+) -> None:
     job_id = served.submit(job)
     worker_id = served.until_denoising(job_id)["workerId"]
     worker = served.worker_process(worker_id)
@@ -193,7 +201,7 @@ def test_a_stopped_endpoint_leaves_no_process_and_finishes_its_jobs_after_the_ne
     require_video(served.until_over(job_id))
 
 
-def test_a_handler_that_ends_at_once_is_not_started_again_and_again(tmp_path):
+def test_a_handler_that_ends_at_once_is_not_started_again_and_again(tmp_path: Path) -> None:
     script = tmp_path / "handler.py"
     script.write_text("raise SystemExit(1)")
     with LocalEndpoint(tmp_path / "state") as endpoint:
@@ -205,7 +213,9 @@ def test_a_handler_that_ends_at_once_is_not_started_again_and_again(tmp_path):
 
 
 @pytest.mark.parametrize("store_url", ["http://127.0.0.1:1", "http://127.0.0.1:2", None])
-def test_a_worker_is_kept_only_if_it_delivers_where_the_next_ones_do(tmp_path, store_url):
+def test_a_worker_is_kept_only_if_it_delivers_where_the_next_ones_do(
+    tmp_path: Path, store_url: Any
+) -> None:
     """The fleet's notes tell of a worker that outlived its endpoint: here, one that sleeps."""
     script = tmp_path / "handler.py"
     script.write_text("import time; time.sleep(60)")

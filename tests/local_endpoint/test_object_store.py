@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import av
@@ -30,20 +31,20 @@ KEY = "a-key_of-the-store"
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory) -> Iterator[ObjectStore]:
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
     directory = tmp_path_factory.mktemp("store")
     with ObjectStore(directory, access_key_id=KEY, secret_access_key="secret") as store:
         yield store
 
 
 @pytest.fixture
-def bucket(store) -> Storage:
+def bucket(store: ObjectStore) -> Storage:
     """The store as a worker uses it."""
     return Storage(store.bucket)
 
 
 @pytest.fixture
-def put(bucket, tmp_path) -> Callable[[str, bytes], str]:
+def put(bucket: Storage, tmp_path: Path) -> Callable[[str, bytes], str]:
     """Puts an object; gives its presigned address."""
 
     def put(key: str, content: bytes) -> str:
@@ -58,7 +59,7 @@ def put(bucket, tmp_path) -> Callable[[str, bytes], str]:
 # What a worker and a player do
 
 
-def test_the_workers_storage_puts_finds_and_signs(bucket, tmp_path):
+def test_the_workers_storage_puts_finds_and_signs(bucket: Storage, tmp_path: Path) -> None:
     video = tmp_path / "video.mp4"
     video.write_bytes(b"not really a video" * 1000)
     metadata = {"seed": 1, "warnings": ['zwei  Räume, "quoted" ☃'], "fps": 12.5, "nothing": None}
@@ -68,13 +69,16 @@ def test_the_workers_storage_puts_finds_and_signs(bucket, tmp_path):
     bucket.put(video, "avatar/ü 1.mp4", content_type="video/mp4", metadata=metadata)
 
     found = bucket.head("avatar/ü 1.mp4")
+    assert found is not None
     assert (found.metadata, found.size_bytes) == (metadata, video.stat().st_size)
     answer = httpx.get(bucket.url("avatar/ü 1.mp4", 60))
     assert (answer.status_code, answer.content) == (200, video.read_bytes())
     assert answer.headers["Content-Type"] == "video/mp4"
 
 
-def test_a_large_file_is_put_in_parts(put, bucket, monkeypatch):
+def test_a_large_file_is_put_in_parts(
+    put: Callable[[str, bytes], str], bucket: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(stores, "MULTIPART_BYTES", 6 * 2**20)
     content = np.random.default_rng(0).bytes(17 * 2**20)
 
@@ -88,7 +92,9 @@ def test_a_large_file_is_put_in_parts(put, bucket, monkeypatch):
     ("asked", "first", "last"),
     [("bytes=0-0", 0, 0), ("bytes=2-5", 2, 5), ("bytes=7-", 7, 9), ("bytes=-3", 7, 9)],
 )
-def test_a_range_is_answered_with_its_bytes(put, asked, first, last):
+def test_a_range_is_answered_with_its_bytes(
+    put: Callable[[str, bytes], str], asked: str, first: int, last: int
+) -> None:
     answer = httpx.get(put("ten", b"0123456789"), headers={"Range": asked})
 
     assert (answer.status_code, answer.content) == (206, b"0123456789"[first : last + 1])
@@ -96,11 +102,13 @@ def test_a_range_is_answered_with_its_bytes(put, asked, first, last):
     assert answer.headers["Accept-Ranges"] == "bytes"
 
 
-def test_a_range_beyond_the_end_is_refused(put):
+def test_a_range_beyond_the_end_is_refused(put: Callable[[str, bytes], str]) -> None:
     assert httpx.get(put("ten", b"0123456789"), headers={"Range": "bytes=10-"}).status_code == 416
 
 
-def test_a_player_reads_a_video_and_jumps_in_it(put, tmp_path):
+def test_a_player_reads_a_video_and_jumps_in_it(
+    put: Callable[[str, bytes], str], tmp_path: Path
+) -> None:
     path = tmp_path / "video.mp4"
     with av.open(str(path), "w") as container:  # its index lies at the end: the player has to seek
         stream = container.add_stream("mpeg4", rate=Fraction(25))
@@ -120,7 +128,9 @@ def test_a_player_reads_a_video_and_jumps_in_it(put, tmp_path):
         assert sum(1 for _ in container.decode(video=0)) == 100
 
 
-def test_a_page_of_any_origin_may_read_what_it_has_the_address_of(put):
+def test_a_page_of_any_origin_may_read_what_it_has_the_address_of(
+    put: Callable[[str, bytes], str],
+) -> None:
     url = put("page.mp4", b"video")
     asks = {"Access-Control-Request-Method": "GET", "Access-Control-Request-Headers": "range"}
     origin = {"Origin": "https://example.com"}
@@ -133,7 +143,9 @@ def test_a_page_of_any_origin_may_read_what_it_has_the_address_of(put):
 # What a stranger does
 
 
-def test_who_does_not_know_the_key_is_refused(store, put):
+def test_who_does_not_know_the_key_is_refused(
+    store: ObjectStore, put: Callable[[str, bytes], str]
+) -> None:
     url = put("secret.mp4", b"x")
     bare = url.partition("?")[0]
     calls = [
@@ -153,14 +165,16 @@ def test_who_does_not_know_the_key_is_refused(store, put):
     assert httpx.get(url).content == b"x"
 
 
-def test_a_client_with_another_key_is_told_so(store):
+def test_a_client_with_another_key_is_told_so(store: ObjectStore) -> None:
     other = store.bucket.model_copy(update={"access_key_id": "other"})
 
     with pytest.raises(UploadError, match="InvalidAccessKeyId"):
         Storage(other).check()
 
 
-def test_motos_own_commands_are_not_served_to_who_knows_the_key(store, put):
+def test_motos_own_commands_are_not_served_to_who_knows_the_key(
+    store: ObjectStore, put: Callable[[str, bytes], str]
+) -> None:
     url = put("kept.mp4", b"x")
 
     httpx.post(f"{store.endpoint_url}/moto-api/reset?X-Amz-Credential={KEY}")
@@ -168,7 +182,7 @@ def test_motos_own_commands_are_not_served_to_who_knows_the_key(store, put):
     assert httpx.get(url).content == b"x"
 
 
-def test_other_addresses_of_this_machine_do_not_lead_to_it(store):
+def test_other_addresses_of_this_machine_do_not_lead_to_it(store: ObjectStore) -> None:
     port = urlsplit(store.endpoint_url).port
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.2", port), timeout=5)
@@ -203,7 +217,7 @@ class Served:
 
 
 @pytest.fixture
-def serve(tmp_path) -> Iterator[Callable[..., Served]]:
+def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
     all_served = []
 
     def serve(**environment: str) -> Served:
@@ -231,7 +245,9 @@ def wait_until_refused(url: str) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
-def test_a_store_ends_with_its_endpoint_however_that_ends(serve, number):
+def test_a_store_ends_with_its_endpoint_however_that_ends(
+    serve: Callable[..., Served], number: signal.Signals
+) -> None:
     served = serve()
     [process] = psutil.Process(served.process.pid).children()
     url = served.bucket().endpoint_url
@@ -246,7 +262,9 @@ def test_a_store_ends_with_its_endpoint_however_that_ends(serve, number):
     assert (served.state / "bucket.json").exists() == (number == signal.SIGKILL)
 
 
-def test_after_a_kill_the_store_has_its_address_again_and_is_empty(serve, tmp_path):
+def test_after_a_kill_the_store_has_its_address_again_and_is_empty(
+    serve: Callable[..., Served], tmp_path: Path
+) -> None:
     killed = serve()
     bucket = killed.bucket()
     path = tmp_path / "content"
@@ -262,7 +280,9 @@ def test_after_a_kill_the_store_has_its_address_again_and_is_empty(serve, tmp_pa
     assert Storage(later).head("1.mp4") is None
 
 
-def test_an_endpoint_with_a_bucket_of_the_operators_has_no_store(serve):
+def test_an_endpoint_with_a_bucket_of_the_operators_has_no_store(
+    serve: Callable[..., Served],
+) -> None:
     killed = serve()
     killed.process.kill()
     killed.process.wait()
@@ -273,7 +293,7 @@ def test_an_endpoint_with_a_bucket_of_the_operators_has_no_store(serve):
     assert psutil.Process(served.process.pid).children() == []
 
 
-def test_two_endpoints_do_not_share_a_store():
+def test_two_endpoints_do_not_share_a_store() -> None:
     with (
         LocalEndpoint(with_object_store=True) as first,
         LocalEndpoint(with_object_store=True) as second,
@@ -286,7 +306,9 @@ def test_two_endpoints_do_not_share_a_store():
             Storage(theirs).check()
 
 
-def test_a_missing_moto_is_told_with_what_brings_it(tmp_path, monkeypatch):
+def test_a_missing_moto_is_told_with_what_brings_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
 
     with pytest.raises(ModuleNotFoundError, match="extra `local`"):

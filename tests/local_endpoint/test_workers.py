@@ -2,7 +2,9 @@
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -14,27 +16,33 @@ HANDLER = Path(__file__).with_name("told_handler.py")
 
 
 @pytest.fixture(scope="module")
-def endpoint():
+def endpoint() -> Iterator[LocalEndpoint]:
     with LocalEndpoint(hold_seconds=5.0) as endpoint:
         yield endpoint
 
 
 @pytest.fixture(scope="module")
-def worker(endpoint, tmp_path_factory):
+def worker(
+    endpoint: LocalEndpoint, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[WorkerProcess]:
     directory = tmp_path_factory.mktemp("worker")
     with WorkerProcess(endpoint, directory / "run", script=HANDLER) as worker:
         worker.wait_until_polling(timeout_seconds=30)
         yield worker
 
 
-def request(endpoint, path, *, body=None, key=None, timeout_seconds=5.0):
+def request(
+    endpoint: Any, path: Any, *, body: Any = None, key: Any = None, timeout_seconds: float = 5.0
+) -> tuple[Any, Any]:
     key = key or endpoint.worker_environment("any", Path("/"))["RUNPOD_AI_API_KEY"]
     asked = Request(f"{endpoint.url}/{path}", data=body, headers={"Authorization": key})
     with urlopen(asked, timeout=timeout_seconds) as answer:
         return answer.status, answer.read()
 
 
-def test_a_job_reaches_the_handler_whole_and_its_output_comes_back(endpoint, worker):
+def test_a_job_reaches_the_handler_whole_and_its_output_comes_back(
+    endpoint: LocalEndpoint, worker: WorkerProcess
+) -> None:
     job = {"input": {"text": "ünï"}, "s3Config": {"bucketName": "b"}, "policy": {"ttl": 60_000}}
 
     job_id = endpoint.submit(job)
@@ -46,7 +54,9 @@ def test_a_job_reaches_the_handler_whole_and_its_output_comes_back(endpoint, wor
     assert len(ended.results) == 1
 
 
-def test_a_handler_that_raises_fails_its_job(endpoint, worker):
+def test_a_handler_that_raises_fails_its_job(
+    endpoint: LocalEndpoint, worker: WorkerProcess
+) -> None:
     ended = endpoint.wait(endpoint.submit({"input": {"raise": True}}), timeout_seconds=10)
 
     assert ended.status == "FAILED"
@@ -54,7 +64,9 @@ def test_a_handler_that_raises_fails_its_job(endpoint, worker):
     assert "as told" in ended.error
 
 
-def test_an_error_beside_other_output_fails_the_job_and_keeps_the_output(endpoint, worker):
+def test_an_error_beside_other_output_fails_the_job_and_keeps_the_output(
+    endpoint: LocalEndpoint, worker: WorkerProcess
+) -> None:
     told = {"return": {"error": "E: why", "detail": 1, "refresh_worker": True}}
 
     ended = endpoint.wait(endpoint.submit({"input": told}), timeout_seconds=10)
@@ -63,7 +75,9 @@ def test_an_error_beside_other_output_fails_the_job_and_keeps_the_output(endpoin
     assert ended.output["detail"] == 1
 
 
-def test_progress_is_the_output_while_the_job_runs(endpoint, worker):
+def test_progress_is_the_output_while_the_job_runs(
+    endpoint: LocalEndpoint, worker: WorkerProcess
+) -> None:
     job_id = endpoint.submit({"input": {"progress": 30, "sleep": 0.5}})
 
     running = endpoint.wait_until(job_id, lambda job: len(job.progress) == 3, timeout_seconds=10)
@@ -75,7 +89,7 @@ def test_progress_is_the_output_while_the_job_runs(endpoint, worker):
     assert "echo" in ended.output
 
 
-def test_heartbeats_name_the_job_while_it_runs(endpoint, worker):
+def test_heartbeats_name_the_job_while_it_runs(endpoint: Any, worker: WorkerProcess) -> None:
     job_id = endpoint.submit({"input": {"sleep": 1.5}})
 
     ended = endpoint.wait(job_id, timeout_seconds=10)
@@ -85,7 +99,9 @@ def test_heartbeats_name_the_job_while_it_runs(endpoint, worker):
     assert (job_id,) in {beat.job_ids for beat in during}
 
 
-def test_a_running_job_that_is_cancelled_posts_nothing_and_the_next_one_runs(endpoint, worker):
+def test_a_running_job_that_is_cancelled_posts_nothing_and_the_next_one_runs(
+    endpoint: LocalEndpoint, worker: WorkerProcess
+) -> None:
     cancelled_id = endpoint.submit({"input": {"sleep": 30}})
     next_id = endpoint.submit({"input": {}})
     endpoint.wait_until(cancelled_id, lambda job: job.status == "IN_PROGRESS", timeout_seconds=10)
@@ -98,7 +114,9 @@ def test_a_running_job_that_is_cancelled_posts_nothing_and_the_next_one_runs(end
     assert endpoint.state(cancelled_id).posts == ()
 
 
-def test_a_waiting_job_that_is_cancelled_is_never_handed_out(endpoint, worker):
+def test_a_waiting_job_that_is_cancelled_is_never_handed_out(
+    endpoint: LocalEndpoint, worker: WorkerProcess
+) -> None:
     running_id = endpoint.submit({"input": {"sleep": 0.5}})
     waiting_id = endpoint.submit({"input": {}})
 
@@ -111,7 +129,9 @@ def test_a_waiting_job_that_is_cancelled_is_never_handed_out(endpoint, worker):
 
 
 @pytest.mark.parametrize("status", [400, None], ids=["refused", "connection cut"])
-def test_a_job_whose_result_was_lost_is_handed_out_again(endpoint, worker, status):
+def test_a_job_whose_result_was_lost_is_handed_out_again(
+    endpoint: LocalEndpoint, worker: WorkerProcess, status: Any
+) -> None:
     endpoint.lose_results(status=status)
 
     ended = endpoint.wait(endpoint.submit({"input": {}}), timeout_seconds=10)
@@ -121,7 +141,9 @@ def test_a_job_whose_result_was_lost_is_handed_out_again(endpoint, worker, statu
     assert ended.num_claims == 2
 
 
-def test_a_job_whose_result_is_lost_each_time_is_given_up(endpoint, worker):
+def test_a_job_whose_result_is_lost_each_time_is_given_up(
+    endpoint: LocalEndpoint, worker: WorkerProcess
+) -> None:
     endpoint.lose_results(3, status=400)
 
     ended = endpoint.wait(endpoint.submit({"input": {}}), timeout_seconds=15)
@@ -130,7 +152,9 @@ def test_a_job_whose_result_is_lost_each_time_is_given_up(endpoint, worker):
     assert ended.error == "lost by 3 workers in a row"
 
 
-def test_a_result_that_meets_a_server_error_is_posted_again(endpoint, worker):
+def test_a_result_that_meets_a_server_error_is_posted_again(
+    endpoint: LocalEndpoint, worker: WorkerProcess
+) -> None:
     endpoint.lose_results(status=503)
 
     ended = endpoint.wait(endpoint.submit({"input": {}}), timeout_seconds=10)
@@ -147,7 +171,9 @@ def test_a_result_that_meets_a_server_error_is_posted_again(endpoint, worker):
     ],
     ids=["not JSON", "too large"],
 )
-def test_a_result_that_cannot_be_kept_fails_its_job_and_says_why(endpoint, worker, told, reason):
+def test_a_result_that_cannot_be_kept_fails_its_job_and_says_why(
+    endpoint: LocalEndpoint, worker: WorkerProcess, told: dict[str, Any], reason: str
+) -> None:
     ended = endpoint.wait(endpoint.submit({"input": told}), timeout_seconds=10)
 
     assert (ended.status, ended.output) == ("FAILED", None)
@@ -155,7 +181,7 @@ def test_a_result_that_cannot_be_kept_fails_its_job_and_says_why(endpoint, worke
     assert ended.error.startswith(reason)
 
 
-def test_a_slow_platform_still_gets_the_result(endpoint, worker):
+def test_a_slow_platform_still_gets_the_result(endpoint: Any, worker: WorkerProcess) -> None:
     endpoint.delay_answers(0.5)
     first_id, second_id = endpoint.submit({"input": {}}), endpoint.submit({"input": {}})
 
@@ -165,7 +191,7 @@ def test_a_slow_platform_still_gets_the_result(endpoint, worker):
     assert second.claimed_at_seconds - endpoint.state(first_id).ended_at_seconds > 0.4
 
 
-def test_an_empty_poll_is_held_and_then_answered_with_no_content():
+def test_an_empty_poll_is_held_and_then_answered_with_no_content() -> None:
     with LocalEndpoint(hold_seconds=0.3) as endpoint:
         started = time.monotonic()
         status, body = request(endpoint, "job-take/other?gpu=local")
@@ -174,7 +200,7 @@ def test_an_empty_poll_is_held_and_then_answered_with_no_content():
     assert time.monotonic() - started >= 0.3
 
 
-def test_a_worker_that_hangs_up_takes_no_job_with_it():
+def test_a_worker_that_hangs_up_takes_no_job_with_it() -> None:
     with LocalEndpoint() as endpoint:
         with pytest.raises(TimeoutError):
             request(endpoint, "job-take/gone?gpu=local", timeout_seconds=0.3)
@@ -186,19 +212,19 @@ def test_a_worker_that_hangs_up_takes_no_job_with_it():
     assert json.loads(body)["id"] == job_id
 
 
-def test_a_wrong_key_is_refused(endpoint):
+def test_a_wrong_key_is_refused(endpoint: Any) -> None:
     with pytest.raises(HTTPError, match="401") as refusal:
         request(endpoint, "job-take/other?gpu=local", key="wrong")
     refusal.value.close()
 
 
-def test_an_unfit_worker_is_recorded_with_its_reason(endpoint):
+def test_an_unfit_worker_is_recorded_with_its_reason(endpoint: Any) -> None:
     request(endpoint, "ping/unfit?status=unhealthy&check=weights&reason=not+there")
 
     assert endpoint.heartbeats[-1].failed_check == "weights: not there"
 
 
-def test_streamed_items_are_kept():
+def test_streamed_items_are_kept() -> None:
     with LocalEndpoint() as endpoint:
         job_id = endpoint.submit({"input": {}})
         request(endpoint, "job-take/any?job_in_progress=0")
@@ -208,7 +234,9 @@ def test_streamed_items_are_kept():
         assert endpoint.state(job_id).stream == ("part",)
 
 
-def test_a_worker_that_ends_before_its_first_poll_is_reported_with_its_log(endpoint, tmp_path):
+def test_a_worker_that_ends_before_its_first_poll_is_reported_with_its_log(
+    endpoint: LocalEndpoint, tmp_path: Path
+) -> None:
     script = tmp_path / "handler.py"
     script.write_text("raise SystemExit('no weights')")
 
@@ -219,7 +247,7 @@ def test_a_worker_that_ends_before_its_first_poll_is_reported_with_its_log(endpo
         worker.wait_until_polling(timeout_seconds=30)
 
 
-def test_killing_a_worker_ends_its_heartbeats(endpoint, tmp_path):
+def test_killing_a_worker_ends_its_heartbeats(endpoint: LocalEndpoint, tmp_path: Path) -> None:
     with WorkerProcess(endpoint, tmp_path / "run", script=HANDLER) as worker:
         worker.wait_until_polling(timeout_seconds=30)
         assert worker.rss_bytes() > 10 * 2**20
@@ -233,7 +261,9 @@ def test_killing_a_worker_ends_its_heartbeats(endpoint, tmp_path):
     assert all(beat.at_seconds < killed_at_seconds + 0.1 for beat in beats)
 
 
-def test_a_worker_sees_nothing_of_this_environment(endpoint, worker, monkeypatch, tmp_path):
+def test_a_worker_sees_nothing_of_this_environment(
+    endpoint: LocalEndpoint, worker: WorkerProcess, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("BUCKET_NAME", "mine")
     script = tmp_path / "handler.py"
     script.write_text("import os; raise SystemExit(str(sorted(os.environ)))")

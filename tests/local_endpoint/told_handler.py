@@ -1,11 +1,12 @@
 """A handler that only does as its job tells it, in the SDK's own loop."""
 
 import asyncio
+from typing import Any
 
 import runpod
 
 
-async def handler(job):
+async def handler(job: dict[str, Any]) -> dict[Any, Any]:
     do = job["input"]
     for percent in range(0, do.get("progress", 0), 10):
         runpod.serverless.progress_update(job, {"percent": percent})

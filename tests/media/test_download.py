@@ -6,9 +6,12 @@ import threading
 import time
 import tracemalloc
 import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
 
 import certifi
 import pytest
@@ -23,14 +26,17 @@ from avatar_client.contract.job_errors import (
     InputUrlBlockedError,
     InvalidInputError,
 )
+from tests.conftest import MediaServer
 from worker.media import download
 
 
 @pytest.fixture
-def fetch(tmp_path):
+def fetch(tmp_path: Path) -> Callable[..., Any]:
     """`fetch(url, ...)` downloads with private addresses allowed, and returns the bytes."""
 
-    def fetch(url, *, max_bytes=1000, timeout_seconds=5.0, allow_private=True):
+    def fetch(
+        url: str, *, max_bytes: int = 1000, timeout_seconds: float = 5.0, allow_private: bool = True
+    ) -> bytes:
         target = tmp_path / "file"
         download.download(
             url,
@@ -46,11 +52,11 @@ def fetch(tmp_path):
 
 
 @contextmanager
-def raw_server(answer, context=None, requests=None):
+def raw_server(answer: Any, context: Any = None, requests: Any = None) -> Iterator[Any]:
     """The port of a server that hands each connection to `answer`."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
-        def serve():
+        def serve() -> None:
             while True:
                 try:
                     connection, _ = listener.accept()
@@ -78,7 +84,7 @@ def raw_server(answer, context=None, requests=None):
 
 
 @pytest.fixture(scope="session")
-def certificate(tmp_path_factory):
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A self-signed certificate and key of `localhost` and 127.0.0.1."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
@@ -103,7 +109,7 @@ def certificate(tmp_path_factory):
 
 
 @pytest.fixture
-def tls(certificate, monkeypatch):
+def tls(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> ssl.SSLContext:
     """A server's TLS; the client trusts it."""
     monkeypatch.setattr(certifi, "where", lambda: str(certificate))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -112,25 +118,29 @@ def tls(certificate, monkeypatch):
 
 
 @pytest.fixture
-def localhost_is_public(monkeypatch):
+def localhost_is_public(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rule of addresses, but for one: stands in for a server somewhere on the internet."""
     rule = rp_ssrf.is_safe_address
     monkeypatch.setattr(rp_ssrf, "is_safe_address", lambda ip: ip == "127.0.0.1" or rule(ip))
 
 
-def http_answer(body=b"", status="200 OK", **headers):
+def http_answer(body: bytes = b"", status: str = "200 OK", **headers: Any) -> bytes:
     lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
-def test_what_the_server_sends_is_what_is_written(fetch, media_server):
+def test_what_the_server_sends_is_what_is_written(
+    fetch: Callable[..., Any], media_server: MediaServer
+) -> None:
     body = bytes(range(256)) * 3
 
     assert fetch(media_server.add("/face.png", body)) == body
 
 
-def test_a_query_and_odd_characters_reach_the_server(fetch, media_server):
+def test_a_query_and_odd_characters_reach_the_server(
+    fetch: Callable[..., Any], media_server: MediaServer
+) -> None:
     media_server.add("/%C3%BC", b"x")
 
     assert fetch(media_server.url + "/ü?sig=a%2Fb&x=ü") == b"x"
@@ -165,7 +175,9 @@ def test_a_query_and_odd_characters_reach_the_server(fetch, media_server):
         "gopher://93.184.216.34/x",
     ],
 )
-def test_addresses_that_are_not_public_and_https_are_never_contacted(fetch, url, monkeypatch):
+def test_addresses_that_are_not_public_and_https_are_never_contacted(
+    fetch: Callable[..., Any], url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("contacted"))
 
     with pytest.raises(InputUrlBlockedError) as caught:
@@ -175,7 +187,9 @@ def test_addresses_that_are_not_public_and_https_are_never_contacted(fetch, url,
     assert "127" not in str(caught.value)
 
 
-def test_a_name_of_which_one_address_is_private_is_refused(fetch, monkeypatch):
+def test_a_name_of_which_one_address_is_private_is_refused(
+    fetch: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = [(2, 1, 6, "", (ip, 443)) for ip in ("93.184.216.34", "10.0.0.5")]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
 
@@ -184,12 +198,12 @@ def test_a_name_of_which_one_address_is_private_is_refused(fetch, monkeypatch):
 
 
 @pytest.mark.parametrize("url", ["https:///x", "https://h:99999/", f"https://{'a' * 70}.com/"])
-def test_what_is_no_url_is_an_invalid_input(fetch, url):
+def test_what_is_no_url_is_an_invalid_input(fetch: Callable[..., Any], url: str) -> None:
     with pytest.raises(InvalidInputError, match="well-formed"):
         fetch(url, allow_private=False)
 
 
-def test_a_host_that_does_not_exist_may_be_tried_again(fetch):
+def test_a_host_that_does_not_exist_may_be_tried_again(fetch: Callable[..., Any]) -> None:
     with pytest.raises(InputDownloadError, match="resolved") as caught:
         fetch("https://nothing.invalid/x?token=secret", allow_private=False)
 
@@ -197,7 +211,7 @@ def test_a_host_that_does_not_exist_may_be_tried_again(fetch):
     assert "secret" not in str(caught.value)
 
 
-def test_redirects_are_followed(fetch, media_server):
+def test_redirects_are_followed(fetch: Callable[..., Any], media_server: MediaServer) -> None:
     media_server.add("/end", b"here")
     media_server.add("/middle", status=307, location="end")
     start = media_server.add("/start", status=302, location=media_server.url + "/middle")
@@ -205,7 +219,7 @@ def test_redirects_are_followed(fetch, media_server):
     assert fetch(start) == b"here"
 
 
-def test_a_ring_of_redirects_ends(fetch, media_server):
+def test_a_ring_of_redirects_ends(fetch: Callable[..., Any], media_server: MediaServer) -> None:
     url = media_server.add("/ring", status=302, location="/ring")
 
     with pytest.raises(InputDownloadError, match="redirects"):
@@ -223,10 +237,12 @@ def test_a_ring_of_redirects_ends(fetch, media_server):
         "//[::1]/x",
     ],
 )
-def test_a_redirect_is_held_to_the_same_rule(fetch, tls, localhost_is_public, location):
+def test_a_redirect_is_held_to_the_same_rule(
+    fetch: Callable[..., Any], tls: ssl.SSLContext, localhost_is_public: None, location: str
+) -> None:
     requests: list[bytes] = []
 
-    def answer(connection):
+    def answer(connection: Any) -> None:
         requests.append(connection)
         target = location.format(port=connection.getsockname()[1])
         connection.sendall(http_answer(status="302 Found", Location=target))
@@ -238,13 +254,21 @@ def test_a_redirect_is_held_to_the_same_rule(fetch, tls, localhost_is_public, lo
 
 
 def test_the_address_that_was_checked_is_dialled_and_the_name_not_asked_again(
-    fetch, tls, localhost_is_public, monkeypatch
-):
+    fetch: Callable[..., Any],
+    tls: ssl.SSLContext,
+    localhost_is_public: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     real = socket.getaddrinfo
     asked: list[str] = []
     requests: list[bytes] = []
 
-    def turncoat(host, *arguments, **options):  # public at first, private from then on
+    def turncoat(
+        host: str, *arguments: Any, **options: Any
+    ) -> list[
+        tuple[Any, socket.SocketKind, int, str, tuple[str, int]]
+        | tuple[Any, socket.SocketKind, int, str, tuple[str, int, int, int] | tuple[int, bytes]]
+    ]:  # public at first, private from then on
         asked.append(host)
         is_first = host == "localhost" and asked.count(host) == 1
         return real("127.0.0.1" if is_first or host != "localhost" else "127.0.0.9", *arguments)
@@ -257,7 +281,12 @@ def test_the_address_that_was_checked_is_dialled_and_the_name_not_asked_again(
     assert f"\r\nHost: localhost:{port}\r\n".encode() in requests[0]
 
 
-def test_a_certificate_of_another_name_is_refused(fetch, tls, localhost_is_public, monkeypatch):
+def test_a_certificate_of_another_name_is_refused(
+    fetch: Callable[..., Any],
+    tls: ssl.SSLContext,
+    localhost_is_public: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     real = socket.getaddrinfo
     monkeypatch.setattr(socket, "getaddrinfo", lambda _, *rest, **__: real("127.0.0.1", *rest))
 
@@ -268,7 +297,9 @@ def test_a_certificate_of_another_name_is_refused(fetch, tls, localhost_is_publi
         fetch(f"https://other.example:{port}/", allow_private=False)
 
 
-def test_a_certificate_that_nobody_vouches_for_is_refused(fetch, certificate, localhost_is_public):
+def test_a_certificate_that_nobody_vouches_for_is_refused(
+    fetch: Callable[..., Any], certificate: Path, localhost_is_public: None
+) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
 
@@ -279,16 +310,18 @@ def test_a_certificate_that_nobody_vouches_for_is_refused(fetch, certificate, lo
         fetch(f"https://localhost:{port}/", allow_private=False)
 
 
-def test_a_file_over_the_limit_is_refused_before_it_is_read(fetch, media_server):
+def test_a_file_over_the_limit_is_refused_before_it_is_read(
+    fetch: Callable[..., Any], media_server: MediaServer
+) -> None:
     with pytest.raises(InputTooLargeError, match="1000 bytes"):
         fetch(media_server.add("/large", b"x" * 1001))
     assert fetch(media_server.add("/just", b"x" * 1000)) == b"x" * 1000
 
 
-def test_a_file_of_unknown_length_is_read_up_to_the_limit_only(fetch):
+def test_a_file_of_unknown_length_is_read_up_to_the_limit_only(fetch: Callable[..., Any]) -> None:
     sent = []
 
-    def endless(connection):
+    def endless(connection: Any) -> None:
         connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
         while True:
             connection.sendall(b"x" * 65536)
@@ -299,7 +332,7 @@ def test_a_file_of_unknown_length_is_read_up_to_the_limit_only(fetch):
     assert sum(sent) < 2**24
 
 
-def test_chunks_are_put_together(fetch):
+def test_chunks_are_put_together(fetch: Callable[..., Any]) -> None:
     chunked = (
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n"
     )
@@ -308,10 +341,10 @@ def test_chunks_are_put_together(fetch):
         assert fetch(f"http://127.0.0.1:{port}/") == b"abcde"
 
 
-def test_a_chunk_of_a_negative_size_is_not_read_without_limit(fetch):
+def test_a_chunk_of_a_negative_size_is_not_read_without_limit(fetch: Callable[..., Any]) -> None:
     sent = []
 
-    def endless(connection):
+    def endless(connection: Any) -> None:
         connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n")
         while True:
             connection.sendall(b"x" * 65536)
@@ -323,7 +356,9 @@ def test_a_chunk_of_a_negative_size_is_not_read_without_limit(fetch):
 
 
 @pytest.mark.parametrize("location", ["http://[", "https://h:99999/", "https://exa mple/", "//"])
-def test_a_redirect_to_what_is_no_url_is_refused(fetch, media_server, location):
+def test_a_redirect_to_what_is_no_url_is_refused(
+    fetch: Callable[..., Any], media_server: MediaServer, location: str
+) -> None:
     url = media_server.add("/start", status=302, location=location)
 
     with pytest.raises((InputDownloadError, InvalidInputError)):
@@ -331,17 +366,21 @@ def test_a_redirect_to_what_is_no_url_is_refused(fetch, media_server, location):
 
 
 @pytest.mark.parametrize("status", [204, 206, 302, 401, 404, 429, 500])
-def test_only_a_plain_ok_is_a_download(fetch, media_server, status):
+def test_only_a_plain_ok_is_a_download(
+    fetch: Callable[..., Any], media_server: MediaServer, status: int
+) -> None:
     with pytest.raises(InputDownloadError, match=str(status)):
         fetch(media_server.add("/x", b"error page", status=status))
 
 
-def test_an_answer_that_breaks_off_is_not_taken_for_the_whole(fetch, media_server):
+def test_an_answer_that_breaks_off_is_not_taken_for_the_whole(
+    fetch: Callable[..., Any], media_server: MediaServer
+) -> None:
     with pytest.raises(InputDownloadError, match="broke off"):
         fetch(media_server.add("/cut", b"x" * 900, cut_after_bytes=500))
 
 
-def test_what_is_not_http_is_a_failed_download(fetch):
+def test_what_is_not_http_is_a_failed_download(fetch: Callable[..., Any]) -> None:
     with (
         raw_server(lambda c: c.sendall(b"SSH-2.0-OpenSSH\r\n")) as port,
         pytest.raises(InputDownloadError),
@@ -349,7 +388,7 @@ def test_what_is_not_http_is_a_failed_download(fetch):
         fetch(f"http://127.0.0.1:{port}/")
 
 
-def test_a_closed_port_is_a_failed_download(fetch):
+def test_a_closed_port_is_a_failed_download(fetch: Callable[..., Any]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
 
@@ -368,8 +407,10 @@ def test_a_closed_port_is_a_failed_download(fetch):
     ],
 )
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_a_slow_drip_ends_at_the_deadline(fetch, tls, scheme, drip):
-    def answer(connection):
+def test_a_slow_drip_ends_at_the_deadline(
+    fetch: Callable[..., Any], tls: ssl.SSLContext, scheme: str, drip: bytes
+) -> None:
+    def answer(connection: Any) -> None:
         connection.sendall(drip)
         for _ in range(20):
             time.sleep(0.05)
@@ -382,7 +423,7 @@ def test_a_slow_drip_ends_at_the_deadline(fetch, tls, scheme, drip):
         assert time.monotonic() - began < 0.9
 
 
-def test_a_tls_handshake_that_never_ends_ends_at_the_deadline(fetch):
+def test_a_tls_handshake_that_never_ends_ends_at_the_deadline(fetch: Callable[..., Any]) -> None:
     with (
         raw_server(lambda _: time.sleep(0.6)) as port,
         pytest.raises(InputDownloadError, match="limit"),
@@ -390,7 +431,9 @@ def test_a_tls_handshake_that_never_ends_ends_at_the_deadline(fetch):
         fetch(f"https://127.0.0.1:{port}/", timeout_seconds=0.3)
 
 
-def test_no_thread_and_no_socket_outlives_a_download(fetch, media_server):
+def test_no_thread_and_no_socket_outlives_a_download(
+    fetch: Callable[..., Any], media_server: MediaServer
+) -> None:
     url = media_server.add("/x", b"x")
     before = threading.active_count()
 
@@ -401,7 +444,7 @@ def test_no_thread_and_no_socket_outlives_a_download(fetch, media_server):
     assert threading.active_count() <= before
 
 
-def test_a_store_must_be_public_and_https_if_a_client_chose_it(localhost_is_public):
+def test_a_store_must_be_public_and_https_if_a_client_chose_it(localhost_is_public: None) -> None:
     for url in ("http://93.184.216.34", "https://169.254.169.254", "https://10.1.2.3:9000"):
         with pytest.raises(InputUrlBlockedError) as caught:
             download.check_endpoint(url, field="s3Config.endpointUrl", allow_private=False)
@@ -414,7 +457,7 @@ def test_a_store_must_be_public_and_https_if_a_client_chose_it(localhost_is_publ
 
 
 @pytest.mark.parametrize("target", ["/f/a%2cb.png?sig=x%2fy", "/f/a%2Cb.png?sig=x%2Fy%20+&e=;'()"])
-def test_every_escape_stays_as_it_was_written(fetch, target):
+def test_every_escape_stays_as_it_was_written(fetch: Callable[..., Any], target: str) -> None:
     requests: list[bytes] = []
     with raw_server(
         lambda connection: connection.sendall(http_answer(b"x")), requests=requests
@@ -424,10 +467,10 @@ def test_every_escape_stays_as_it_was_written(fetch, target):
     assert requests[0].startswith(f"GET {target} HTTP/1.1\r\n".encode())
 
 
-def test_a_redirect_may_be_written_in_utf_8(fetch):
+def test_a_redirect_may_be_written_in_utf_8(fetch: Callable[..., Any]) -> None:
     requests: list[bytes] = []
 
-    def answer(connection):
+    def answer(connection: Any) -> None:
         if len(requests) == 1:
             location = "/bild/größe.png?ü=ß".encode()
             connection.sendall(b"HTTP/1.1 302 Found\r\nLocation: " + location + b"\r\n\r\n")
@@ -440,7 +483,9 @@ def test_a_redirect_may_be_written_in_utf_8(fetch):
     assert requests[1].startswith(b"GET /bild/gr%C3%B6%C3%9Fe.png?%C3%BC=%C3%9F HTTP/1.1\r\n")
 
 
-def test_a_name_and_a_password_in_the_address_are_sent_to_its_host_alone(fetch):
+def test_a_name_and_a_password_in_the_address_are_sent_to_its_host_alone(
+    fetch: Callable[..., Any],
+) -> None:
     first: list[bytes] = []
     second: list[bytes] = []
     file = http_answer(b"file")
@@ -454,7 +499,7 @@ def test_a_name_and_a_password_in_the_address_are_sent_to_its_host_alone(fetch):
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "GZIP", "deflate", "x-gzip"])
-def test_what_is_stored_compressed_is_undone(fetch, encoding):
+def test_what_is_stored_compressed_is_undone(fetch: Callable[..., Any], encoding: str) -> None:
     content = b"sound " * 100
     body = zlib.compress(content) if encoding == "deflate" else gzip.compress(content)
 
@@ -463,7 +508,7 @@ def test_what_is_stored_compressed_is_undone(fetch, encoding):
         assert fetch(f"http://127.0.0.1:{port}/a") == content
 
 
-def test_a_bomb_ends_at_the_limit_and_costs_no_memory(fetch):
+def test_a_bomb_ends_at_the_limit_and_costs_no_memory(fetch: Callable[..., Any]) -> None:
     body = gzip.compress(bytes(300 * 2**20))
     answer = http_answer(body, **{"Content-Encoding": "gzip"})
     tracemalloc.start()
@@ -479,7 +524,7 @@ def test_a_bomb_ends_at_the_limit_and_costs_no_memory(fetch):
 
 
 @pytest.mark.parametrize("encoding", ["br", "zstd", "gzip, gzip"])
-def test_a_compression_that_is_not_undone_is_told(fetch, encoding):
+def test_a_compression_that_is_not_undone_is_told(fetch: Callable[..., Any], encoding: str) -> None:
     answer = http_answer(b"x", **{"Content-Encoding": encoding})
     with (
         raw_server(lambda connection: connection.sendall(answer)) as port,
@@ -488,7 +533,9 @@ def test_a_compression_that_is_not_undone_is_told(fetch, encoding):
         fetch(f"http://127.0.0.1:{port}/a")
 
 
-def test_a_name_server_that_does_not_answer_ends_at_the_deadline(fetch, monkeypatch):
+def test_a_name_server_that_does_not_answer_ends_at_the_deadline(
+    fetch: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(20))
     begun = time.monotonic()
 
@@ -503,17 +550,17 @@ class Stopped(Exception):  # noqa: N818
 
 
 @pytest.mark.parametrize("hangs", ["before the head", "in the head", "in the body"])
-def test_a_stop_is_met_while_the_server_hangs(tmp_path, hangs):
+def test_a_stop_is_met_while_the_server_hangs(tmp_path: Path, hangs: str) -> None:
     stopped = threading.Event()
 
-    def answer(connection):
+    def answer(connection: Any) -> None:
         if hangs != "before the head":
             whole = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nfew"
             connection.sendall(whole if hangs == "in the body" else whole[:20])
         stopped.set()
         connection.recv(1)  # until the client leaves
 
-    def check():
+    def check() -> None:
         if stopped.is_set():
             raise Stopped
 

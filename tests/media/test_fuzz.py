@@ -10,6 +10,9 @@ import os
 import random
 import resource
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +22,7 @@ from avatar_client.contract.job_errors import WorkerError
 from avatar_client.contract.request import MediaSource
 from tests.support.pictures import chart, encoded
 from tests.support.recordings import voice, write
-from worker.media.inputs import load_portrait, load_speech
+from worker.media.inputs import Speech, load_portrait, load_speech
 from worker.settings import Settings
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # decoders warn of some damage and read on
@@ -31,7 +34,7 @@ MAX_GROWTH_BYTES = 2**30
 SETTINGS = Settings(max_audio_seconds=5.0, max_image_pixels=1_000_000)
 
 
-def pictures():
+def pictures() -> Iterator[bytes]:
     image = Image.fromarray(chart())
     for format in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM"):
         yield encoded(image, format)
@@ -40,7 +43,7 @@ def pictures():
     yield encoded(image.convert("P"), "PNG")
 
 
-def recordings():
+def recordings() -> Iterator[bytes]:
     sound = voice(0.6, 48_000)
     kinds = [("wav", "pcm_s16le"), ("mp3", "mp3"), ("ipod", "aac"), ("ogg", "libopus")]
     kinds += [("webm", "libopus"), ("flac", "flac"), ("matroska", "aac"), ("mpegts", "aac")]
@@ -51,7 +54,7 @@ def recordings():
         yield write(voice(0.6, rate_hz) if rate_hz != 48_000 else sound, rate_hz, container, codec)
 
 
-def mutated(whole, choice):
+def mutated(whole: Any, choice: Any) -> bytes:
     """A file with some of its bytes changed, cut out, doubled or replaced by telling ones."""
     content = bytearray(whole)
     for _ in range(choice.randint(1, 6)):
@@ -75,7 +78,7 @@ def mutated(whole, choice):
     return bytes(content)
 
 
-def check(content, read, tmp_path):
+def check(content: bytes, read: Any, tmp_path: Path) -> None:
     begun = time.monotonic()
     with contextlib.suppress(WorkerError):
         read(MediaSource(content=content), tmp_path, SETTINGS)
@@ -87,7 +90,11 @@ def check(content, read, tmp_path):
     [(load_portrait, pictures), (load_speech, recordings)],
     ids=["image", "audio"],
 )
-def test_a_mutated_file_ends_in_an_answer_or_a_refusal(tmp_path, read, files):
+def test_a_mutated_file_ends_in_an_answer_or_a_refusal(
+    tmp_path: Path,
+    read: Callable[..., Image.Image] | Callable[..., Speech],
+    files: Callable[..., Any],
+) -> None:
     wholes = list(files())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     end = time.monotonic() + SECONDS
@@ -104,7 +111,7 @@ def test_a_mutated_file_ends_in_an_answer_or_a_refusal(tmp_path, read, files):
     assert count >= SECONDS  # or one of them took as long as all
 
 
-def test_the_whole_files_are_read(tmp_path):
+def test_the_whole_files_are_read(tmp_path: Path) -> None:
     for content in pictures():
         assert load_portrait(MediaSource(content=content), tmp_path, SETTINGS).size == (64, 48)
     for content in recordings():

@@ -4,6 +4,9 @@ import random
 import struct
 import tracemalloc
 import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -19,17 +22,18 @@ from avatar_client.contract.job_errors import (
     WorkerError,
 )
 from avatar_client.contract.request import MediaSource
-from worker.media.inputs import load_portrait, load_speech
+from tests.conftest import MediaServer
+from worker.media.inputs import Speech, load_portrait, load_speech
 from worker.settings import Settings
 
 SETTINGS = Settings(max_audio_seconds=5.0, max_image_pixels=1_000_000, max_input_bytes=2**21)
 
 
 @pytest.fixture
-def portrait(tmp_path):
+def portrait(tmp_path: Path) -> Callable[..., Any]:
     """`portrait(content)` loads an image from its bytes, or from a URL."""
 
-    def load(content, settings=SETTINGS):
+    def load(content: Any, settings: Any = SETTINGS) -> Image.Image:
         is_url = isinstance(content, str)
         source = MediaSource(url=content) if is_url else MediaSource(content=content)
         return load_portrait(source, tmp_path, settings)
@@ -38,10 +42,10 @@ def portrait(tmp_path):
 
 
 @pytest.fixture
-def speech(tmp_path):
+def speech(tmp_path: Path) -> Callable[..., Any]:
     """`speech(content, ...)` loads a recording from its bytes, or from a URL."""
 
-    def load(content, settings=SETTINGS, **options):
+    def load(content: Any, settings: Any = SETTINGS, **options: Any) -> Speech:
         is_url = isinstance(content, str)
         source = MediaSource(url=content) if is_url else MediaSource(content=content)
         return load_speech(source, tmp_path, settings, **options)
@@ -52,26 +56,31 @@ def speech(tmp_path):
 # Images
 
 
-def encoded(image, format, **options):
+def encoded(image: Any, format: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()
 
 
-def two_halves(mode="RGB", top=(200, 60, 40), bottom=(30, 90, 180), size=(64, 48)):
+def two_halves(
+    mode: str = "RGB",
+    top: tuple[int, int, int] = (200, 60, 40),
+    bottom: tuple[int, int, int] = (30, 90, 180),
+    size: tuple[int, int] = (64, 48),
+) -> Image.Image:
     image = Image.new(mode, size, top)
     image.paste(bottom, (0, size[1] // 2, size[0], size[1]))
     return image
 
 
-def colour(image, *at):
+def colour(image: Any, *at: Any) -> Any:
     return np.asarray(image)[at[1], at[0]].tolist()
 
 
 @pytest.mark.parametrize(
     "format", ["PNG", "BMP", "TIFF", "PPM", "WEBP", "JPEG", "AVIF", "JPEG2000"]
 )
-def test_any_raster_format_becomes_rgb(portrait, format):
+def test_any_raster_format_becomes_rgb(portrait: Callable[..., Any], format: str) -> None:
     image = portrait(encoded(two_halves(), format))
 
     assert (image.mode, image.size) == ("RGB", (64, 48))
@@ -80,14 +89,16 @@ def test_any_raster_format_becomes_rgb(portrait, format):
 
 
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG"])
-def test_an_animation_gives_its_first_frame(portrait, format):
+def test_an_animation_gives_its_first_frame(portrait: Callable[..., Any], format: str) -> None:
     frames = [Image.new("RGB", (40, 40), value) for value in ("white", "black", "black")]
     content = encoded(frames[0], format, save_all=True, append_images=frames[1:])
 
     assert colour(portrait(content), 20, 20) == [255, 255, 255]
 
 
-def test_a_jpeg_of_two_pictures_as_cameras_make_it_gives_its_first(portrait):
+def test_a_jpeg_of_two_pictures_as_cameras_make_it_gives_its_first(
+    portrait: Callable[..., Any],
+) -> None:
     second = Image.new("RGB", (64, 48))
 
     content = encoded(two_halves(), "MPO", save_all=True, append_images=[second])
@@ -96,7 +107,9 @@ def test_a_jpeg_of_two_pictures_as_cameras_make_it_gives_its_first(portrait):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_picture_of_a_turned_camera_stands_upright(portrait, orientation):
+def test_a_picture_of_a_turned_camera_stands_upright(
+    portrait: Callable[..., Any], orientation: int
+) -> None:
     upright = two_halves(size=(64, 48))
     turns = {  # what the camera stored, for each value of the tag
         2: [Image.Transpose.FLIP_LEFT_RIGHT],
@@ -119,7 +132,9 @@ def test_a_picture_of_a_turned_camera_stands_upright(portrait, orientation):
     assert np.array_equal(np.asarray(image), np.asarray(upright))
 
 
-def test_transparent_pixels_turn_white_and_not_into_hidden_colours(portrait):
+def test_transparent_pixels_turn_white_and_not_into_hidden_colours(
+    portrait: Callable[..., Any],
+) -> None:
     image = Image.new("RGBA", (40, 40), (255, 0, 0, 0))
     image.paste((0, 0, 255, 255), (0, 0, 20, 40))
     image.paste((0, 0, 0, 128), (0, 0, 5, 40))
@@ -132,7 +147,7 @@ def test_transparent_pixels_turn_white_and_not_into_hidden_colours(portrait):
 
 
 @pytest.mark.parametrize("mode", ["P", "L", "1", "LA", "RGBA", "CMYK", "YCbCr", "I;16"])
-def test_every_mode_keeps_its_brightness(portrait, mode):
+def test_every_mode_keeps_its_brightness(portrait: Callable[..., Any], mode: str) -> None:
     values = np.zeros((40, 40), np.uint8)
     values[:, 20:] = 255
     grey = Image.fromarray(values)
@@ -150,14 +165,14 @@ def test_every_mode_keeps_its_brightness(portrait, mode):
     assert colour(result, 35, 5) == pytest.approx([expected] * 3, abs=1)
 
 
-def test_a_palette_with_a_transparent_entry_is_flattened(portrait):
+def test_a_palette_with_a_transparent_entry_is_flattened(portrait: Callable[..., Any]) -> None:
     image = Image.new("P", (40, 40), 1)
     image.putpalette([0, 0, 0, 255, 0, 0])
 
     assert colour(portrait(encoded(image, "PNG", transparency=1)), 5, 5) == [255, 255, 255]
 
 
-def swapped_primaries():
+def swapped_primaries() -> bytes:
     """A profile in which red is blue: what it says must change the colours."""
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     profile = bytearray(profile.replace(b"sRGB", b"odd!").replace(b"s\0R\0G\0B", b"o\0d\0d\0!"))
@@ -170,7 +185,7 @@ def swapped_primaries():
     return bytes(profile)
 
 
-def test_an_embedded_colour_profile_is_honoured(portrait):
+def test_an_embedded_colour_profile_is_honoured(portrait: Callable[..., Any]) -> None:
     image = Image.new("RGB", (40, 40), (255, 0, 0))
 
     assert colour(portrait(encoded(image, "PNG", icc_profile=swapped_primaries())), 5, 5) == (
@@ -178,7 +193,9 @@ def test_an_embedded_colour_profile_is_honoured(portrait):
     )
 
 
-def test_an_srgb_profile_changes_nothing_and_a_broken_one_neither(portrait):
+def test_an_srgb_profile_changes_nothing_and_a_broken_one_neither(
+    portrait: Callable[..., Any],
+) -> None:
     image = two_halves()
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
@@ -187,7 +204,7 @@ def test_an_srgb_profile_changes_nothing_and_a_broken_one_neither(portrait):
         assert np.array_equal(np.asarray(result), np.asarray(image))
 
 
-def png_header(width, height):
+def png_header(width: int, height: int) -> bytes:
     """A PNG that claims a size and breaks off at its pixels."""
     content = b"\x89PNG\r\n\x1a\n"
     for chunk in (
@@ -200,12 +217,14 @@ def png_header(width, height):
 
 
 @pytest.mark.parametrize("side", [1001, 10_000, 20_000, 2**31 - 1])
-def test_a_size_over_the_limit_is_refused_from_the_header(portrait, side):
+def test_a_size_over_the_limit_is_refused_from_the_header(
+    portrait: Callable[..., Any], side: int
+) -> None:
     with pytest.raises(InputTooLargeError, match="1000000 pixels"):
         portrait(png_header(side, side))
 
 
-def test_a_decompression_bomb_costs_no_memory(portrait):
+def test_a_decompression_bomb_costs_no_memory(portrait: Callable[..., Any]) -> None:
     bomb = encoded(Image.new("1", (9000, 9000)), "PNG")  # 81 million pixels in 10 kB
     assert len(bomb) < 20_000
     tracemalloc.start()
@@ -218,14 +237,16 @@ def test_a_decompression_bomb_costs_no_memory(portrait):
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (31, 64), (64, 31), (33, 300), (900, 40)])
-def test_a_picture_that_can_hold_no_face_is_refused_with_its_size(portrait, width, height):
+def test_a_picture_that_can_hold_no_face_is_refused_with_its_size(
+    portrait: Callable[..., Any], width: int, height: int
+) -> None:
     with pytest.raises(InvalidInputError, match=f"{width} x {height}") as caught:
         portrait(encoded(Image.new("RGB", (width, height)), "PNG"))
     assert caught.value.field == "image"
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "AVIF"])
-def test_a_cut_image_is_refused(portrait, format):
+def test_a_cut_image_is_refused(portrait: Callable[..., Any], format: str) -> None:
     content = encoded(Image.effect_noise((200, 200), 60).convert("RGB"), format)
 
     for share in (0.02, 0.5, 0.9):
@@ -246,13 +267,18 @@ def test_a_cut_image_is_refused(portrait, format):
         b"GIF89a",
     ],
 )
-def test_what_is_no_raster_image_is_refused(portrait, content):
+def test_what_is_no_raster_image_is_refused(portrait: Callable[..., Any], content: bytes) -> None:
     with pytest.raises(UnsupportedMediaError) as caught:
         portrait(content)
     assert caught.value.field == "image"
 
 
-def test_sound_is_no_image_and_an_image_no_sound(portrait, speech, make_speech, make_portrait):
+def test_sound_is_no_image_and_an_image_no_sound(
+    portrait: Callable[..., Any],
+    speech: Callable[..., Any],
+    make_speech: Callable[..., bytes],
+    make_portrait: Callable[..., bytes],
+) -> None:
     with pytest.raises(UnsupportedMediaError):
         portrait(make_speech())
     with pytest.raises(UnsupportedMediaError):
@@ -263,7 +289,9 @@ def test_sound_is_no_image_and_an_image_no_sound(portrait, speech, make_speech, 
 @pytest.mark.parametrize(
     "format", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "AVIF", "JPEG2000", "BMP"]
 )
-def test_damaged_bytes_end_in_an_image_or_in_a_refusal(portrait, format):
+def test_damaged_bytes_end_in_an_image_or_in_a_refusal(
+    portrait: Callable[..., Any], format: str
+) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     whole = encoded(two_halves(), format, **({"exif": exif} if format in ("PNG", "JPEG") else {}))
@@ -283,14 +311,21 @@ def test_damaged_bytes_end_in_an_image_or_in_a_refusal(portrait, format):
 # Recordings
 
 
-def tone(seconds, rate_hz, channels=1, hz=440.0):
+def tone(seconds: float, rate_hz: int, channels: int = 1, hz: float = 440.0) -> np.ndarray:
     """A sine of int16 at half of full scale, (channels, N); the second channel an octave up."""
     time = np.arange(round(seconds * rate_hz)) / rate_hz
     octaves = 2.0 ** np.arange(channels)[:, None]
     return (16384 * np.sin(2 * np.pi * hz * octaves * time)).astype(np.int16)
 
 
-def media(samples, rate_hz, container="wav", codec="pcm_s16le", layout=None, picture=False):
+def media(
+    samples: Any,
+    rate_hz: int,
+    container: str = "wav",
+    codec: str = "pcm_s16le",
+    layout: Any = None,
+    picture: bool = False,
+) -> bytes:
     """The samples as a file."""
     layout = layout or {1: "mono", 2: "stereo"}[len(samples)]
     buffer = io.BytesIO()
@@ -312,13 +347,13 @@ def media(samples, rate_hz, container="wav", codec="pcm_s16le", layout=None, pic
     return buffer.getvalue()
 
 
-def recorded(loaded):
+def recorded(loaded: Any) -> np.ndarray:
     """The samples of the recording as int16, (channels, N)."""
     samples = np.frombuffer(loaded.recording.raw_data, np.int16)
     return samples.reshape(-1, loaded.recording.channels).T
 
 
-def test_16_khz_mono_is_what_the_file_says_to_the_last_bit(speech):
+def test_16_khz_mono_is_what_the_file_says_to_the_last_bit(speech: Callable[..., Any]) -> None:
     samples = np.arange(-32768, 32768, dtype=np.int16)[None]
 
     loaded = speech(media(samples, 16_000))
@@ -329,7 +364,9 @@ def test_16_khz_mono_is_what_the_file_says_to_the_last_bit(speech):
     assert loaded.duration_seconds == 4.096
 
 
-def test_the_recording_keeps_rate_and_channels_and_the_model_hears_their_mean(speech):
+def test_the_recording_keeps_rate_and_channels_and_the_model_hears_their_mean(
+    speech: Callable[..., Any],
+) -> None:
     samples = tone(1.0, 44_100, channels=2)
 
     loaded = speech(media(samples, 44_100))
@@ -343,7 +380,7 @@ def test_the_recording_keeps_rate_and_channels_and_the_model_hears_their_mean(sp
 
 
 @pytest.mark.parametrize("rate_hz", [8000, 11_025, 22_050, 32_000, 44_100, 48_000, 96_000, 192_000])
-def test_the_waveform_is_as_long_as_the_recording(speech, rate_hz):
+def test_the_waveform_is_as_long_as_the_recording(speech: Callable[..., Any], rate_hz: int) -> None:
     num_samples = rate_hz + 7
 
     loaded = speech(media(tone(num_samples / rate_hz, rate_hz), rate_hz))
@@ -377,7 +414,9 @@ def test_the_waveform_is_as_long_as_the_recording(speech, rate_hz):
         ("amr", "libopencore_amrnb", 8000),
     ],
 )
-def test_any_format_is_heard(speech, container, codec, rate_hz):
+def test_any_format_is_heard(
+    speech: Callable[..., Any], container: str, codec: str, rate_hz: int
+) -> None:
     samples = np.repeat(tone(1.5, rate_hz), 2 if codec == "vorbis" else 1, axis=0)
 
     loaded = speech(media(samples, rate_hz, container, codec))
@@ -388,7 +427,7 @@ def test_any_format_is_heard(speech, container, codec, rate_hz):
     assert np.sqrt(np.mean(loaded.waveform[8000:16_000] ** 2)) == pytest.approx(0.35, abs=0.06)
 
 
-def test_the_sound_of_a_video_is_taken(speech):
+def test_the_sound_of_a_video_is_taken(speech: Callable[..., Any]) -> None:
     content = media(tone(1.0, 44_100, 2), 44_100, "mp4", "aac", picture=True)
 
     loaded = speech(content)
@@ -397,7 +436,7 @@ def test_the_sound_of_a_video_is_taken(speech):
     assert loaded.duration_seconds == pytest.approx(1.0, abs=0.03)
 
 
-def test_surround_sound_becomes_stereo(speech):
+def test_surround_sound_becomes_stereo(speech: Callable[..., Any]) -> None:
     samples = np.repeat(tone(0.5, 48_000), 6, axis=0)
 
     loaded = speech(media(samples, 48_000, layout="5.1"))
@@ -406,7 +445,7 @@ def test_surround_sound_becomes_stereo(speech):
     assert np.abs(loaded.waveform).max() > 0.3
 
 
-def test_a_part_is_cut_to_the_sample(speech):
+def test_a_part_is_cut_to_the_sample(speech: Callable[..., Any]) -> None:
     samples = tone(4.0, 44_100, 2)
 
     loaded = speech(media(samples, 44_100), start_seconds=1.25, max_seconds=1.5)
@@ -416,13 +455,15 @@ def test_a_part_is_cut_to_the_sample(speech):
     assert len(loaded.waveform) == 24_000
 
 
-def test_max_seconds_beyond_the_end_takes_what_there_is(speech):
+def test_max_seconds_beyond_the_end_takes_what_there_is(speech: Callable[..., Any]) -> None:
     loaded = speech(media(tone(1.0, 16_000), 16_000), start_seconds=0.25, max_seconds=100.0)
 
     assert loaded.duration_seconds == 0.75
 
 
-def test_a_recording_over_the_limit_is_refused_unless_a_part_is_asked_for(speech):
+def test_a_recording_over_the_limit_is_refused_unless_a_part_is_asked_for(
+    speech: Callable[..., Any],
+) -> None:
     content = media(tone(6.0, 16_000), 16_000)
 
     with pytest.raises(InputTooLargeError, match="limit of 5 s") as caught:
@@ -435,14 +476,16 @@ def test_a_recording_over_the_limit_is_refused_unless_a_part_is_asked_for(speech
 
 
 @pytest.fixture(scope="session")
-def hour_long():
+def hour_long() -> bytes:
     """An hour of silence, and a tone in its last second, in 200 kB."""
     samples = np.zeros((1, 3600 * 8000), np.int16)
     samples[:, -8000:] = tone(1.0, 8000)
     return media(samples, 8000, "flac", "flac")
 
 
-def test_an_hour_costs_neither_memory_nor_time_when_a_part_is_taken(speech, hour_long):
+def test_an_hour_costs_neither_memory_nor_time_when_a_part_is_taken(
+    speech: Callable[..., Any], hour_long: bytes
+) -> None:
     tracemalloc.start()
     with pytest.raises(InputTooLargeError):
         speech(hour_long)
@@ -457,7 +500,9 @@ def test_an_hour_costs_neither_memory_nor_time_when_a_part_is_taken(speech, hour
 
 
 @pytest.mark.parametrize("start_seconds", [1.0, 1.5, 7200.0, 1e300])
-def test_a_start_beyond_the_end_names_its_field(speech, start_seconds):
+def test_a_start_beyond_the_end_names_its_field(
+    speech: Callable[..., Any], start_seconds: float
+) -> None:
     with pytest.raises(InvalidInputError) as caught:
         speech(media(tone(1.0, 16_000), 16_000), start_seconds=start_seconds)
     assert caught.value.field == "audio_start_seconds"
@@ -471,13 +516,17 @@ def test_a_start_beyond_the_end_names_its_field(speech, start_seconds):
         (1.0, {"max_seconds": 0.05}, "max_seconds"),
     ],
 )
-def test_less_than_a_frame_of_speech_is_refused(speech, seconds, options, field):
+def test_less_than_a_frame_of_speech_is_refused(
+    speech: Callable[..., Any], seconds: float, options: dict[str, Any], field: str
+) -> None:
     with pytest.raises(InvalidInputError) as caught:
         speech(media(tone(seconds, 16_000), 16_000), **options)
     assert caught.value.field == field
 
 
-def wav_header(rate_hz=16_000, channels=1, bits=16, format=1, length=0):
+def wav_header(
+    rate_hz: int = 16_000, channels: int = 1, bits: int = 16, format: int = 1, length: int = 0
+) -> bytes:
     body = struct.pack(
         "<HHIIHH",
         format,
@@ -507,13 +556,13 @@ def wav_header(rate_hz=16_000, channels=1, bits=16, format=1, length=0):
         wav_header(bits=0, length=3200) + bytes(3200),
     ],
 )
-def test_what_holds_no_sound_is_refused(speech, content):
+def test_what_holds_no_sound_is_refused(speech: Callable[..., Any], content: bytes) -> None:
     with pytest.raises(UnsupportedMediaError) as caught:
         speech(content)
     assert caught.value.field == "audio"
 
 
-def test_a_video_without_sound_is_refused(speech):
+def test_a_video_without_sound_is_refused(speech: Callable[..., Any]) -> None:
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as output:
         video = output.add_stream("libx264", rate=25)
@@ -526,12 +575,12 @@ def test_a_video_without_sound_is_refused(speech):
         speech(buffer.getvalue())
 
 
-def test_silence_is_speech_that_says_nothing(speech):
+def test_silence_is_speech_that_says_nothing(speech: Callable[..., Any]) -> None:
     assert not speech(media(np.zeros((1, 16_000), np.int16), 16_000)).waveform.any()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_samples_that_are_no_numbers_are_refused(speech, value):
+def test_samples_that_are_no_numbers_are_refused(speech: Callable[..., Any], value: float) -> None:
     samples = np.zeros((1, 16_000), np.float32)
     samples[0, 800] = value
 
@@ -539,7 +588,7 @@ def test_samples_that_are_no_numbers_are_refused(speech, value):
         speech(media(samples, 16_000, codec="pcm_f32le"))
 
 
-def test_overdriven_samples_are_clipped(speech):
+def test_overdriven_samples_are_clipped(speech: Callable[..., Any]) -> None:
     samples = np.full((1, 16_000), 7.5, np.float32)
 
     loaded = speech(media(samples, 16_000, codec="pcm_f32le"))
@@ -565,7 +614,9 @@ def test_overdriven_samples_are_clipped(speech):
         "{url}",
     ],
 )
-def test_a_playlist_opens_no_file_and_no_address(speech, tmp_path, media_server, playlist):
+def test_a_playlist_opens_no_file_and_no_address(
+    speech: Callable[..., Any], tmp_path: Path, media_server: MediaServer, playlist: str
+) -> None:
     secret = media(tone(1.0, 16_000), 16_000)
     (tmp_path / "secret.wav").write_bytes(secret)
     url = media_server.add("/secret.wav", secret)
@@ -576,7 +627,7 @@ def test_a_playlist_opens_no_file_and_no_address(speech, tmp_path, media_server,
     assert media_server.requests == []
 
 
-def test_a_cut_recording_gives_what_is_left_or_is_refused(speech):
+def test_a_cut_recording_gives_what_is_left_or_is_refused(speech: Callable[..., Any]) -> None:
     for container, codec in [("ipod", "aac"), ("mp3", "mp3"), ("ogg", "libopus"), ("wav", None)]:
         content = media(tone(2.0, 48_000), 48_000, container, codec or "pcm_s16le")
         for share in (0.001, 0.2, 0.6):
@@ -599,7 +650,9 @@ def test_a_cut_recording_gives_what_is_left_or_is_refused(speech):
         ("mpegts", "aac"),
     ],
 )
-def test_damaged_bytes_end_in_speech_or_in_a_refusal(speech, container, codec):
+def test_damaged_bytes_end_in_speech_or_in_a_refusal(
+    speech: Callable[..., Any], container: str, codec: str
+) -> None:
     whole = media(tone(0.5, 48_000), 48_000, container, codec)
     choice = random.Random(container)
 
@@ -617,7 +670,9 @@ def test_damaged_bytes_end_in_speech_or_in_a_refusal(speech, container, codec):
 # Both
 
 
-def test_base64_content_is_held_to_the_same_limit_of_bytes(portrait, speech):
+def test_base64_content_is_held_to_the_same_limit_of_bytes(
+    portrait: Callable[..., Any], speech: Callable[..., Any]
+) -> None:
     content = bytes(2**21 + 1)
 
     for load in (portrait, speech):
@@ -626,8 +681,12 @@ def test_base64_content_is_held_to_the_same_limit_of_bytes(portrait, speech):
 
 
 def test_an_address_is_downloaded_and_decoded(
-    portrait, speech, media_server, make_portrait, make_speech
-):
+    portrait: Callable[..., Any],
+    speech: Callable[..., Any],
+    media_server: MediaServer,
+    make_portrait: Callable[..., bytes],
+    make_speech: Callable[..., bytes],
+) -> None:
     settings = SETTINGS.model_copy(update={"runpod_allow_private_download_urls": True})
     face = media_server.add("/face.mp3", make_portrait(), content_type="audio/mpeg")
     voice = media_server.add("/voice.jpg", make_speech(1.5), content_type="image/jpeg")

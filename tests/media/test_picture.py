@@ -5,6 +5,8 @@ import shutil
 import struct
 import subprocess
 import zlib
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,17 +25,17 @@ TOLERANCE = 3.0  # of 255, in the mean
 
 
 @pytest.fixture
-def portrait(tmp_path):
+def portrait(tmp_path: Path) -> Callable[..., Any]:
     """`portrait(content)` gives an image's pixels, (height, width, 3)."""
 
-    def load(content, settings=None):
+    def load(content: bytes, settings: Any = None) -> np.ndarray:
         image = load_portrait(MediaSource(content=content), tmp_path, settings or Settings())
         return np.asarray(image)
 
     return load
 
 
-def as_ffmpeg_sees(content, tmp_path):
+def as_ffmpeg_sees(content: bytes, tmp_path: Path) -> np.ndarray:
     """The pixels by the system's ffmpeg."""
     path = tmp_path / "picture"
     path.write_bytes(content)
@@ -58,7 +60,7 @@ FORMATS: dict[str, dict[str, Any]] = {
 MODES = ["RGB", "L", "P", "1", "CMYK", "YCbCr", "RGBA", "LA"]
 
 
-def can_hold(format, mode):
+def can_hold(format: str, mode: Any) -> bool:
     """Whether Pillow writes the mode into the format, and all its colours."""
     if (format, mode) in (("GIF", "RGB"), ("GIF", "RGBA"), ("AVIF", "P")):
         return False
@@ -72,7 +74,9 @@ def can_hold(format, mode):
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs ffmpeg to compare")
 @pytest.mark.parametrize("size", [(64, 48), (101, 67)])
 @pytest.mark.parametrize("format", FORMATS)
-def test_the_pixels_are_those_that_ffmpeg_sees(portrait, tmp_path, format, size):
+def test_the_pixels_are_those_that_ffmpeg_sees(
+    portrait: Callable[..., Any], tmp_path: Path, format: str, size: tuple[int, int]
+) -> None:
     content = encoded(Image.fromarray(chart(size[1], size[0])), format, **FORMATS[format])
 
     difference = np.abs(portrait(content).astype(float) - as_ffmpeg_sees(content, tmp_path))
@@ -83,7 +87,7 @@ def test_the_pixels_are_those_that_ffmpeg_sees(portrait, tmp_path, format, size)
 @pytest.mark.parametrize(
     ("format", "mode"), [(f, m) for f in [*FORMATS, "AVIF"] for m in MODES if can_hold(f, m)]
 )
-def test_every_mode_keeps_its_colours(portrait, format, mode):
+def test_every_mode_keeps_its_colours(portrait: Callable[..., Any], format: str, mode: str) -> None:
     image = Image.fromarray(chart()).convert(mode)
     expected = np.asarray(image.convert("RGB")).astype(float)
 
@@ -94,7 +98,7 @@ def test_every_mode_keeps_its_colours(portrait, format, mode):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
-def test_it_stands_upright(portrait, format, orientation):
+def test_it_stands_upright(portrait: Callable[..., Any], format: str, orientation: int) -> None:
     upright = Image.fromarray(chart())
     back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Image.Transpose, which undoes the turn
     stored = (
@@ -109,7 +113,7 @@ def test_it_stands_upright(portrait, format, orientation):
     assert np.abs(pixels.astype(float) - np.asarray(upright)).mean() <= TOLERANCE
 
 
-def test_side_data_that_cannot_be_read_turns_nothing(portrait):
+def test_side_data_that_cannot_be_read_turns_nothing(portrait: Callable[..., Any]) -> None:
     content = encoded(
         Image.fromarray(chart()), "JPEG", exif=b"Exif\0\0MM\0*\0\0\xff\xff" + b"\7" * 9
     )
@@ -124,7 +128,9 @@ SPACES = [("adobe", 2.2), ("p3", 2.2), ("srgb", 1.0), ("srgb", 1.8), ("bt2020", 
 
 @pytest.mark.parametrize(("space", "gamma"), SPACES)
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
-def test_a_profile_says_what_the_numbers_mean(portrait, format, space, gamma):
+def test_a_profile_says_what_the_numbers_mean(
+    portrait: Callable[..., Any], format: str, space: str, gamma: float
+) -> None:
     profile = profiles.rgb_profile(space, gamma)
     options = {"quality": 100} if format in ("JPEG", "AVIF") else {"lossless": True}
     options = options if format in ("JPEG", "AVIF", "WEBP") else {}
@@ -134,7 +140,7 @@ def test_a_profile_says_what_the_numbers_mean(portrait, format, space, gamma):
     assert np.abs(pixels - profiles.shown(chart(), space, gamma)).mean() <= TOLERANCE
 
 
-def test_a_profile_counts_by_what_it_does_and_not_by_its_name(portrait):
+def test_a_profile_counts_by_what_it_does_and_not_by_its_name(portrait: Callable[..., Any]) -> None:
     named = profiles.rgb_profile("srgb", 1.0, description="sRGB IEC61966-2.1")
     unnamed = profiles.rgb_profile("srgb", 2.2)
     image = Image.fromarray(chart())
@@ -148,7 +154,7 @@ def test_a_profile_counts_by_what_it_does_and_not_by_its_name(portrait):
 
 @pytest.mark.parametrize("gamma", [1.0, 1.8])
 @pytest.mark.parametrize("mode", ["L", "LA"])
-def test_grey_has_profiles_too(portrait, mode, gamma):
+def test_grey_has_profiles_too(portrait: Callable[..., Any], mode: str, gamma: float) -> None:
     grey = chart()[..., 0]
     image = Image.fromarray(grey).convert(mode)
 
@@ -159,7 +165,7 @@ def test_grey_has_profiles_too(portrait, mode, gamma):
 
 
 @pytest.mark.parametrize("colours", [256, 16])
-def test_a_palette_has_a_profile_too(portrait, colours):
+def test_a_palette_has_a_profile_too(portrait: Callable[..., Any], colours: int) -> None:
     image = Image.fromarray(chart()).quantize(colours)
     shown = profiles.shown(np.asarray(image.convert("RGB")), "adobe", 2.2)
 
@@ -168,13 +174,13 @@ def test_a_palette_has_a_profile_too(portrait, colours):
     assert np.abs(pixels - shown).mean() <= TOLERANCE
 
 
-def test_a_profile_for_another_kind_of_picture_says_nothing(portrait):
+def test_a_profile_for_another_kind_of_picture_says_nothing(portrait: Callable[..., Any]) -> None:
     content = encoded(Image.fromarray(chart()), "PNG", icc_profile=b"no profile at all")
 
     assert np.array_equal(portrait(content), chart())
 
 
-def with_chunk(kind, body):
+def with_chunk(kind: Any, body: Any) -> Any:
     """The chart as a PNG with one more chunk behind its header."""
     content = encoded(Image.fromarray(chart()), "PNG")
     chunk = struct.pack(">I", len(body)) + kind + body
@@ -186,19 +192,25 @@ def with_chunk(kind, body):
     ("primaries", "transfer", "space", "gamma"),
     [(9, 8, "bt2020", 1.0), (12, 4, "p3", 2.2), (1, 8, "srgb", 1.0), (9, 4, "bt2020", 2.2)],
 )
-def test_code_points_of_a_png_are_heeded(portrait, primaries, transfer, space, gamma):
+def test_code_points_of_a_png_are_heeded(
+    portrait: Callable[..., Any], primaries: int, transfer: int, space: str, gamma: float
+) -> None:
     content = with_chunk(b"cICP", bytes([primaries, transfer, 0, 1]))
 
     assert np.abs(portrait(content) - profiles.shown(chart(), space, gamma)).mean() <= TOLERANCE
 
 
 @pytest.mark.parametrize("code_points", [(1, 13), (1, 1), (2, 2), (200, 99)])
-def test_code_points_that_say_srgb_or_nothing_change_nothing(portrait, code_points):
+def test_code_points_that_say_srgb_or_nothing_change_nothing(
+    portrait: Callable[..., Any], code_points: tuple[int, int]
+) -> None:
     assert np.array_equal(portrait(with_chunk(b"cICP", bytes([*code_points, 0, 1]))), chart())
 
 
 @pytest.mark.parametrize("transfer", [16, 18])
-def test_a_picture_of_high_range_keeps_its_order_of_brightness(portrait, transfer):
+def test_a_picture_of_high_range_keeps_its_order_of_brightness(
+    portrait: Callable[..., Any], transfer: int
+) -> None:
     content = with_chunk(b"cICP", bytes([9, transfer, 0, 1]))
 
     grey = portrait(content).astype(float).mean(axis=-1)
@@ -208,18 +220,18 @@ def test_a_picture_of_high_range_keeps_its_order_of_brightness(portrait, transfe
 
 
 @pytest.mark.parametrize("gamma", [1.0, 1 / 1.8])
-def test_the_gamma_of_a_png_is_heeded(portrait, gamma):
+def test_the_gamma_of_a_png_is_heeded(portrait: Callable[..., Any], gamma: float) -> None:
     content = with_chunk(b"gAMA", struct.pack(">I", round(gamma * 100_000)))
 
     expected = profiles.encode_srgb((chart() / 255) ** (1 / gamma))
     assert np.abs(portrait(content) - expected).mean() <= TOLERANCE
 
 
-def test_the_usual_gamma_of_a_png_changes_nothing(portrait):
+def test_the_usual_gamma_of_a_png_changes_nothing(portrait: Callable[..., Any]) -> None:
     assert np.array_equal(portrait(with_chunk(b"gAMA", struct.pack(">I", 45455))), chart())
 
 
-def test_the_code_points_of_an_avif_are_heeded(portrait):
+def test_the_code_points_of_an_avif_are_heeded(portrait: Callable[..., Any]) -> None:
     content = encoded(Image.fromarray(chart()), "AVIF", quality=100, subsampling="4:4:4")
     at = content.index(b"colrnclx") + 8
     content = content[:at] + struct.pack(">HH", 9, 8) + content[at + 4 :]
@@ -234,7 +246,9 @@ def test_the_code_points_of_an_avif_are_heeded(portrait):
 
 @pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize("size", [(64, 48), (203, 131)])
-def test_a_jpeg_without_its_end_is_whole(portrait, size, progressive):
+def test_a_jpeg_without_its_end_is_whole(
+    portrait: Callable[..., Any], size: tuple[int, int], progressive: bool
+) -> None:
     image = Image.fromarray(chart(size[1], size[0]))
     content = encoded(image, "JPEG", quality=90, progressive=progressive)
     assert content.endswith(b"\xff\xd9")
@@ -243,7 +257,9 @@ def test_a_jpeg_without_its_end_is_whole(portrait, size, progressive):
 
 
 @pytest.mark.parametrize("share", [0.5, 0.8, 0.95, 0.99])
-def test_a_jpeg_of_which_pixels_are_missing_is_refused(portrait, share):
+def test_a_jpeg_of_which_pixels_are_missing_is_refused(
+    portrait: Callable[..., Any], share: float
+) -> None:
     content = encoded(Image.fromarray(chart(131, 203)), "JPEG", quality=95)
 
     with pytest.raises(UnsupportedMediaError, match="damaged JPEG"):
@@ -251,7 +267,9 @@ def test_a_jpeg_of_which_pixels_are_missing_is_refused(portrait, share):
 
 
 @pytest.mark.parametrize("compressed", [True, False])
-def test_the_text_in_a_png_may_be_as_long_as_it_likes(portrait, compressed):
+def test_the_text_in_a_png_may_be_as_long_as_it_likes(
+    portrait: Callable[..., Any], compressed: bool
+) -> None:
     text = PngImagePlugin.PngInfo()
     text.add_text("parameters", "a very long prompt " * 150_000, zip=compressed)
     text.add_itxt("workflow", "{}" * 1_500_000, zip=compressed)
@@ -261,7 +279,7 @@ def test_the_text_in_a_png_may_be_as_long_as_it_likes(portrait, compressed):
     assert np.array_equal(portrait(content), chart())
 
 
-def test_a_profile_larger_than_any_is_left_out(portrait):
+def test_a_profile_larger_than_any_is_left_out(portrait: Callable[..., Any]) -> None:
     bomb = b"bomb\0\0" + zlib.compress(bytes(64 * 2**20))
 
     assert np.array_equal(portrait(with_chunk(b"iCCP", bomb)), chart())
@@ -270,11 +288,11 @@ def test_a_profile_larger_than_any_is_left_out(portrait):
 # Limits and words
 
 
-def test_the_largest_phone_is_below_the_limit():
+def test_the_largest_phone_is_below_the_limit() -> None:
     assert Settings().max_image_pixels > 16_320 * 12_240  # 200 megapixels
 
 
-def test_a_picture_of_a_phone_with_fifty_megapixels_is_read(portrait):
+def test_a_picture_of_a_phone_with_fifty_megapixels_is_read(portrait: Callable[..., Any]) -> None:
     content = encoded(Image.new("RGB", (8160, 6144), (90, 120, 150)), "JPEG", quality=50)
 
     assert portrait(content).shape == (6144, 8160, 3)
@@ -299,14 +317,14 @@ def test_a_picture_of_a_phone_with_fifty_megapixels_is_read(portrait):
         (b"no picture at all", "not an image"),
     ],
 )
-def test_it_is_told_what_was_sent(portrait, content, words):
+def test_it_is_told_what_was_sent(portrait: Callable[..., Any], content: bytes, words: str) -> None:
     with pytest.raises(UnsupportedMediaError, match=words) as caught:
         portrait(content)
 
     assert caught.value.field == "image"
 
 
-def test_numbers_without_a_meaning_as_colours_are_told(portrait):
+def test_numbers_without_a_meaning_as_colours_are_told(portrait: Callable[..., Any]) -> None:
     content = encoded(
         Image.fromarray(np.linspace(0, 1, 64 * 48, dtype="f4").reshape(48, 64)), "TIFF"
     )
@@ -315,7 +333,7 @@ def test_numbers_without_a_meaning_as_colours_are_told(portrait):
         portrait(content)
 
 
-def test_the_formats_that_are_promised_are_those_that_are_read():
+def test_the_formats_that_are_promised_are_those_that_are_read() -> None:
     promised = (JobInput.model_fields["image"].description or "").rstrip(".")
     named = promised.removeprefix("The portrait: ").replace(" or ", ", ").split(", ")
 

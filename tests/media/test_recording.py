@@ -3,6 +3,9 @@
 import io
 import math
 import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -11,7 +14,7 @@ import pytest
 from avatar_client.contract.job_errors import UnsupportedMediaError
 from avatar_client.contract.request import JobInput, MediaSource
 from tests.support.recordings import as_ffmpeg_hears, lag_seconds, likeness_db, voice, write
-from worker.media.inputs import load_speech
+from worker.media.inputs import Speech, load_speech
 from worker.settings import Settings
 
 SETTINGS = Settings(max_audio_seconds=60.0)
@@ -70,10 +73,10 @@ CASES = [
 
 
 @pytest.fixture
-def speech(tmp_path):
+def speech(tmp_path: Path) -> Callable[..., Any]:
     """`speech(content)` loads a recording from its bytes."""
 
-    def load(content, **options):
+    def load(content: bytes, **options: Any) -> Speech:
         return load_speech(MediaSource(content=content), tmp_path, SETTINGS, **options)
 
     return load
@@ -85,8 +88,14 @@ needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs 
 @needs_ffmpeg
 @pytest.mark.parametrize(("container", "codec", "rate_hz", "channels", "seconds"), CASES)
 def test_it_sounds_as_ffmpeg_plays_it(
-    speech, tmp_path, container, codec, rate_hz, channels, seconds
-):
+    speech: Callable[..., Any],
+    tmp_path: Path,
+    container: str,
+    codec: str,
+    rate_hz: int,
+    channels: int,
+    seconds: float,
+) -> None:
     path = tmp_path / "recording"
     path.write_bytes(write(voice(seconds, rate_hz, channels), rate_hz, container, codec))
 
@@ -113,7 +122,7 @@ PROMISED = {  # what the request's description names, and files of it
 }
 
 
-def test_what_is_promised_is_among_them():
+def test_what_is_promised_is_among_them() -> None:
     description = str(JobInput.model_fields["audio"].description).removeprefix("The speech: ")
     promised = description.rstrip(".").replace(", or ", ", ").split(", ")
 
@@ -125,7 +134,7 @@ def test_what_is_promised_is_among_them():
 # Which stream
 
 
-def two_tracks(first_is_decodable=True):
+def two_tracks(first_is_decodable: bool = True) -> bytes:
     """A film with two tracks of sound, of which one or none is of a codec that anybody knows."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mov") as output:
@@ -149,14 +158,14 @@ def two_tracks(first_is_decodable=True):
     return content
 
 
-def test_a_track_that_nobody_can_decode_is_passed_by(speech):
+def test_a_track_that_nobody_can_decode_is_passed_by(speech: Callable[..., Any]) -> None:
     loaded = speech(two_tracks())
 
     assert loaded.recording.channels == 1
     assert loaded.duration_seconds == pytest.approx(2.0, abs=0.05)
 
 
-def test_sound_that_nobody_can_decode_is_told_from_none(speech):
+def test_sound_that_nobody_can_decode_is_told_from_none(speech: Callable[..., Any]) -> None:
     with pytest.raises(UnsupportedMediaError, match="codec") as caught:
         speech(two_tracks(first_is_decodable=False))
 
@@ -166,8 +175,8 @@ def test_sound_that_nobody_can_decode_is_told_from_none(speech):
 # Facts that change midway
 
 
-def test_glued_parts_of_other_rates_keep_their_pitch(speech):
-    def tone(seconds, rate_hz):
+def test_glued_parts_of_other_rates_keep_their_pitch(speech: Callable[..., Any]) -> None:
+    def tone(seconds: float, rate_hz: int) -> np.ndarray:
         time = np.arange(round(seconds * rate_hz)) / rate_hz
         return (0.5 * np.sin(2 * np.pi * 440 * time)).astype(np.float32)[None]
 
@@ -183,7 +192,9 @@ def test_glued_parts_of_other_rates_keep_their_pitch(speech):
 
 
 @pytest.mark.parametrize("order", [(2, 1), (1, 2), (2, 1, 2)])
-def test_mono_and_stereo_may_follow_each_other(speech, order):
+def test_mono_and_stereo_may_follow_each_other(
+    speech: Callable[..., Any], order: tuple[int, int, int] | tuple[int, int]
+) -> None:
     pieces = [voice(1.0, 44_100, channels, seed) for seed, channels in enumerate(order)]
     content = b"".join(write(piece, 44_100, "mp3", "mp3") for piece in pieces)
 
@@ -203,7 +214,9 @@ TIMED = [("matroska", "pcm_s16le"), ("webm", "libopus"), ("mp4", "aac"), ("matro
 @pytest.mark.parametrize(
     ("container", "codec"), [*TIMED, ("mpegts", "aac"), ("flv", "aac"), ("ogg", "libopus")]
 )
-def test_a_hole_in_the_timestamps_is_silence(speech, tmp_path, container, codec):
+def test_a_hole_in_the_timestamps_is_silence(
+    speech: Callable[..., Any], tmp_path: Path, container: str, codec: str
+) -> None:
     rate_hz = 48_000 if codec != "aac" else 44_100
     pieces = [(0.0, voice(1.5, rate_hz, seed=1)), (4.0, voice(2.0, rate_hz, seed=2))]
     path = tmp_path / "recording"
@@ -221,7 +234,9 @@ def test_a_hole_in_the_timestamps_is_silence(speech, tmp_path, container, codec)
 
 
 @pytest.mark.parametrize(("container", "codec"), TIMED)
-def test_sound_that_begins_late_stays_late(speech, container, codec):
+def test_sound_that_begins_late_stays_late(
+    speech: Callable[..., Any], container: str, codec: str
+) -> None:
     pieces = [(1.5, voice(2.0, 48_000))]
     content = write(
         pieces, 48_000, container, codec, picture_seconds=0.0 if container == "webm" else 3.0
@@ -235,7 +250,7 @@ def test_sound_that_begins_late_stays_late(speech, container, codec):
     assert lag_seconds(loaded.waveform, expected) == pytest.approx(1.5, abs=0.02)
 
 
-def test_the_start_is_a_place_on_the_players_clock(speech):
+def test_the_start_is_a_place_on_the_players_clock(speech: Callable[..., Any]) -> None:
     pieces = [(0.0, voice(1.0, 48_000, seed=1)), (3.0, voice(2.0, 48_000, seed=2))]
     content = write(pieces, 48_000, "matroska", "pcm_s16le")
 
@@ -246,7 +261,7 @@ def test_the_start_is_a_place_on_the_players_clock(speech):
     assert np.abs(loaded.waveform[8000:]).max() > 0.1
 
 
-def test_a_recording_without_a_hole_is_not_touched(speech):
+def test_a_recording_without_a_hole_is_not_touched(speech: Callable[..., Any]) -> None:
     samples = voice(3.0, 16_000)
 
     loaded = speech(write(samples, 16_000, "matroska", "pcm_s16le"))
@@ -258,7 +273,7 @@ def test_a_recording_without_a_hole_is_not_touched(speech):
 # What the model hears
 
 
-def test_channels_that_cancel_each_other_are_not_mixed(speech):
+def test_channels_that_cancel_each_other_are_not_mixed(speech: Callable[..., Any]) -> None:
     voice_alone = voice(2.0, 16_000)
     content = write(np.concatenate([voice_alone, -voice_alone]), 16_000)
 
@@ -269,7 +284,7 @@ def test_channels_that_cancel_each_other_are_not_mixed(speech):
     assert loaded.recording.channels == 2
 
 
-def test_a_voice_in_one_channel_alone_is_mixed_as_ever(speech):
+def test_a_voice_in_one_channel_alone_is_mixed_as_ever(speech: Callable[..., Any]) -> None:
     voice_alone = voice(2.0, 16_000)
     content = write(np.concatenate([voice_alone, 0 * voice_alone]), 16_000)
 
@@ -283,7 +298,9 @@ def test_a_voice_in_one_channel_alone_is_mixed_as_ever(speech):
     ("container", "codec", "rate_hz"),
     [("wav", "pcm_s16le", 48_000), ("ipod", "aac", 48_000), ("matroska", "flac", 48_000)],
 )
-def test_loud_surround_sound_is_not_clipped(speech, container, codec, rate_hz):
+def test_loud_surround_sound_is_not_clipped(
+    speech: Callable[..., Any], container: str, codec: str, rate_hz: int
+) -> None:
     time = np.arange(2 * rate_hz) / rate_hz
     loud = np.repeat(0.95 * np.sin(2 * np.pi * 300 * time)[None], 6, axis=0).astype(np.float32)
 
@@ -295,7 +312,7 @@ def test_loud_surround_sound_is_not_clipped(speech, container, codec, rate_hz):
 
 
 @pytest.mark.parametrize("colour", [-1, 0, 1, 2])
-def test_noise_is_told_from_a_voice(speech, colour):
+def test_noise_is_told_from_a_voice(speech: Callable[..., Any], colour: int) -> None:
     choice = np.random.default_rng(colour + 1)
     frequency = np.fft.rfftfreq(3 * 16_000, 1 / 16_000)
     shape = np.maximum(frequency, 20.0) ** (-colour / 2)
@@ -306,7 +323,7 @@ def test_noise_is_told_from_a_voice(speech, colour):
     assert any("no voice" in warning for warning in speech(write(samples, 16_000)).warnings)
 
 
-def test_silence_is_told(speech):
+def test_silence_is_told(speech: Callable[..., Any]) -> None:
     loaded = speech(write(np.zeros((1, 32_000), np.float32), 16_000))
 
     assert loaded.warnings == ("the recording is silent",)

@@ -2,7 +2,7 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -25,27 +25,28 @@ from avatar_client.contract.job_errors import (
     UploadError,
 )
 from avatar_client.contract.request import KEY_PATTERN, OutputOptions
+from tests.conftest import BucketServer, MediaServer
 from worker.media.storage import Patience, Storage, thumbnail_key
 
 
-def bucket_at(endpoint_url, **options):
+def bucket_at(endpoint_url: Any, **options: Any) -> BucketSettings:
     """Settings of a bucket somewhere; the keys are those of the test server."""
     defaults = {"access_key_id": "test-access-key", "secret_access_key": "test-secret-key"}
     return BucketSettings(**{"endpoint_url": endpoint_url, **defaults, **options})
 
 
 @pytest.fixture
-def bucket(object_store):
+def bucket(object_store: BucketServer) -> Callable[..., Any]:
     """The settings of the test server's bucket; `bucket(name=...)` changes them."""
 
-    def settings(**options):
+    def settings(**options: Any) -> BucketSettings:
         return bucket_at(object_store.endpoint_url, **{"name": object_store.bucket, **options})
 
     return settings
 
 
 @pytest.fixture
-def video(tmp_path):
+def video(tmp_path: Path) -> Path:
     path = tmp_path / "video.mp4"
     path.write_bytes(b"not really a video" * 1000)
     return path
@@ -54,7 +55,7 @@ def video(tmp_path):
 class Proxy:
     """In front of the test server: keeps what passes, and does wrong when told to."""
 
-    def __init__(self, target):
+    def __init__(self, target: Any) -> None:
         self.seen: list[tuple[str, str, Any]] = []  # (method, path, headers)
         self.failures: list[
             Any
@@ -64,7 +65,7 @@ class Proxy:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
-            def do_GET(self):
+            def do_GET(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 proxy.seen.append((self.command, self.path, dict(self.headers)))
                 failure = proxy.failures.pop(0) if proxy.failures else 0
@@ -90,10 +91,10 @@ class Proxy:
 
             do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815
 
-            def log_message(self, *_):
+            def log_message(self, *_: Any) -> None:
                 pass
 
-            def handle(self):
+            def handle(self) -> None:
                 with contextlib.suppress(ConnectionError):
                     super().handle()
 
@@ -102,20 +103,20 @@ class Proxy:
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
-    def close(self):
+    def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
 
 
 @pytest.fixture
-def proxy(object_store):
+def proxy(object_store: BucketServer) -> Iterator[Proxy]:
     proxy = Proxy(object_store.endpoint_url)
     yield proxy
     proxy.close()
 
 
 @pytest.fixture
-def hasty(monkeypatch):
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """No waiting between attempts, and short ones."""
     monkeypatch.setattr(stores, "READ_TIMEOUT_SECONDS", 0.3)
     monkeypatch.setattr(stores, "CONNECT_TIMEOUT_SECONDS", 0.3)
@@ -126,7 +127,9 @@ def hasty(monkeypatch):
 # What is stored
 
 
-def test_what_was_put_can_be_fetched_by_anyone_with_the_url(bucket, video):
+def test_what_was_put_can_be_fetched_by_anyone_with_the_url(
+    bucket: Callable[..., Any], video: Path
+) -> None:
     store = Storage(bucket())
 
     store.put(video, "avatar/1.mp4", content_type="video/mp4", metadata={"seed": 7})
@@ -138,7 +141,7 @@ def test_what_was_put_can_be_fetched_by_anyone_with_the_url(bucket, video):
     assert answer.headers["Content-Type"] == "video/mp4"
 
 
-def test_the_url_is_signed_for_as_long_as_asked(bucket):
+def test_the_url_is_signed_for_as_long_as_asked(bucket: Callable[..., Any]) -> None:
     query = parse_qs(urlsplit(Storage(bucket()).url("a/b.mp4", 1234)).query)
 
     assert query["X-Amz-Expires"] == ["1234"]
@@ -146,21 +149,23 @@ def test_the_url_is_signed_for_as_long_as_asked(bucket):
     assert query["X-Amz-SignedHeaders"] == ["host"]
 
 
-def test_the_end_of_the_url_is_told(bucket):
+def test_the_end_of_the_url_is_told(bucket: Callable[..., Any]) -> None:
     ends = Storage(bucket()).expires_at(3600)
 
     assert ends is not None
     assert ends.timestamp() == pytest.approx(time.time() + 3600, abs=5)
 
 
-def test_a_public_bucket_gives_a_plain_address_that_does_not_end(bucket):
+def test_a_public_bucket_gives_a_plain_address_that_does_not_end(
+    bucket: Callable[..., Any],
+) -> None:
     store = Storage(bucket(public_base_url="https://cdn.example.com/videos/"))
 
     assert store.url("avatar/1.mp4", 60) == "https://cdn.example.com/videos/avatar/1.mp4"
     assert store.expires_at(60) is None
 
 
-def test_a_stored_object_tells_its_metadata(bucket, video):
+def test_a_stored_object_tells_its_metadata(bucket: Callable[..., Any], video: Path) -> None:
     store = Storage(bucket())
     metadata = {"seed": 1, "warnings": ['zwei  Räume, "quoted" ☃'], "fps": 12.5, "nothing": None}
 
@@ -175,7 +180,7 @@ def test_a_stored_object_tells_its_metadata(bucket, video):
 
 @settings(deadline=None, max_examples=30)
 @given(st.dictionaries(st.text(max_size=20), st.integers() | st.text(max_size=40), max_size=8))
-def test_any_metadata_survives_as_a_header(object_store, metadata):
+def test_any_metadata_survives_as_a_header(object_store: BucketServer, metadata: Any) -> None:
     assume(len(json.dumps(metadata)) < 1800)
     store = Storage(bucket_at(object_store.endpoint_url, name=object_store.bucket))
 
@@ -186,7 +191,9 @@ def test_any_metadata_survives_as_a_header(object_store, metadata):
     assert found.metadata == metadata
 
 
-def test_an_object_of_other_origin_has_no_metadata(bucket, object_store):
+def test_an_object_of_other_origin_has_no_metadata(
+    bucket: Callable[..., Any], object_store: BucketServer
+) -> None:
     store = Storage(bucket())
     for values in ({}, {"avatar-metadata": "{broken"}, {"avatar-metadata": "[1]"}):
         object_store.client.put_object(
@@ -197,7 +204,9 @@ def test_an_object_of_other_origin_has_no_metadata(bucket, object_store):
         assert found.metadata == {}
 
 
-def test_metadata_that_does_not_fit_is_refused_before_anything_is_sent(proxy, video):
+def test_metadata_that_does_not_fit_is_refused_before_anything_is_sent(
+    proxy: Proxy, video: Path
+) -> None:
     store = Storage(bucket_at(proxy.url, name="avatars"))
 
     with pytest.raises(ValueError, match="1800"):
@@ -205,7 +214,7 @@ def test_metadata_that_does_not_fit_is_refused_before_anything_is_sent(proxy, vi
     assert proxy.seen == []
 
 
-def test_a_file_is_one_request_without_checksums(proxy, video):
+def test_a_file_is_one_request_without_checksums(proxy: Proxy, video: Path) -> None:
     store = Storage(bucket_at(proxy.url, name="avatars"))
 
     store.put(video, "plain.mp4", content_type="video/mp4", metadata={"seed": 7})
@@ -218,7 +227,9 @@ def test_a_file_is_one_request_without_checksums(proxy, video):
     assert "content-encoding" not in headers
 
 
-def test_a_large_file_goes_in_parts_without_checksums(proxy, tmp_path, monkeypatch):
+def test_a_large_file_goes_in_parts_without_checksums(
+    proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(stores, "MULTIPART_BYTES", 6 * 2**20)
     path = tmp_path / "large.mp4"
     path.write_bytes(bytes(17 * 2**20))
@@ -235,7 +246,9 @@ def test_a_large_file_goes_in_parts_without_checksums(proxy, tmp_path, monkeypat
     assert requests.get(store.url("large.mp4", 60)).headers["Content-Type"] == "video/mp4"
 
 
-def test_looking_for_an_object_does_not_fetch_it(bucket, tmp_path):
+def test_looking_for_an_object_does_not_fetch_it(
+    bucket: Callable[..., Any], tmp_path: Path
+) -> None:
     store = Storage(bucket())
     path = tmp_path / "large.mp4"
     path.write_bytes(bytes(30 * 2**20))
@@ -251,7 +264,9 @@ def test_looking_for_an_object_does_not_fetch_it(bucket, tmp_path):
 
 
 @pytest.mark.parametrize("failure", [(500, "InternalError"), (503, "SlowDown"), 0.6])
-def test_two_failures_are_survived(proxy, video, hasty, failure):
+def test_two_failures_are_survived(
+    proxy: Proxy, video: Path, hasty: None, failure: float | tuple[int, str]
+) -> None:
     store = Storage(bucket_at(proxy.url, name="avatars"))
     proxy.failures = [failure, failure]
 
@@ -260,7 +275,9 @@ def test_two_failures_are_survived(proxy, video, hasty, failure):
     assert requests.get(store.url("third-time.mp4", 60)).content == video.read_bytes()
 
 
-def test_a_store_that_keeps_failing_is_named_by_its_code(proxy, video, hasty):
+def test_a_store_that_keeps_failing_is_named_by_its_code(
+    proxy: Proxy, video: Path, hasty: None
+) -> None:
     store = Storage(bucket_at(proxy.url, name="avatars"))
     for act in (
         lambda: store.put(video, "x.mp4", content_type="video/mp4"),
@@ -274,7 +291,9 @@ def test_a_store_that_keeps_failing_is_named_by_its_code(proxy, video, hasty):
         assert proxy.failures == []  # one attempt: nobody said to be patient
 
 
-def test_a_store_that_does_not_answer_ends_after_its_attempts(proxy, video, hasty):
+def test_a_store_that_does_not_answer_ends_after_its_attempts(
+    proxy: Proxy, video: Path, hasty: None
+) -> None:
     store = Storage(bucket_at(proxy.url, name="avatars"))
     proxy.failures = [5.0] * 3
     began = time.monotonic()
@@ -285,7 +304,7 @@ def test_a_store_that_does_not_answer_ends_after_its_attempts(proxy, video, hast
     assert time.monotonic() - began < 3
 
 
-def test_a_store_that_is_not_there_is_an_upload_error(video, hasty):
+def test_a_store_that_is_not_there_is_an_upload_error(video: Path, hasty: None) -> None:
     store = Storage(bucket_at("http://127.0.0.1:9", name="avatars"))
 
     with pytest.raises(UploadError) as caught:
@@ -294,7 +313,9 @@ def test_a_store_that_is_not_there_is_an_upload_error(video, hasty):
     assert caught.value.retryable
 
 
-def test_a_redirect_of_the_store_is_not_followed(proxy, video, hasty, media_server):
+def test_a_redirect_of_the_store_is_not_followed(
+    proxy: Proxy, video: Path, hasty: None, media_server: MediaServer
+) -> None:
     answer = media_server.add("/avatars/x.mp4", status=307, location=proxy.url + "/stolen")
     store = Storage(bucket_at(answer.removesuffix("/avatars/x.mp4"), name="avatars"))
 
@@ -303,7 +324,7 @@ def test_a_redirect_of_the_store_is_not_followed(proxy, video, hasty, media_serv
     assert proxy.seen == []
 
 
-def test_a_hostile_store_cannot_write_into_the_message(proxy, hasty):
+def test_a_hostile_store_cannot_write_into_the_message(proxy: Proxy, hasty: None) -> None:
     store = Storage(bucket_at(proxy.url, name="avatars", from_client=True), allow_private=True)
     proxy.failures = [(400, "Not\nACode https://evil.example/?x=" + "y" * 500)]
 
@@ -314,7 +335,7 @@ def test_a_hostile_store_cannot_write_into_the_message(proxy, hasty):
 
 
 @pytest.fixture(scope="module")
-def guarded():
+def guarded() -> Iterator[tuple[str, dict[str, tuple[Any, Any]]]]:
     """A store that checks keys and rights, and the keys of one who may write but not list."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
@@ -336,14 +357,18 @@ def guarded():
 
 
 @pytest.fixture
-def guarded_store(guarded):
+def guarded_store(
+    guarded: tuple[str, dict[str, tuple[Any, Any]]],
+) -> Iterator[tuple[str, dict[str, tuple[Any, Any]]]]:
     """The same, while it checks: the switch is one for all servers of the process."""
     requests.post(f"{guarded[0]}/moto-api/reset-auth", data=b"0")
     yield guarded
     requests.post(f"{guarded[0]}/moto-api/reset-auth", data=b"inf")
 
 
-def test_only_the_rights_to_put_and_get_are_needed(guarded_store, video):
+def test_only_the_rights_to_put_and_get_are_needed(
+    guarded_store: tuple[str, dict[str, tuple[Any, Any]]], video: Path
+) -> None:
     url, keys = guarded_store
     key_id, secret = keys["writer"]
     store = Storage(bucket_at(url, name="guarded", access_key_id=key_id, secret_access_key=secret))
@@ -356,7 +381,9 @@ def test_only_the_rights_to_put_and_get_are_needed(guarded_store, video):
     assert found.size_bytes == video.stat().st_size
 
 
-def test_wrong_credentials_are_found_before_anything_is_generated(guarded_store, video):
+def test_wrong_credentials_are_found_before_anything_is_generated(
+    guarded_store: tuple[str, dict[str, tuple[Any, Any]]], video: Path
+) -> None:
     url, keys = guarded_store
     for key_id, secret, code in [
         ("AKIAIOSFODNN7EXAMPLE", "x", "InvalidAccessKeyId"),
@@ -372,7 +399,9 @@ def test_wrong_credentials_are_found_before_anything_is_generated(guarded_store,
             assert secret not in str(caught.value).split()
 
 
-def test_missing_rights_to_write_are_told_by_the_upload(guarded_store, video):
+def test_missing_rights_to_write_are_told_by_the_upload(
+    guarded_store: tuple[str, dict[str, tuple[Any, Any]]], video: Path
+) -> None:
     url, keys = guarded_store
     key_id, secret = keys["nobody"]
     store = Storage(bucket_at(url, name="guarded", access_key_id=key_id, secret_access_key=secret))
@@ -381,12 +410,14 @@ def test_missing_rights_to_write_are_told_by_the_upload(guarded_store, video):
         store.put(video, "1.mp4", content_type="video/mp4")
 
 
-def test_a_bucket_that_does_not_exist_is_found_by_the_check(bucket):
+def test_a_bucket_that_does_not_exist_is_found_by_the_check(bucket: Callable[..., Any]) -> None:
     with pytest.raises(UploadError, match="NoSuchBucket"):
         Storage(bucket(name="no-such-bucket")).check()
 
 
-def test_the_check_passes_and_writes_nothing(bucket, object_store):
+def test_the_check_passes_and_writes_nothing(
+    bucket: Callable[..., Any], object_store: BucketServer
+) -> None:
     before = object_store.keys()
 
     Storage(bucket(prefix="avatar")).check()
@@ -433,7 +464,9 @@ def test_the_check_passes_and_writes_nothing(bucket, object_store):
     ],
 )
 @pytest.mark.parametrize("style", ["path", "virtual", "auto"])
-def test_region_and_bucket_are_read_from_the_endpoint(endpoint, host, region, style):
+def test_region_and_bucket_are_read_from_the_endpoint(
+    endpoint: Any, host: str, region: str, style: Any
+) -> None:
     named_in_endpoint = "//videos." in endpoint or endpoint.endswith("/videos")
     settings = bucket_at(
         endpoint, name=None if named_in_endpoint else "videos", addressing_style=style
@@ -450,7 +483,7 @@ def test_region_and_bucket_are_read_from_the_endpoint(endpoint, host, region, st
     assert store.bucket_name == "videos"
 
 
-def test_a_region_that_is_set_counts():
+def test_a_region_that_is_set_counts() -> None:
     url = Storage(bucket_at("https://s3.amazonaws.com", name="videos", region="eu-west-3")).url(
         "k", 60
     )
@@ -458,7 +491,7 @@ def test_a_region_that_is_set_counts():
     assert "eu-west-3" in url
 
 
-def test_a_bucket_may_be_named_twice():
+def test_a_bucket_may_be_named_twice() -> None:
     for endpoint in (
         "https://videos.s3.amazonaws.com",
         f"https://{'0a' * 16}.r2.cloudflarestorage.com/videos",
@@ -467,7 +500,7 @@ def test_a_bucket_may_be_named_twice():
         assert path == "/videos/k"
 
 
-def test_a_store_below_a_path_keeps_it():
+def test_a_store_below_a_path_keeps_it() -> None:
     url = Storage(bucket_at("https://ref.example.co/storage/v1/s3", name="videos")).url("k", 60)
 
     assert urlsplit(url).path == "/storage/v1/s3/videos/k"
@@ -484,7 +517,7 @@ def test_a_store_below_a_path_keeps_it():
         ("https://minio.example.com", "not a name"),
     ],
 )
-def test_a_bucket_that_cannot_be_told_is_refused_at_once(endpoint, name):
+def test_a_bucket_that_cannot_be_told_is_refused_at_once(endpoint: Any, name: Any) -> None:
     with pytest.raises(StorageNotConfiguredError):
         Storage(bucket_at(endpoint, name=name))
     if endpoint.startswith("https://m"):
@@ -496,7 +529,7 @@ def test_a_bucket_that_cannot_be_told_is_refused_at_once(endpoint, name):
         assert caught.value.field == "s3Config"
 
 
-def test_a_clients_store_must_be_public_and_https(bucket):
+def test_a_clients_store_must_be_public_and_https(bucket: Callable[..., Any]) -> None:
     for endpoint in ("http://93.184.216.34", "https://169.254.169.254", "https://127.0.0.1:9000"):
         with pytest.raises(InputUrlBlockedError) as caught:
             Storage(bucket_at(endpoint, name="videos", from_client=True))
@@ -508,7 +541,7 @@ def test_a_clients_store_must_be_public_and_https(bucket):
 # Where a video lies in a bucket
 
 
-def test_the_key_is_the_jobs_id_below_the_prefixes(bucket):
+def test_the_key_is_the_jobs_id_below_the_prefixes(bucket: Callable[..., Any]) -> None:
     store = Storage(bucket(prefix="avatar"))
 
     assert store.key(OutputOptions(), "job-1") == "avatar/job-1.mp4"
@@ -525,7 +558,7 @@ KEYS = st.from_regex(KEY_PATTERN, fullmatch=True).filter(
 
 
 @given(prefix=st.none() | KEYS, key=st.none() | KEYS)
-def test_no_key_leaves_the_operators_prefix(prefix, key):
+def test_no_key_leaves_the_operators_prefix(prefix: Any, key: Any) -> None:
     store = PREFIXED
 
     full = store.key(OutputOptions(prefix=prefix, key=key), "job-1")
@@ -540,6 +573,6 @@ def test_no_key_leaves_the_operators_prefix(prefix, key):
 PREFIXED = Storage(bucket_at("https://minio.example.com", name="videos", prefix="avatar"))
 
 
-def test_the_thumbnail_lies_beside_the_video():
+def test_the_thumbnail_lies_beside_the_video() -> None:
     assert thumbnail_key("avatar/job-1.mp4") == "avatar/job-1.jpg"
     assert thumbnail_key("avatar/face.jpg") == "avatar/face.jpg.jpg"

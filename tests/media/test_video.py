@@ -1,6 +1,9 @@
 import io
 import struct
 import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -11,11 +14,17 @@ from PIL import Image
 from avatar_client.contract.job_errors import EncodeError, ResultTooLargeError
 from avatar_client.contract.request import MediaSource
 from worker.media.inputs import AudioSegment, load_speech
-from worker.media.video import check_encoders, write_thumbnail, write_video
+from worker.media.video import VideoFile, check_encoders, write_thumbnail, write_video
 from worker.settings import Settings
 
 
-def recording(seconds=1.0, rate_hz=48_000, channels=1, hz=440.0, click_at=None):
+def recording(
+    seconds: float = 1.0,
+    rate_hz: int = 48_000,
+    channels: int = 1,
+    hz: float = 440.0,
+    click_at: Any = None,
+) -> Any:
     """A tone at half of full scale; with `click_at`, silence but for 20 ms from there on."""
     time = np.arange(round(seconds * rate_hz)) / rate_hz
     samples = 0.5 * np.sin(2 * np.pi * hz * time)
@@ -25,7 +34,9 @@ def recording(seconds=1.0, rate_hz=48_000, channels=1, hz=440.0, click_at=None):
     return AudioSegment(data, sample_width=2, frame_rate=rate_hz, channels=channels)
 
 
-def still(num_frames, value=128, height=64, width=96, chunk=7):
+def still(
+    num_frames: int, value: int = 128, height: int = 64, width: int = 96, chunk: int = 7
+) -> Iterator[np.ndarray]:
     """Grey frames, in chunks as the decoder of latents gives them."""
     for start in range(0, num_frames, chunk):
         length = min(chunk, num_frames - start)
@@ -33,10 +44,19 @@ def still(num_frames, value=128, height=64, width=96, chunk=7):
 
 
 @pytest.fixture
-def write(tmp_path):
+def write(tmp_path: Path) -> Callable[..., Any]:
     """`write(frames, ...)` writes `tmp_path/video.mp4` with a second of sound."""
 
-    def write(frames, *, fps=25.0, height=64, width=96, sound=None, metadata=None, **options):
+    def write(
+        frames: Any,
+        *,
+        fps: float = 25.0,
+        height: int = 64,
+        width: int = 96,
+        sound: Any = None,
+        metadata: Any = None,
+        **options: Any,
+    ) -> VideoFile:
         return write_video(
             tmp_path / "video.mp4",
             frames,
@@ -51,13 +71,13 @@ def write(tmp_path):
     return write
 
 
-def pictures(path, **options):
+def pictures(path: Path, **options: Any) -> Iterator[tuple[float, np.ndarray]]:
     with av.open(str(path)) as container:
         for frame in container.decode(video=0):
             yield frame.time, frame.to_ndarray(format="rgb24", **options)
 
 
-def sound(path):
+def sound(path: Path) -> tuple[np.ndarray, float]:
     """(channels, N) and when the first sample is heard."""
     with av.open(str(path)) as container:
         frames = list(container.decode(audio=0))
@@ -66,7 +86,7 @@ def sound(path):
     return np.concatenate([frame.to_ndarray() for frame in frames], axis=1), starts_at
 
 
-def test_the_file_is_what_browsers_play(write):
+def test_the_file_is_what_browsers_play(write: Callable[..., Any]) -> None:
     video = write(still(25), sound=recording(channels=2))
 
     with av.open(str(video.path)) as container:
@@ -84,7 +104,7 @@ def test_the_file_is_what_browsers_play(write):
         assert (voice.rate, voice.channels) == (48_000, 2)
 
 
-def test_the_facts_are_those_of_the_file(write):
+def test_the_facts_are_those_of_the_file(write: Callable[..., Any]) -> None:
     video = write(still(25))
 
     content = video.path.read_bytes()
@@ -96,7 +116,7 @@ def test_the_facts_are_those_of_the_file(write):
     assert write(still(25, value=129)).sha256 != video.sha256
 
 
-def boxes(content):
+def boxes(content: bytes) -> Iterator[Any]:
     position = 0
     while position < len(content):
         size, name = struct.unpack(">I4s", content[position : position + 8])
@@ -104,14 +124,14 @@ def boxes(content):
         position += size
 
 
-def test_the_index_stands_before_the_media(write):
+def test_the_index_stands_before_the_media(write: Callable[..., Any]) -> None:
     names = list(boxes(write(still(25)).path.read_bytes()))
 
     assert names[0] == "ftyp"
     assert names.index("moov") < names.index("mdat")
 
 
-def test_picture_and_sound_lie_side_by_side(write):
+def test_picture_and_sound_lie_side_by_side(write: Callable[..., Any]) -> None:
     """A player that has half of the file can play half of the video."""
     noise = np.random.default_rng(0).integers(0, 256, (75, 64, 96, 3), dtype=np.uint8)
 
@@ -129,7 +149,7 @@ def test_picture_and_sound_lie_side_by_side(write):
             assert abs(times[0] - times[1]) < 1.1  # ffmpeg writes about a second of each in turn
 
 
-def test_the_comment_says_that_it_is_generated_and_how(write):
+def test_the_comment_says_that_it_is_generated_and_how(write: Callable[..., Any]) -> None:
     video = write(still(5), metadata={"seed": "123", "worker": "0.1.0"})
 
     with av.open(str(video.path)) as container:
@@ -138,7 +158,9 @@ def test_the_comment_says_that_it_is_generated_and_how(write):
 
 @pytest.mark.parametrize("seconds", [0.08, 0.5, 1.0, 2.017, 5.16])
 @pytest.mark.parametrize("fps", [25.0, 12.5])
-def test_the_video_lasts_as_long_as_the_speech(write, seconds, fps):
+def test_the_video_lasts_as_long_as_the_speech(
+    write: Callable[..., Any], seconds: float, fps: float
+) -> None:
     num_frames = int(seconds * fps)
 
     video = write(still(num_frames), fps=fps, sound=recording(seconds=seconds))
@@ -157,7 +179,9 @@ def test_the_video_lasts_as_long_as_the_speech(write, seconds, fps):
 @pytest.mark.parametrize(
     ("rate_hz", "channels"), [(48_000, 2), (44_100, 1), (37_800, 1), (16_000, 1), (8000, 1)]
 )
-def test_a_clap_is_seen_when_it_is_heard(write, rate_hz, channels, fps):
+def test_a_clap_is_seen_when_it_is_heard(
+    write: Callable[..., Any], rate_hz: int, channels: int, fps: float
+) -> None:
     frames = np.zeros((round(3 * fps), 64, 96, 3), np.uint8)
     frames[round(2 * fps)] = 255
     clap = recording(seconds=3.0, rate_hz=rate_hz, channels=channels, hz=1000, click_at=2.0)
@@ -173,7 +197,9 @@ def test_a_clap_is_seen_when_it_is_heard(write, rate_hz, channels, fps):
     assert clicks_at == pytest.approx(2.0, abs=0.003)
 
 
-def test_the_sound_is_the_recording_and_not_the_copy_for_the_model(write):
+def test_the_sound_is_the_recording_and_not_the_copy_for_the_model(
+    write: Callable[..., Any],
+) -> None:
     original = recording(seconds=2.0, rate_hz=44_100, channels=2, hz=12_000)  # beyond 16 kHz's 8
 
     samples, _ = sound(write(still(50), sound=original).path)
@@ -183,7 +209,9 @@ def test_the_sound_is_the_recording_and_not_the_copy_for_the_model(write):
     assert 10 * np.log10(np.mean(expected**2) / np.mean(error**2)) > 25  # dB
 
 
-def test_speech_of_every_source_rate_can_be_written(write, make_speech, tmp_path):
+def test_speech_of_every_source_rate_can_be_written(
+    write: Callable[..., Any], make_speech: Callable[..., bytes], tmp_path: Path
+) -> None:
     for rate_hz in (4000, 11_025, 37_800, 96_000):
         source = MediaSource(content=make_speech(0.5, rate_hz))
         speech = load_speech(source, tmp_path, Settings())
@@ -194,7 +222,7 @@ def test_speech_of_every_source_rate_can_be_written(write, make_speech, tmp_path
 
 
 @pytest.mark.parametrize("height", [256, 704])  # players guess BT.601 for the small one
-def test_colours_come_back(write, height):
+def test_colours_come_back(write: Callable[..., Any], height: int) -> None:
     choice = np.random.default_rng(0)
     patches = choice.integers(0, 256, (height // 16, height // 16, 3), dtype=np.uint8)
     frame = np.kron(patches, np.ones((16, 16, 1), np.uint8))  # a chart of flat patches
@@ -209,10 +237,10 @@ def test_colours_come_back(write, height):
     assert 10 * np.log10(255**2 / np.mean(error**2)) > 47  # dB
 
 
-def test_frames_are_encoded_as_they_come(write):
+def test_frames_are_encoded_as_they_come(write: Callable[..., Any]) -> None:
     """A video of 300 frames never lies in memory: 530 MB here."""
 
-    def frames():
+    def frames() -> Iterator[np.ndarray]:
         for _ in range(60):
             yield np.full((5, 768, 768, 3), 90, np.uint8)
 
@@ -224,7 +252,7 @@ def test_frames_are_encoded_as_they_come(write):
     assert peak < 40_000_000
 
 
-def test_frames_may_be_views_of_other_arrays(write):
+def test_frames_may_be_views_of_other_arrays(write: Callable[..., Any]) -> None:
     channels_first = np.random.default_rng(0).integers(0, 256, (3, 3, 64, 96), dtype=np.uint8)
     channels_last = channels_first.transpose(0, 2, 3, 1)  # (F, H, W, 3)
 
@@ -237,10 +265,12 @@ class CancelledError(BaseException):
 
 @pytest.mark.parametrize("failure", [CancelledError, RuntimeError, OSError])
 @pytest.mark.parametrize("after", [0, 1, 60])  # the encoder holds some frames back
-def test_what_the_frames_raise_comes_out_and_no_file_stays(write, tmp_path, failure, after):
+def test_what_the_frames_raise_comes_out_and_no_file_stays(
+    write: Callable[..., Any], tmp_path: Path, failure: type[Any], after: int
+) -> None:
     cause = failure("stop")
 
-    def frames():
+    def frames() -> Iterator[np.ndarray]:
         yield from still(after)
         raise cause
 
@@ -251,7 +281,7 @@ def test_what_the_frames_raise_comes_out_and_no_file_stays(write, tmp_path, fail
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_fails_is_an_encode_error(tmp_path):
+def test_a_disk_that_fails_is_an_encode_error(tmp_path: Path) -> None:
     with pytest.raises(EncodeError) as caught:
         write_video(
             tmp_path / "no such directory" / "video.mp4",
@@ -265,8 +295,8 @@ def test_a_disk_that_fails_is_an_encode_error(tmp_path):
     assert "no such directory" not in str(caught.value)
 
 
-def test_a_video_with_a_size_limit_is_encoded_to_fit(write):
-    def noise():
+def test_a_video_with_a_size_limit_is_encoded_to_fit(write: Callable[..., Any]) -> None:
+    def noise() -> Iterator[np.ndarray]:
         choice = np.random.default_rng(0)
         for _ in range(150):
             yield choice.integers(0, 256, (1, 128, 128, 3), dtype=np.uint8)
@@ -278,10 +308,12 @@ def test_a_video_with_a_size_limit_is_encoded_to_fit(write):
     assert 500_000 < limited.size_bytes <= 1_000_000
 
 
-def test_a_video_that_cannot_be_handed_over_ends_early(write, tmp_path):
+def test_a_video_that_cannot_be_handed_over_ends_early(
+    write: Callable[..., Any], tmp_path: Path
+) -> None:
     passed = []
 
-    def noise():
+    def noise() -> Iterator[np.ndarray]:
         choice = np.random.default_rng(0)
         for index in range(500):
             passed.append(index)
@@ -296,12 +328,12 @@ def test_a_video_that_cannot_be_handed_over_ends_early(write, tmp_path):
 
 
 @pytest.mark.parametrize(("height", "width"), [(63, 96), (64, 95)])
-def test_odd_sizes_are_refused(write, height, width):
+def test_odd_sizes_are_refused(write: Callable[..., Any], height: int, width: int) -> None:
     with pytest.raises(ValueError, match="odd"):
         write(still(3, height=height, width=width), height=height, width=width)
 
 
-def test_frames_of_another_size_are_refused(write, tmp_path):
+def test_frames_of_another_size_are_refused(write: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="shape"):
         write(still(3, height=96, width=64))
     with pytest.raises(ValueError, match="no frames"):
@@ -309,7 +341,7 @@ def test_frames_of_another_size_are_refused(write, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_thumbnail_is_the_frame(tmp_path, make_portrait):
+def test_the_thumbnail_is_the_frame(tmp_path: Path, make_portrait: Callable[..., bytes]) -> None:
     frame = np.asarray(Image.open(io.BytesIO(make_portrait())).convert("RGB"))
 
     write_thumbnail(frame, tmp_path / "thumbnail.jpg")
@@ -319,5 +351,5 @@ def test_the_thumbnail_is_the_frame(tmp_path, make_portrait):
         assert np.abs(np.asarray(image).astype(int) - frame).mean() < 4
 
 
-def test_the_encoders_are_part_of_the_installation():
+def test_the_encoders_are_part_of_the_installation() -> None:
     check_encoders()

@@ -7,18 +7,18 @@ WIDTH = 8
 
 
 @pytest.fixture
-def adapter():
+def adapter() -> AudioAdapter:
     torch.manual_seed(0)
     return AudioAdapter(WIDTH, attention_dim=16).double()
 
 
 @pytest.fixture
-def projection():
+def projection() -> AudioProjection:
     torch.manual_seed(0)
     return AudioProjection((10, 5, 4), 16, WIDTH, tokens_per_frame=4).double()
 
 
-def test_a_frame_attends_only_to_its_own_audio(adapter):
+def test_a_frame_attends_only_to_its_own_audio(adapter: AudioAdapter) -> None:
     tokens = torch.randn(1, 4, 3, WIDTH).double()  # 4 tokens in each of 3 frames
     audio = torch.randn(1, 3, 16, WIDTH).double()
     other = audio.clone()
@@ -29,7 +29,7 @@ def test_a_frame_attends_only_to_its_own_audio(adapter):
     assert changed.any(dim=1).tolist() == [[False, True, False]]
 
 
-def test_the_attention_has_one_head_of_the_full_width(adapter):
+def test_the_attention_has_one_head_of_the_full_width(adapter: AudioAdapter) -> None:
     tokens = torch.randn(2, 5, 3, WIDTH).double()
     audio = torch.randn(2, 3, 16, WIDTH).double()
 
@@ -41,7 +41,9 @@ def test_the_attention_has_one_head_of_the_full_width(adapter):
         torch.testing.assert_close(adapter(tokens, audio)[:, :, frame], audio_delta)
 
 
-def test_a_latent_frame_gets_the_tokens_of_its_four_video_frames(projection):
+def test_a_latent_frame_gets_the_tokens_of_its_four_video_frames(
+    projection: AudioProjection,
+) -> None:
     windows = torch.randn(1, 9, 10, 5, 4).double()  # video frames of 3 latent frames
 
     tokens = projection(windows)
@@ -55,7 +57,7 @@ def test_a_latent_frame_gets_the_tokens_of_its_four_video_frames(projection):
             torch.testing.assert_close(by_video_frame[0, latent_frame, place], alone)
 
 
-def test_silence_has_tokens_too(projection):
+def test_silence_has_tokens_too(projection: AudioProjection) -> None:
     tokens = projection(torch.zeros(1, 5, 10, 5, 4).double())
 
     assert tokens.norm() > 1

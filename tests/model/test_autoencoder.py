@@ -1,6 +1,8 @@
 """The autoencoder against the reference's tensors, and our decode against diffusers' own."""
 
 import weakref
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,13 +27,13 @@ DECODED = [name for name in CASES if CASES[name]["op"] == "decode"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def inference():
+def inference() -> Iterator[None]:
     with torch.inference_mode():
         yield
 
 
 @pytest.fixture
-def vae(toy_model):
+def vae(toy_model: Path) -> Any:
     vae = AutoencoderKLHunyuanVideo.from_pretrained(toy_model / "vae").eval()
     set_tiles(vae)
     return vae
@@ -55,7 +57,7 @@ def to_pixels(pixels: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ENCODED)
-def test_encoding_is_the_reference_s(name, vae):
+def test_encoding_is_the_reference_s(name: str, vae: Any) -> None:
     case = CASES[name]
     use_tiles_of(case, vae)
     encoded = vae.encode(to_pixels(TENSORS[case["pixels"]])).latent_dist
@@ -65,7 +67,7 @@ def test_encoding_is_the_reference_s(name, vae):
 
 
 @pytest.mark.parametrize("name", ["reference", "reference_spatial"])
-def test_one_frame_encodes_as_the_reference_s_129_equal_frames(name, vae):
+def test_one_frame_encodes_as_the_reference_s_129_equal_frames(name: str, vae: Any) -> None:
     case = CASES[name]
     use_tiles_of(case, vae)
     encoded = vae.encode(to_pixels(TENSORS[case["pixels"]])).latent_dist
@@ -78,7 +80,7 @@ def test_one_frame_encodes_as_the_reference_s_129_equal_frames(name, vae):
 
 
 @pytest.mark.parametrize("name", DECODED)
-def test_decoding_is_the_reference_s(name, vae):
+def test_decoding_is_the_reference_s(name: str, vae: Any) -> None:
     case = CASES[name]
     use_tiles_of(case, vae)
     frames = torch.cat(list(decode_frames(vae, TENSORS[case["z"]])))
@@ -106,14 +108,16 @@ def use_small_tiles(vae: AutoencoderKLHunyuanVideo) -> None:
 
 
 @pytest.mark.parametrize("num_latents", [1, 12, 16, 17, 24, 25, 26, 37, 41])
-def test_the_stream_is_the_tiled_decode_at_any_length(num_latents, vae):
+def test_the_stream_is_the_tiled_decode_at_any_length(num_latents: int, vae: Any) -> None:
     latents = latents_of(num_latents, 2, 2)
     streamed = torch.cat(list(decode_frames(vae.double(), latents)))
     assert_same(streamed, diffusers_frames(vae, latents))
 
 
 @pytest.mark.parametrize("size", [(8, 9), (9, 8), (3, 14), (13, 12), (15, 7)])
-def test_spatial_tiles_are_blended_as_diffusers_blends_them(size, vae):
+def test_spatial_tiles_are_blended_as_diffusers_blends_them(
+    size: tuple[int, int], vae: Any
+) -> None:
     use_small_tiles(vae.double())
     latents = latents_of(2, *size)
     streamed = torch.cat(list(decode_frames(vae, latents)))
@@ -121,14 +125,14 @@ def test_spatial_tiles_are_blended_as_diffusers_blends_them(size, vae):
 
 
 @pytest.mark.parametrize("scratch_bytes", [0, 100_000, 1_000_000])
-def test_the_length_of_the_chunks_changes_nothing(scratch_bytes, vae):
+def test_the_length_of_the_chunks_changes_nothing(scratch_bytes: int, vae: Any) -> None:
     latents = latents_of(9, 4, 3)
     frames = torch.cat(list(decode_frames(vae.double(), latents, scratch_bytes)))
     assert_same(frames, diffusers_frames(vae, latents))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_rounding_costs_no_more_than_in_diffusers_decode(dtype, vae):
+def test_rounding_costs_no_more_than_in_diffusers_decode(dtype: Any, vae: Any) -> None:
     latents = latents_of(3, 4, 6)
     expected = diffusers_frames(vae.double(), latents)
     (ours,) = decode_frames(vae.to(dtype), latents)
@@ -138,7 +142,7 @@ def test_rounding_costs_no_more_than_in_diffusers_decode(dtype, vae):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("scratch_bytes", [0, 2**28])
-def test_a_gpu_decodes_the_same_frames(scratch_bytes, vae):
+def test_a_gpu_decodes_the_same_frames(scratch_bytes: int, vae: Any) -> None:
     use_small_tiles(vae.double())
     latents = latents_of(6, 9, 12)
     expected = diffusers_frames(vae, latents)
@@ -151,7 +155,9 @@ def test_a_gpu_decodes_the_same_frames(scratch_bytes, vae):
 @pytest.mark.gpu
 @pytest.mark.parametrize("factor", [(1, 1, 1), (1, 2, 2), (2, 2, 2)])
 @pytest.mark.parametrize("channels", [16, 128, 512])
-def test_the_kernels_give_what_torch_s_operators_give(channels, factor):
+def test_the_kernels_give_what_torch_s_operators_give(
+    channels: int, factor: tuple[int, int, int]
+) -> None:
     generator = torch.Generator().manual_seed(3)
     chunk = torch.randn(1, channels, 3, 33, 47, generator=generator).half()
     chunk = chunk.to(memory_format=torch.channels_last_3d)
@@ -172,7 +178,7 @@ def test_the_kernels_give_what_torch_s_operators_give(channels, factor):
         assert relative_difference(ours.cpu(), plain) < 1e-5
 
 
-def test_the_statistics_of_a_full_size_tile_are_exact():
+def test_the_statistics_of_a_full_size_tile_are_exact() -> None:
     norm = torch.nn.GroupNorm(4, 8)
     chunk = torch.randn(1, 8, 4, 256, 256, generator=torch.Generator().manual_seed(3)) + 1
     groups = chunk.double().view(4, -1)
@@ -181,7 +187,7 @@ def test_the_statistics_of_a_full_size_tile_are_exact():
     assert relative_difference(affine.scale.flatten(), 1 / deviation) < 1e-7
 
 
-def test_frames_leave_before_later_ones_are_decoded(vae):
+def test_frames_leave_before_later_ones_are_decoded(vae: Any) -> None:
     decoded = []
     vae.post_quant_conv.register_forward_hook(lambda *_: decoded.append("tile"))
     chunks = decode_frames(vae, latents_of(33, 2, 2))
@@ -190,13 +196,13 @@ def test_frames_leave_before_later_ones_are_decoded(vae):
     assert [len(chunk) for chunk in chunks] == [48, 32]
 
 
-def test_frames_are_float32_whatever_the_autoencoder_runs_in(vae):
+def test_frames_are_float32_whatever_the_autoencoder_runs_in(vae: Any) -> None:
     (frames,) = decode_frames(vae.to(torch.bfloat16), latents_of(2, 2, 2))
     assert frames.dtype == torch.float32
     assert 0 <= frames.min() <= frames.max() <= 1
 
 
-def test_decoding_leaves_the_weights_as_they_are_stored(vae):
+def test_decoding_leaves_the_weights_as_they_are_stored(vae: Any) -> None:
     before = {name: weight.clone() for name, weight in vae.state_dict().items()}
     list(decode_frames(vae, latents_of(2, 2, 2)))
     for name, weight in vae.state_dict().items():
@@ -212,7 +218,9 @@ class PeakMemory(TorchDispatchMode):
         self.bytes = self.peak_bytes = 0
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         made = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor):
@@ -232,7 +240,7 @@ class PeakMemory(TorchDispatchMode):
 
 
 @pytest.fixture(scope="module")
-def full_size():
+def full_size() -> Any:
     """The published autoencoder's size without its values."""
     with torch.device("meta"):
         vae = AutoencoderKLHunyuanVideo().eval().to(torch.float16)
@@ -251,20 +259,20 @@ def peak_bytes(vae: AutoencoderKLHunyuanVideo, latents: Tensor, scratch_bytes: i
 LARGEST = 65 * 256 * 256 * 256 * 2  # bytes; what enters the last block of a full-size tile
 
 
-def test_a_full_size_tile_takes_little_more_than_its_largest_activation(full_size):
+def test_a_full_size_tile_takes_little_more_than_its_largest_activation(full_size: Any) -> None:
     latents = torch.empty(1, 16, 17, 32, 32, dtype=torch.float16, device="meta")
     assert peak_bytes(full_size, latents, 0) < 1.1 * LARGEST
     assert peak_bytes(full_size, latents, 2**28) < 1.12 * LARGEST
 
 
 @pytest.mark.parametrize("scratch_bytes", [0, 2**28, 2**30])
-def test_the_memory_of_a_tile_is_known_before(scratch_bytes, full_size):
+def test_the_memory_of_a_tile_is_known_before(scratch_bytes: int, full_size: Any) -> None:
     latents = torch.empty(1, 16, 16, 32, 32, dtype=torch.float16, device="meta")
     said = tile_bytes(full_size, scratch_bytes)
     assert 0.8 * said < peak_bytes(full_size, latents, scratch_bytes) < said
 
 
-def test_a_larger_picture_takes_a_tile_and_its_frames(full_size):
+def test_a_larger_picture_takes_a_tile_and_its_frames(full_size: Any) -> None:
     latents = torch.empty(1, 16, 24, 24, 40, dtype=torch.float16, device="meta")
     step = 65 * 3 * 192 * 320 * 2
     assert peak_bytes(full_size, latents, 2**28) < tile_bytes(full_size, 2**28) + 2 * step

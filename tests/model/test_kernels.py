@@ -1,5 +1,8 @@
 """The blocks' point-wise work: what a GPU's kernels give, beside torch's operators."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -11,22 +14,22 @@ from worker.model import kernels
 
 
 @pytest.fixture(autouse=True)
-def inference():
+def inference() -> Iterator[None]:
     with torch.no_grad():
         yield
 
 
 @pytest.fixture(params=[(37, 3072), (5, 256), (1, 64)], ids=str)
-def rows(request):
+def rows(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_norms_and_gates_are_exact_to_the_rounding(device, rows):
+def test_norms_and_gates_are_exact_to_the_rounding(device: str, rows: Any) -> None:
     x, y, z = (normal(1, *rows, device=device, seed=seed) for seed in range(3))
     gate, shift, scale = (normal(1, rows[1], device=device, seed=seed) for seed in range(3, 6))
 
-    def normed(value):
+    def normed(value: Any) -> Any:
         value = nn.functional.layer_norm(value.float(), (rows[1],), eps=1e-6)
         return value * (1 + scale.float()[:, None]) + shift.float()[:, None]
 
@@ -45,7 +48,7 @@ def test_norms_and_gates_are_exact_to_the_rounding(device, rows):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("turned", [True, False])
 @pytest.mark.parametrize("heads", [(24, 128), (3, 64)], ids=str)
-def test_heads_are_normed_and_turned(device, heads, turned):
+def test_heads_are_normed_and_turned(device: str, heads: tuple[int, int], turned: bool) -> None:
     query, key = (normal(1, 7, *heads, device=device, seed=seed) for seed in range(2))
     norms = [nn.RMSNorm(heads[1], eps=1e-6, device=device, dtype=torch.bfloat16) for _ in range(2)]
     for norm in norms:
@@ -70,7 +73,7 @@ def test_heads_are_normed_and_turned(device, heads, turned):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_rows_in_eight_bits_have_a_scale_each(device):
+def test_rows_in_eight_bits_have_a_scale_each(device: str) -> None:
     x = normal(6, 256, device=device)
     x[1], x[2] = 0, x[2] * 1e-6
     apart = torch.zeros(6, 512, device=device, dtype=torch.bfloat16)
@@ -92,5 +95,5 @@ def test_rows_in_eight_bits_have_a_scale_each(device):
 
 
 @pytest.mark.gpu
-def test_the_kernels_compile_here():
+def test_the_kernels_compile_here() -> None:
     assert kernels.compiled(0, 3072, 128) is not None

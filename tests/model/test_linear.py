@@ -1,3 +1,5 @@
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import nn
@@ -17,13 +19,13 @@ from worker.model.linear import (
 
 
 @pytest.fixture(autouse=True)
-def inference():
+def inference() -> Iterator[None]:
     with torch.no_grad():
         yield
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_products_in_eight_bits_are_near_the_exact_ones(device):
+def test_products_in_eight_bits_are_near_the_exact_ones(device: str) -> None:
     layer = nn.Linear(512, 256, device=device, dtype=torch.bfloat16)
     stored = Float8Linear(512, 256).to(device)
     stored.weight.data, scale = quantize(layer.weight.data)
@@ -47,7 +49,7 @@ def test_products_in_eight_bits_are_near_the_exact_ones(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("float8", [False, True])
-def test_a_feed_forward_of_many_tokens_is_that_of_few_at_a_time(device, float8):
+def test_a_feed_forward_of_many_tokens_is_that_of_few_at_a_time(device: str, float8: bool) -> None:
     up = nn.Linear(32, 128, device=device, dtype=torch.bfloat16)
     down = nn.Linear(128, 32, device=device, dtype=torch.bfloat16)
     x = normal(1, FEED_FORWARD_TOKENS + 100, 32, device=device)

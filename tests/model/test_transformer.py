@@ -41,7 +41,7 @@ def inference() -> Iterator[None]:
         yield
 
 
-def tiny_transformer(**changes) -> HunyuanVideoAvatarTransformer3DModel:
+def tiny_transformer(**changes: Any) -> HunyuanVideoAvatarTransformer3DModel:
     torch.manual_seed(0)
     return HunyuanVideoAvatarTransformer3DModel(**TINY | changes).eval()
 
@@ -76,12 +76,12 @@ def tiny_inputs(
 
 
 @pytest.fixture(scope="module")
-def golden(tmp_path_factory):
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Any:
     described, tensors = load_case("transformer")
     model = make_transformer(described, tmp_path_factory.mktemp("transformer"))
     rows = model.get_parameter("audio_proj.proj1.weight").detach()
 
-    def inputs(case: str, key: str = "inputs"):
+    def inputs(case: str, key: str = "inputs") -> dict[str, Tensor | None]:
         names = described["cases"][case][key]
         return arguments(names, tensors, described["audio_scale"], rows)
 
@@ -89,7 +89,7 @@ def golden(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_velocity_is_the_references(golden, case):
+def test_the_velocity_is_the_references(golden: Any, case: str) -> None:
     cases, tensors, model, inputs = golden
 
     velocity = model(**inputs(case)).sample
@@ -98,7 +98,7 @@ def test_the_velocity_is_the_references(golden, case):
 
 
 @pytest.mark.parametrize("case", ["pad", "b1", "llava_mask", "frames33"])
-def test_the_cached_tokens_are_the_references(golden, case):
+def test_the_cached_tokens_are_the_references(golden: Any, case: str) -> None:
     cases, tensors, model, inputs = golden
     reference = tensors[cases[case]["tail"]]
 
@@ -113,7 +113,7 @@ def test_the_cached_tokens_are_the_references(golden, case):
         assert relative_difference(text, row[: len(text)]) < TOLERANCE
 
 
-def test_a_cached_step_is_the_references(golden):
+def test_a_cached_step_is_the_references(golden: Any) -> None:
     cases, tensors, model, inputs = golden
     cached_tokens = model(
         **inputs("is_cache", "first_inputs"), return_cached_tokens=True
@@ -124,7 +124,7 @@ def test_a_cached_step_is_the_references(golden):
     assert relative_difference(velocity, tensors[cases["is_cache"]["output"]]) < TOLERANCE
 
 
-def test_the_rotary_tables_are_the_references_bit_for_bit(golden):
+def test_the_rotary_tables_are_the_references_bit_for_bit(golden: Any) -> None:
     cases, tensors, model, _ = golden
     num_frames, height, width = 5, 4, 6
 
@@ -136,7 +136,7 @@ def test_the_rotary_tables_are_the_references_bit_for_bit(golden):
 
 
 @pytest.mark.large
-def test_the_velocity_is_the_references_at_the_published_widths(tmp_path):
+def test_the_velocity_is_the_references_at_the_published_widths(tmp_path: Path) -> None:
     described, tensors = load_case("transformer_real_width")
     model = make_transformer(described, tmp_path)
     case = described["cases"]["real"]
@@ -146,7 +146,7 @@ def test_the_velocity_is_the_references_at_the_published_widths(tmp_path):
     assert relative_difference(velocity, tensors[case["output"]]) < TOLERANCE
 
 
-def test_bfloat16_stays_near_float32(golden):
+def test_bfloat16_stays_near_float32(golden: Any) -> None:
     _, _, model, inputs = golden
     half = copy.deepcopy(model).to(torch.bfloat16)
 
@@ -158,7 +158,7 @@ def test_bfloat16_stays_near_float32(golden):
 # Shape of the calls
 
 
-def test_samples_with_texts_of_unequal_length_do_not_touch_one_another():
+def test_samples_with_texts_of_unequal_length_do_not_touch_one_another() -> None:
     model, inputs = tiny_transformer(), tiny_inputs(3, 7)
 
     together = model(**inputs).sample
@@ -168,7 +168,7 @@ def test_samples_with_texts_of_unequal_length_do_not_touch_one_another():
         assert relative_difference(together[i : i + 1], alone) < TOLERANCE
 
 
-def test_recordings_of_one_sample_are_those_of_a_sample_each():
+def test_recordings_of_one_sample_are_those_of_a_sample_each() -> None:
     model, both = tiny_transformer(), tiny_inputs(5, 5)
     both = {name: value[:1].expand_as(value) for name, value in both.items()} | {
         "audio_embeds": both["audio_embeds"]
@@ -196,14 +196,14 @@ def test_recordings_of_one_sample_are_those_of_a_sample_each():
 @pytest.mark.parametrize(("text_lengths", "passes"), [((5, 5, 5), 1), ((5, 5, 3), 3)])
 @torch.inference_mode(False)
 def test_where_a_gradient_is_wanted_samples_of_one_size_go_through_the_blocks_together(
-    text_lengths, passes
-):
+    text_lengths: tuple[int, int, int], passes: int
+) -> None:
     model, inputs = tiny_transformer(), tiny_inputs(*text_lengths)
     passed = []
     for block in (*model.transformer_blocks, *model.single_transformer_blocks):
         block.register_forward_hook(lambda *_: passed.append(1))
 
-    def descend(**inputs):
+    def descend(**inputs: Any) -> tuple[Any, Any, Tensor]:
         model.zero_grad()
         first = model(**inputs, return_cached_tokens=True)
         cached = model(**inputs, cached_tokens=first.cached_tokens).sample
@@ -227,7 +227,7 @@ def test_where_a_gradient_is_wanted_samples_of_one_size_go_through_the_blocks_to
     assert relative_difference(together[2], gradient) < TOLERANCE
 
 
-def test_text_beyond_the_valid_length_changes_nothing():
+def test_text_beyond_the_valid_length_changes_nothing() -> None:
     model, inputs = tiny_transformer(), tiny_inputs(5)
     other = inputs | {"encoder_hidden_states": inputs["encoder_hidden_states"].clone()}
     other["encoder_hidden_states"][:, 5:] += 1.0
@@ -235,7 +235,7 @@ def test_text_beyond_the_valid_length_changes_nothing():
     assert torch.equal(model(**inputs).sample, model(**other).sample)
 
 
-def test_cached_tokens_may_be_frames_of_several_calls():
+def test_cached_tokens_may_be_frames_of_several_calls() -> None:
     model, inputs, later = tiny_transformer(), tiny_inputs(5), tiny_inputs(5, seed=2)
     first = model(**inputs, return_cached_tokens=True).cached_tokens
     second = model(**later, return_cached_tokens=True).cached_tokens
@@ -252,7 +252,7 @@ def test_cached_tokens_may_be_frames_of_several_calls():
     assert relative_difference(whole, plain) < TOLERANCE
 
 
-def test_interleaved_calls_with_cached_tokens_are_those_of_each_alone():
+def test_interleaved_calls_with_cached_tokens_are_those_of_each_alone() -> None:
     model, ours, theirs = tiny_transformer(), tiny_inputs(5), tiny_inputs(3, seed=2)
     later = {name: value + 1 for name, value in ours.items() if name == "timestep"}
     alone = model(
@@ -267,7 +267,7 @@ def test_interleaved_calls_with_cached_tokens_are_those_of_each_alone():
     assert torch.equal(interleaved, alone)
 
 
-def test_with_cached_tokens_only_the_last_block_runs():
+def test_with_cached_tokens_only_the_last_block_runs() -> None:
     model, inputs = tiny_transformer(), tiny_inputs(5)
     cached_tokens = model(**inputs, return_cached_tokens=True).cached_tokens
     text_and_reference = ("encoder_hidden_states", "encoder_attention_mask", "reference_latents")
@@ -282,7 +282,7 @@ def test_with_cached_tokens_only_the_last_block_runs():
     assert ran == [len(blocks) + 1]
 
 
-def test_a_tuple_is_returned_on_request():
+def test_a_tuple_is_returned_on_request() -> None:
     model, inputs = tiny_transformer(), tiny_inputs(5)
 
     (sample,) = model(**inputs, return_dict=False)
@@ -292,12 +292,12 @@ def test_a_tuple_is_returned_on_request():
     assert isinstance(cached_tokens, CachedTokens)
 
 
-def test_a_missing_input_is_refused():
+def test_a_missing_input_is_refused() -> None:
     with pytest.raises(ValueError, match="only a call with cached_tokens"):
         tiny_transformer()(**tiny_inputs(5) | {"audio_embeds": None})
 
 
-def test_a_rounded_timestep_is_refused():
+def test_a_rounded_timestep_is_refused() -> None:
     inputs = tiny_inputs(5)
     inputs["timestep"] = inputs["timestep"].bfloat16()
 
@@ -305,7 +305,7 @@ def test_a_rounded_timestep_is_refused():
         tiny_transformer()(**inputs)
 
 
-def test_a_face_mask_for_each_frame_is_that_frames():
+def test_a_face_mask_for_each_frame_is_that_frames() -> None:
     model, inputs = tiny_transformer(), tiny_inputs(5)
     same = inputs["face_mask"].expand(-1, -1, 3, -1, -1)
     other = same.clone()
@@ -322,7 +322,7 @@ def test_a_face_mask_for_each_frame_is_that_frames():
 
 
 @pytest.mark.parametrize("float8_blocks", [False, True])
-def test_saving_and_loading_keeps_every_bit(tmp_path, float8_blocks):
+def test_saving_and_loading_keeps_every_bit(tmp_path: Path, float8_blocks: bool) -> None:
     model = tiny_transformer(float8_blocks=float8_blocks)
     for module in model.modules():
         if isinstance(module, Float8Linear):
@@ -340,7 +340,7 @@ def test_saving_and_loading_keeps_every_bit(tmp_path, float8_blocks):
     assert relative_difference(loaded(**inputs).sample, model(**inputs).sample) < TOLERANCE
 
 
-def test_a_skipped_step_of_a_cache_does_not_add_the_audio_twice():
+def test_a_skipped_step_of_a_cache_does_not_add_the_audio_twice() -> None:
     model, inputs = tiny_transformer(), tiny_inputs(5)
     plain = model(**inputs).sample
     ran = []
@@ -358,7 +358,7 @@ def test_a_skipped_step_of_a_cache_does_not_add_the_audio_twice():
     assert relative_difference(skipped, plain) < TOLERANCE
 
 
-def test_what_a_cache_would_mix_up_is_refused():
+def test_what_a_cache_would_mix_up_is_refused() -> None:
     model = tiny_transformer()
     model.enable_cache(FirstBlockCacheConfig())
 
@@ -368,7 +368,7 @@ def test_what_a_cache_would_mix_up_is_refused():
                 model(**call)
 
 
-def test_the_attention_backend_can_be_chosen():
+def test_the_attention_backend_can_be_chosen() -> None:
     model, inputs = tiny_transformer(), tiny_inputs(5)
     plain = model(**inputs).sample
 
@@ -383,7 +383,7 @@ def test_the_attention_backend_can_be_chosen():
     assert relative_difference(model(**inputs).sample, plain) < TOLERANCE
 
 
-def test_two_ranks_together_compute_what_one_does(tmp_path: Path):
+def test_two_ranks_together_compute_what_one_does(tmp_path: Path) -> None:
     model, inputs = tiny_transformer(), tiny_inputs(6, 6)
     expected = model(**inputs, return_cached_tokens=True)
     cached = model(**inputs, cached_tokens=expected.cached_tokens).sample

@@ -2,8 +2,9 @@
 
 import base64
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -17,11 +18,13 @@ MANY_STEPS = 100  # for a job that has to be met while it runs
 
 
 @pytest.fixture(scope="session")
-def make_job(make_portrait, make_speech):
+def make_job(
+    make_portrait: Callable[..., bytes], make_speech: Callable[..., bytes]
+) -> Callable[..., Any]:
     portrait = base64.b64encode(make_portrait()).decode()
     speech = base64.b64encode(make_speech(seconds=0.4)).decode()
 
-    def make(**changes):
+    def make(**changes: Any) -> dict[str, dict[str, Any]]:
         small = {"resolution": 256, "num_inference_steps": 1, "image": portrait, "audio": speech}
         return {"input": small | changes}
 
@@ -30,7 +33,7 @@ def make_job(make_portrait, make_speech):
 
 @pytest.fixture
 def start_worker(
-    own_endpoint, worker_environment, tmp_path
+    own_endpoint: LocalEndpoint, worker_environment: Mapping[str, str], tmp_path: Path
 ) -> Iterator[Callable[..., WorkerProcess]]:
     """Starts a worker of two ranks, ready for jobs of `own_endpoint`."""
     workers = []
@@ -71,7 +74,11 @@ def require_retry_and_a_new_worker(job: JobRecord, worker: WorkerProcess) -> Non
     assert list(worker.temporary_directory.iterdir()) == []
 
 
-def test_jobs_are_made_cancelled_and_lost_with_a_rank_process(own_endpoint, start_worker, make_job):
+def test_jobs_are_made_cancelled_and_lost_with_a_rank_process(
+    own_endpoint: LocalEndpoint,
+    start_worker: Callable[..., WorkerProcess],
+    make_job: Callable[..., Any],
+) -> None:
     worker = start_worker()
     rank_process = rank_process_of(worker.pid)
     cancelled_id = own_endpoint.submit(make_job(num_inference_steps=MANY_STEPS))
@@ -95,8 +102,10 @@ def test_jobs_are_made_cancelled_and_lost_with_a_rank_process(own_endpoint, star
 
 @pytest.mark.slow
 def test_a_job_is_given_up_though_its_thread_waits_for_the_other_gpu_for_ever(
-    own_endpoint, start_worker, make_job
-):
+    own_endpoint: LocalEndpoint,
+    start_worker: Callable[..., WorkerProcess],
+    make_job: Callable[..., Any],
+) -> None:
     script = ROOT / "tests" / "multi_gpu" / "hanging_handler.py"
     worker = start_worker(script, RANK_FAULT="hang", PYTHONPATH=str(ROOT))
     family = psutil.Process(worker.pid).children(recursive=True)
@@ -109,7 +118,9 @@ def test_a_job_is_given_up_though_its_thread_waits_for_the_other_gpu_for_ever(
 
 
 @pytest.mark.slow
-def test_a_worker_that_loses_a_rank_process_between_jobs_ends(own_endpoint, start_worker):
+def test_a_worker_that_loses_a_rank_process_between_jobs_ends(
+    own_endpoint: LocalEndpoint, start_worker: Callable[..., WorkerProcess]
+) -> None:
     worker = start_worker()
     rank_process_of(worker.pid).kill()
     assert worker.wait(timeout_seconds=10.0) == 1
@@ -117,8 +128,10 @@ def test_a_worker_that_loses_a_rank_process_between_jobs_ends(own_endpoint, star
 
 @pytest.mark.slow
 def test_sigterm_lets_the_running_job_finish_and_no_process_stays(
-    own_endpoint, start_worker, make_job
-):
+    own_endpoint: LocalEndpoint,
+    start_worker: Callable[..., WorkerProcess],
+    make_job: Callable[..., Any],
+) -> None:
     worker = start_worker()
     family = psutil.Process(worker.pid).children(recursive=True)
     job_id = own_endpoint.submit(make_job(num_inference_steps=6))
@@ -135,8 +148,11 @@ def test_sigterm_lets_the_running_job_finish_and_no_process_stays(
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["idle", "at work"])
 def test_a_worker_that_is_killed_takes_its_rank_process_with_it(
-    own_endpoint, start_worker, make_job, when
-):
+    own_endpoint: LocalEndpoint,
+    start_worker: Callable[..., WorkerProcess],
+    make_job: Callable[..., Any],
+    when: str,
+) -> None:
     worker = start_worker()
     rank_process = rank_process_of(worker.pid)
     if when == "at work":

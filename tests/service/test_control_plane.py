@@ -6,6 +6,7 @@ The SDK's own session speaks to a scripted server over real sockets.
 import asyncio
 import json
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +25,7 @@ RESULT = {"output": {"key": "avatar/job-1.mp4", "user_data": "Grüße"}}
 
 
 @pytest.fixture
-def platform(monkeypatch):
+def platform(monkeypatch: pytest.MonkeyPatch) -> Iterator[ScriptedServer]:
     with ScriptedServer() as server:
         done = f"{server.origin}/job-done/worker-1/$ID?gpu=local"
         monkeypatch.setattr(rp_http, "JOB_DONE_URL", done)
@@ -33,15 +34,15 @@ def platform(monkeypatch):
         yield server
 
 
-def send(retry_seconds=20.0, kept="in the bucket"):
+def send(retry_seconds: float = 20.0, kept: str = "in the bucket") -> tuple[Any, list[Any]]:
     """Whether a result was taken, and what was kept of it meanwhile."""
     keeps = []
 
-    async def keep(payload):
+    async def keep(payload: Any) -> str:
         keeps.append(payload)
         return kept
 
-    async def run():
+    async def run() -> bool:
         async with AsyncClientSession() as session:
             return await control_plane.send_result(
                 session, RESULT, JOB, retry_seconds=retry_seconds, keep=keep
@@ -50,8 +51,8 @@ def send(retry_seconds=20.0, kept="in the bucket"):
     return asyncio.run(run()), keeps
 
 
-def take():
-    async def run():
+def take() -> list[dict[str, Any]] | None:
+    async def run() -> list[dict[str, Any]] | None:
         async with AsyncClientSession() as session:
             return await control_plane.take(session)
 
@@ -61,7 +62,7 @@ def take():
 # Results
 
 
-def test_a_result_that_is_taken_is_sent_once(platform):
+def test_a_result_that_is_taken_is_sent_once(platform: ScriptedServer) -> None:
     platform.on(DONE, Answer(body=b"ok"))
 
     assert send() == (True, [])
@@ -80,7 +81,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
-def test_a_fault_is_sent_again_until_it_is_over(platform, fault):
+def test_a_fault_is_sent_again_until_it_is_over(platform: ScriptedServer, fault: Answer) -> None:
     platform.on(DONE, fault, fault, fault, fault, Answer(body=b"ok"))
 
     is_taken, keeps = send()
@@ -90,16 +91,18 @@ def test_a_fault_is_sent_again_until_it_is_over(platform, fault):
     assert keeps == [RESULT]  # after the first try, since the process may be killed meanwhile
 
 
-def test_a_server_that_is_gone_for_a_while_gets_the_result(platform, monkeypatch):
+def test_a_server_that_is_gone_for_a_while_gets_the_result(
+    platform: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(rp_http, "JOB_DONE_URL", "http://127.0.0.1:9/done/$ID?gpu=local")
 
-    async def come_back():
+    async def come_back() -> None:
         await asyncio.sleep(0.5)
         platform.on(DONE, Answer(body=b"ok"))
         done = f"{platform.origin}/job-done/worker-1/$ID?gpu=local"
         monkeypatch.setattr(rp_http, "JOB_DONE_URL", done)
 
-    async def run():
+    async def run() -> bool:
         back = asyncio.create_task(come_back())
         async with AsyncClientSession() as session:
             is_taken = await control_plane.send_result(
@@ -111,11 +114,13 @@ def test_a_server_that_is_gone_for_a_while_gets_the_result(platform, monkeypatch
     assert asyncio.run(run())
 
 
-async def nowhere(_):
+async def nowhere(_: Any) -> None:
     return None
 
 
-def test_an_answer_that_never_comes_is_not_waited_for(platform, monkeypatch):
+def test_an_answer_that_never_comes_is_not_waited_for(
+    platform: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(control_plane, "ANSWER_SECONDS", 0.3)
     platform.on(DONE, Answer(delay_seconds=3), Answer(body=b"ok"))
     begun = time.monotonic()
@@ -126,7 +131,7 @@ def test_an_answer_that_never_comes_is_not_waited_for(platform, monkeypatch):
     assert time.monotonic() - begun < 2.5
 
 
-def test_the_server_says_when_to_ask_again(platform):
+def test_the_server_says_when_to_ask_again(platform: ScriptedServer) -> None:
     platform.on(DONE, Answer(status=503, headers={"Retry-After": "1"}), Answer(body=b"ok"))
     begun = time.monotonic()
 
@@ -136,7 +141,9 @@ def test_the_server_says_when_to_ask_again(platform):
 
 
 @pytest.mark.parametrize("status", control_plane.REFUSED)
-def test_a_body_that_is_refused_is_not_sent_for_minutes(platform, status):
+def test_a_body_that_is_refused_is_not_sent_for_minutes(
+    platform: ScriptedServer, status: int
+) -> None:
     platform.on(DONE, Answer(status=status))
 
     assert send(retry_seconds=600) == (False, [RESULT])
@@ -144,7 +151,9 @@ def test_a_body_that_is_refused_is_not_sent_for_minutes(platform, status):
     assert len(platform.asked(DONE)) == control_plane.REFUSALS
 
 
-def test_when_the_time_is_over_the_log_says_where_the_result_is(platform, caplog):
+def test_when_the_time_is_over_the_log_says_where_the_result_is(
+    platform: ScriptedServer, caplog: pytest.LogCaptureFixture
+) -> None:
     platform.on(DONE, CLOSED)
 
     is_taken, _ = send(retry_seconds=0.5, kept="in the bucket avatars under a.mp4.json")
@@ -157,7 +166,7 @@ def test_when_the_time_is_over_the_log_says_where_the_result_is(platform, caplog
 # Takes
 
 
-def test_a_job_is_taken_as_it_comes(platform):
+def test_a_job_is_taken_as_it_comes(platform: ScriptedServer) -> None:
     platform.on(TAKE, {"id": "job-1", "input": {"a": 1}, "webhook": "https://h/x"})
 
     assert take() == [{"id": "job-1", "input": {"a": 1}, "webhook": "https://h/x"}]
@@ -174,7 +183,9 @@ def test_a_job_is_taken_as_it_comes(platform):
         ("a job", None),
     ],
 )
-def test_a_job_that_is_not_as_it_should_be_reaches_the_handler(platform, job, expected):
+def test_a_job_that_is_not_as_it_should_be_reaches_the_handler(
+    platform: ScriptedServer, job: Any, expected: Any
+) -> None:
     platform.on(TAKE, Answer(body=json.dumps(job).encode()))
 
     assert take() == expected
@@ -189,7 +200,9 @@ EMPTY = {
 
 
 @pytest.mark.parametrize("answer", EMPTY.values(), ids=EMPTY)
-def test_an_answer_without_a_job_takes_a_second_however_soon_it_comes(platform, answer):
+def test_an_answer_without_a_job_takes_a_second_however_soon_it_comes(
+    platform: ScriptedServer, answer: Answer
+) -> None:
     platform.on(TAKE, answer)
     begun = time.monotonic()
 
@@ -198,7 +211,7 @@ def test_an_answer_without_a_job_takes_a_second_however_soon_it_comes(platform, 
     assert 1.0 <= time.monotonic() - begun < 3
 
 
-def test_too_many_requests_is_the_sdks_own_matter(platform):
+def test_too_many_requests_is_the_sdks_own_matter(platform: ScriptedServer) -> None:
     platform.on(TAKE, Answer(status=429))
 
     with pytest.raises(TooManyRequests):
@@ -209,17 +222,19 @@ def test_too_many_requests_is_the_sdks_own_matter(platform):
 
 
 @pytest.mark.parametrize("waits_seconds", [0.0, serve.EARLY_STOP_SECONDS + 0.1])
-def test_a_stop_that_comes_before_its_job_has_a_task_is_obeyed(platform, waits_seconds):
+def test_a_stop_that_comes_before_its_job_has_a_task_is_obeyed(
+    platform: ScriptedServer, waits_seconds: float
+) -> None:
     handled = []
 
-    async def handler(job):
+    async def handler(job: dict[str, Any]) -> dict[Any, Any]:
         await asyncio.sleep(0)
         handled.append(job["id"])
         return {}
 
     whole: Any = SimpleNamespace(damaged=False)
 
-    async def run():
+    async def run() -> bool:
         platform.on(DONE, Answer(body=b"ok"))
         scaler = Scaler(whole, {"handler": handler})
         job = {"id": "job-1", "input": {}}

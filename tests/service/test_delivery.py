@@ -90,22 +90,30 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ScriptedServer]:
 
 
 @pytest.mark.parametrize(("asked", "told"), [("auto", "s3"), ("s3", "s3"), ("inline", "inline")])
-def test_with_a_bucket_the_request_decides(make_delivery, bucket, asked, told):
+def test_with_a_bucket_the_request_decides(
+    make_delivery: Callable[..., Delivery], bucket: Settings, asked: str, told: str
+) -> None:
     assert make_delivery(bucket, delivery=asked).describe()["delivery"] == told
 
 
 @pytest.mark.parametrize("asked", ["auto", "inline"])
-def test_without_a_bucket_the_video_goes_into_the_reply(make_delivery, asked):
+def test_without_a_bucket_the_video_goes_into_the_reply(
+    make_delivery: Callable[..., Delivery], asked: str
+) -> None:
     assert make_delivery(Settings(), delivery=asked).describe() == {"delivery": "inline"}
 
 
-def test_a_bucket_that_was_asked_for_and_is_not_there_is_an_error_of_the_field(make_delivery):
+def test_a_bucket_that_was_asked_for_and_is_not_there_is_an_error_of_the_field(
+    make_delivery: Callable[..., Delivery],
+) -> None:
     with pytest.raises(StorageNotConfiguredError, match="BUCKET_") as caught:
         make_delivery(Settings(), delivery="s3")
     assert caught.value.field == "output.delivery"
 
 
-def test_a_clients_bucket_goes_before_the_operators(make_delivery, bucket):
+def test_a_clients_bucket_goes_before_the_operators(
+    make_delivery: Callable[..., Delivery], bucket: Settings
+) -> None:
     own = {
         "endpointUrl": "https://203.0.114.1",
         "accessId": "a",
@@ -113,13 +121,14 @@ def test_a_clients_bucket_goes_before_the_operators(make_delivery, bucket):
         "bucketName": "own",
     }
     delivery = make_delivery(bucket, s3_config=own)
+    assert delivery.storage is not None
     assert delivery.storage.bucket_name == "own"
     assert delivery.key == "job-1.mp4"  # without the operator's prefix
 
 
 def test_a_clients_bucket_must_not_lie_at_a_private_address_unless_the_operator_says_so(
-    make_delivery, object_store
-):
+    make_delivery: Callable[..., Delivery], object_store: BucketServer
+) -> None:
     own = {
         "endpointUrl": object_store.endpoint_url,
         "accessId": "a",
@@ -136,12 +145,16 @@ def test_a_clients_bucket_must_not_lie_at_a_private_address_unless_the_operator_
     }
 
 
-def test_key_and_prefix_of_the_request_lie_below_the_operators_prefix(make_delivery, bucket):
+def test_key_and_prefix_of_the_request_lie_below_the_operators_prefix(
+    make_delivery: Callable[..., Delivery], bucket: Settings
+) -> None:
     assert make_delivery(bucket).key == "avatar/job-1.mp4"
     assert make_delivery(bucket, prefix="a/b", key="c.mp4").key == "avatar/a/b/c.mp4"
 
 
-def test_the_life_of_the_url_is_the_requests_or_else_the_operators(make_delivery, object_store):
+def test_the_life_of_the_url_is_the_requests_or_else_the_operators(
+    make_delivery: Callable[..., Delivery], object_store: BucketServer
+) -> None:
     settings = with_bucket(object_store.endpoint_url, bucket_url_expires_seconds=600)
     assert make_delivery(settings).expires_seconds == 600
     assert make_delivery(settings, url_expires_seconds=60).expires_seconds == 60
@@ -151,7 +164,9 @@ def test_the_life_of_the_url_is_the_requests_or_else_the_operators(make_delivery
 
 
 @pytest.mark.parametrize(("job_id", "seconds"), [("job-1", 118.0), ("sync-1", 237.0)])
-def test_a_reply_holds_so_many_seconds_of_video_and_no_more(make_delivery, job_id, seconds):
+def test_a_reply_holds_so_many_seconds_of_video_and_no_more(
+    make_delivery: Callable[..., Delivery], job_id: str, seconds: float
+) -> None:
     delivery = make_delivery(Settings(), job_id=job_id)
     delivery.require_fits_reply(seconds)
     with pytest.raises(ResultTooLargeError, match="set up a bucket") as caught:
@@ -159,7 +174,9 @@ def test_a_reply_holds_so_many_seconds_of_video_and_no_more(make_delivery, job_i
     assert caught.value.field == "output.delivery"
 
 
-def test_a_bucket_holds_any_length(make_delivery, bucket):
+def test_a_bucket_holds_any_length(
+    make_delivery: Callable[..., Delivery], bucket: Settings
+) -> None:
     delivery = make_delivery(bucket)
     assert delivery.max_bytes is None
     delivery.require_fits_reply(1e6)
@@ -169,8 +186,8 @@ def test_a_bucket_holds_any_length(make_delivery, bucket):
 
 
 def test_an_inline_video_stands_in_the_reply_with_its_thumbnail(
-    make_delivery, video, thumbnail_path
-):
+    make_delivery: Callable[..., Delivery], video: VideoFile, thumbnail_path: Path
+) -> None:
     told = make_delivery(Settings()).deliver(video, thumbnail_path, "f", METADATA)
 
     assert base64.b64decode(told.pop("video_base64")) == video.path.read_bytes()
@@ -180,8 +197,8 @@ def test_an_inline_video_stands_in_the_reply_with_its_thumbnail(
 
 
 def test_a_stored_video_is_behind_the_url_of_the_reply_with_its_thumbnail(
-    make_delivery, bucket, video, thumbnail_path
-):
+    make_delivery: Callable[..., Delivery], bucket: Settings, video: VideoFile, thumbnail_path: Path
+) -> None:
     delivery = make_delivery(bucket, job_id="stored-1", url_expires_seconds=60)
     told = delivery.deliver(video, thumbnail_path, "f", METADATA)
 
@@ -197,7 +214,9 @@ def test_a_stored_video_is_behind_the_url_of_the_reply_with_its_thumbnail(
     assert told["video_base64"] is told["thumbnail_base64"] is None
 
 
-def test_a_reply_has_the_same_fields_however_the_video_was_delivered(make_delivery, bucket, video):
+def test_a_reply_has_the_same_fields_however_the_video_was_delivered(
+    make_delivery: Callable[..., Delivery], bucket: Settings, video: VideoFile
+) -> None:
     inline = make_delivery(Settings()).deliver(video, None, "f", METADATA)
     stored = make_delivery(bucket, job_id="fields-1").deliver(video, None, "f", METADATA)
     assert inline.keys() == stored.keys()
@@ -205,8 +224,8 @@ def test_a_reply_has_the_same_fields_however_the_video_was_delivered(make_delive
 
 
 def test_of_a_public_bucket_the_address_is_plain_and_does_not_end(
-    make_delivery, object_store, video
-):
+    make_delivery: Callable[..., Delivery], object_store: BucketServer, video: VideoFile
+) -> None:
     settings = with_bucket(
         object_store.endpoint_url, bucket_public_base_url="https://cdn.example.com"
     )
@@ -220,8 +239,12 @@ def test_of_a_public_bucket_the_address_is_plain_and_does_not_end(
 
 @pytest.mark.parametrize("has_thumbnail", [True, False])
 def test_an_earlier_run_of_the_same_job_is_found_with_all_that_its_reply_told(
-    make_delivery, bucket, video, thumbnail_path, has_thumbnail
-):
+    make_delivery: Callable[..., Delivery],
+    bucket: Settings,
+    video: VideoFile,
+    thumbnail_path: Path,
+    has_thumbnail: bool,
+) -> None:
     delivery = make_delivery(bucket, job_id=f"twice-{has_thumbnail}")
     assert delivery.find_existing("f") is None
 
@@ -239,21 +262,25 @@ def test_an_earlier_run_of_the_same_job_is_found_with_all_that_its_reply_told(
     assert (found["thumbnail_url"] is not None) == has_thumbnail
 
 
-def test_an_object_of_another_request_is_not_taken_for_an_earlier_run(make_delivery, bucket, video):
+def test_an_object_of_another_request_is_not_taken_for_an_earlier_run(
+    make_delivery: Callable[..., Delivery], bucket: Settings, video: VideoFile
+) -> None:
     delivery = make_delivery(bucket, job_id="other-1")
     delivery.deliver(video, None, "f", METADATA)
     assert delivery.find_existing("g") is None
 
 
 def test_an_object_of_other_origin_is_not_taken_for_an_earlier_run(
-    make_delivery, bucket, object_store
-):
+    make_delivery: Callable[..., Delivery], bucket: Settings, object_store: BucketServer
+) -> None:
     delivery = make_delivery(bucket, job_id="foreign-1")
     object_store.client.put_object(Bucket=object_store.bucket, Key=delivery.key, Body=b"x")
     assert delivery.find_existing("f") is None
 
 
-def test_without_a_bucket_no_earlier_run_is_found(make_delivery, video):
+def test_without_a_bucket_no_earlier_run_is_found(
+    make_delivery: Callable[..., Delivery], video: VideoFile
+) -> None:
     delivery = make_delivery(Settings())
     delivery.deliver(video, None, "f", METADATA)
     assert delivery.find_existing("f") is None
@@ -264,13 +291,20 @@ def test_without_a_bucket_no_earlier_run_is_found(make_delivery, video):
 NO_SPACE = Answer(status=403, body=b"<Error><Code>QuotaExceeded</Code></Error>")
 
 
-def test_a_store_that_refuses_the_video_is_named_with_its_code(make_delivery, store, video):
+def test_a_store_that_refuses_the_video_is_named_with_its_code(
+    make_delivery: Callable[..., Delivery], store: ScriptedServer, video: VideoFile
+) -> None:
     store.on("PUT /avatars/avatar/job-1.mp4", NO_SPACE)
     with pytest.raises(UploadError, match="the object store answered QuotaExceeded"):
         make_delivery(with_bucket(store.origin), delivery="s3").deliver(video, None, "f", METADATA)
 
 
-def test_a_video_is_not_stored_before_its_thumbnail(make_delivery, store, video, thumbnail_path):
+def test_a_video_is_not_stored_before_its_thumbnail(
+    make_delivery: Callable[..., Delivery],
+    store: ScriptedServer,
+    video: VideoFile,
+    thumbnail_path: Path,
+) -> None:
     store.on("PUT /avatars/avatar/job-1.jpg", NO_SPACE)
     delivery = make_delivery(with_bucket(store.origin), delivery="s3")
     with pytest.raises(UploadError):
@@ -279,8 +313,8 @@ def test_a_video_is_not_stored_before_its_thumbnail(make_delivery, store, video,
 
 
 def test_a_store_that_does_not_answer_is_an_error_before_anything_is_generated(
-    make_delivery, store
-):
+    make_delivery: Callable[..., Delivery], store: ScriptedServer
+) -> None:
     store.on("GET /avatars/avatar/job-1.mp4", Answer(status=None))
     with pytest.raises(UploadError, match="did not answer as it should"):
         make_delivery(with_bucket(store.origin)).find_existing("f")
@@ -301,8 +335,12 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 def test_a_store_that_stumbles_is_asked_until_it_stands(
-    make_delivery, store, video, fault, monkeypatch
-):
+    make_delivery: Callable[..., Delivery],
+    store: ScriptedServer,
+    video: VideoFile,
+    fault: Answer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(storage, "FIRST_PAUSE_SECONDS", 0.02)
     store.on("PUT /avatars/avatar/job-1.mp4", *[fault] * 6, Answer())
     waits = []
@@ -317,7 +355,9 @@ def test_a_store_that_stumbles_is_asked_until_it_stands(
     assert len(waits) == 6
 
 
-def test_a_store_that_refuses_is_asked_once(make_delivery, store, video):
+def test_a_store_that_refuses_is_asked_once(
+    make_delivery: Callable[..., Delivery], store: ScriptedServer, video: VideoFile
+) -> None:
     store.on("PUT /avatars/avatar/job-1.mp4", NO_SPACE)
     delivery = make_delivery(with_bucket(store.origin), delivery="s3")
     delivery = dataclasses.replace(delivery, patience=Patience(20.0))
@@ -328,7 +368,9 @@ def test_a_store_that_refuses_is_asked_once(make_delivery, store, video):
     assert len(store.asked("PUT /avatars/avatar/job-1.mp4")) == 1
 
 
-def test_a_stop_is_met_while_a_store_is_waited_for(make_delivery, store, video):
+def test_a_stop_is_met_while_a_store_is_waited_for(
+    make_delivery: Callable[..., Delivery], store: ScriptedServer, video: VideoFile
+) -> None:
     class Stopped(Exception):  # noqa: N818
         pass
 
@@ -348,8 +390,8 @@ def test_a_stop_is_met_while_a_store_is_waited_for(make_delivery, store, video):
 
 
 def test_a_video_whose_store_stays_away_goes_into_the_reply_with_a_warning(
-    make_delivery, store, video
-):
+    make_delivery: Callable[..., Delivery], store: ScriptedServer, video: VideoFile
+) -> None:
     store.on("PUT /avatars/avatar/job-1.mp4", CLOSED)
 
     told = make_delivery(with_bucket(store.origin)).deliver(video, None, "f", METADATA)
@@ -360,7 +402,9 @@ def test_a_video_whose_store_stays_away_goes_into_the_reply_with_a_warning(
     assert "the bucket did not take the video" in told["warnings"][-1]
 
 
-def test_a_video_that_had_to_go_to_a_bucket_goes_nowhere_else(make_delivery, store, video):
+def test_a_video_that_had_to_go_to_a_bucket_goes_nowhere_else(
+    make_delivery: Callable[..., Delivery], store: ScriptedServer, video: VideoFile
+) -> None:
     store.on("PUT /avatars/avatar/job-1.mp4", CLOSED)
 
     with pytest.raises(UploadError):
@@ -371,8 +415,8 @@ def test_a_video_that_had_to_go_to_a_bucket_goes_nowhere_else(make_delivery, sto
 
 
 def test_a_key_that_holds_another_jobs_video_is_refused_before_anything_is_generated(
-    make_delivery, bucket, video
-):
+    make_delivery: Callable[..., Delivery], bucket: Settings, video: VideoFile
+) -> None:
     make_delivery(bucket, job_id="first", key="latest.mp4").deliver(video, None, "f", METADATA)
 
     with pytest.raises(InvalidInputError, match="overwrite") as caught:
@@ -382,8 +426,11 @@ def test_a_key_that_holds_another_jobs_video_is_refused_before_anything_is_gener
 
 @pytest.mark.parametrize("is_allowed", [True, False])
 def test_it_is_replaced_if_both_the_job_and_the_operator_say_so(
-    make_delivery, object_store, video, is_allowed
-):
+    make_delivery: Callable[..., Delivery],
+    object_store: BucketServer,
+    video: VideoFile,
+    is_allowed: bool,
+) -> None:
     settings = with_bucket(object_store.endpoint_url, allow_overwrite=is_allowed)
     key = f"latest-{is_allowed}.mp4"
     make_delivery(settings, job_id="first", key=key).deliver(video, None, "f", METADATA)
@@ -396,7 +443,9 @@ def test_it_is_replaced_if_both_the_job_and_the_operator_say_so(
             delivery.find_existing("g")
 
 
-def test_the_same_request_of_another_job_is_another_video(make_input):
+def test_the_same_request_of_another_job_is_another_video(
+    make_input: Callable[..., dict[str, Any]],
+) -> None:
     def fingerprint(job_id: str) -> str:
         return job_request.parse({"id": job_id, "input": make_input()}).fingerprint
 
@@ -407,7 +456,9 @@ def test_the_same_request_of_another_job_is_another_video(make_input):
 # A result that the platform does not take
 
 
-def test_a_result_is_kept_beside_its_video_and_removed_again(make_delivery, bucket, object_store):
+def test_a_result_is_kept_beside_its_video_and_removed_again(
+    make_delivery: Callable[..., Delivery], bucket: Settings, object_store: BucketServer
+) -> None:
     delivery = make_delivery(bucket, job_id="kept-1")
     payload = {"output": {"key": delivery.key}}
 
@@ -421,5 +472,5 @@ def test_a_result_is_kept_beside_its_video_and_removed_again(make_delivery, buck
     assert "avatar/kept-1.mp4.json" not in keys
 
 
-def test_where_there_is_no_bucket_no_result_is_kept(make_delivery):
+def test_where_there_is_no_bucket_no_result_is_kept(make_delivery: Callable[..., Delivery]) -> None:
     assert make_delivery(Settings()).keep_result({"output": {}}) is None

@@ -43,7 +43,7 @@ def in_loop(act: Callable[[], Any]) -> Any:
     return asyncio.run(run())
 
 
-def test_a_job_that_is_stopped_enters_no_further_stage(make_run):
+def test_a_job_that_is_stopped_enters_no_further_stage(make_run: Callable[..., JobRun]) -> None:
     def act() -> None:
         run = make_run()
         with run.stage("download"):
@@ -56,7 +56,9 @@ def test_a_job_that_is_stopped_enters_no_further_stage(make_run):
     in_loop(act)
 
 
-def test_a_job_has_the_operators_time_and_without_a_limit_any(make_run):
+def test_a_job_has_the_operators_time_and_without_a_limit_any(
+    make_run: Callable[..., JobRun],
+) -> None:
     def act() -> None:
         make_run(Settings(job_timeout_seconds=60.0)).check()
         late = make_run(Settings(job_timeout_seconds=60.0))
@@ -71,8 +73,8 @@ def test_a_job_has_the_operators_time_and_without_a_limit_any(make_run):
 
 
 def test_what_a_finished_job_took_is_learned_for_the_next_estimate(
-    make_run, engine: Engine, temporary_directory
-):
+    make_run: Callable[..., JobRun], engine: Engine, temporary_directory: Path
+) -> None:
     throughput = ThroughputEstimator()
 
     def act() -> tuple[dict[str, Any], ...]:
@@ -91,7 +93,9 @@ def test_what_a_finished_job_took_is_learned_for_the_next_estimate(
     assert list(temporary_directory.iterdir()) == []
 
 
-def test_a_reply_warns_of_a_silent_recording(make_run, engine, make_speech):
+def test_a_reply_warns_of_a_silent_recording(
+    make_run: Callable[..., JobRun], engine: Engine, make_speech: Callable[..., bytes]
+) -> None:
     recording = bytearray(make_speech(seconds=0.4))
     recording[44:] = bytes(len(recording) - 44)  # after the header of a WAV
     silence = base64.b64encode(recording).decode()
@@ -105,7 +109,13 @@ def test_a_reply_warns_of_a_silent_recording(make_run, engine, make_speech):
     ("changes", "field"),
     [({"face_box": [300, 300, 100, 100]}, "face_box"), ({"audio": "AAAA"}, "audio")],
 )
-def test_a_job_that_fails_leaves_no_file(make_run, engine, temporary_directory, changes, field):
+def test_a_job_that_fails_leaves_no_file(
+    make_run: Callable[..., JobRun],
+    engine: Engine,
+    temporary_directory: Path,
+    changes: dict[str, Any],
+    field: str,
+) -> None:
     def act() -> None:
         with pytest.raises(WorkerError) as caught:
             make_run(**changes).execute(engine, ThroughputEstimator())
@@ -116,8 +126,11 @@ def test_a_job_that_fails_leaves_no_file(make_run, engine, temporary_directory, 
 
 
 def test_the_files_of_a_job_whose_thread_is_stuck_can_be_removed(
-    make_run, engine, temporary_directory, monkeypatch
-):
+    make_run: Callable[..., JobRun],
+    engine: Engine,
+    temporary_directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     left: list[Path] = []
 
     def act() -> None:

@@ -8,7 +8,9 @@ import hashlib
 import io
 import json
 import time
+from collections.abc import Callable, Mapping
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
@@ -16,6 +18,7 @@ import av
 import pytest
 
 from local_endpoint import JobRecord, LocalEndpoint, WorkerProcess
+from tests.conftest import BucketServer, MediaServer
 from tests.support.scripted_server import Answer, ScriptedServer
 
 JOB_SECONDS = 120.0  # far more than a small job takes
@@ -23,12 +26,14 @@ MANY_STEPS = 100  # for a job that has to be met while it runs
 
 
 @pytest.fixture(scope="session")
-def make_job(make_portrait, make_speech):
+def make_job(
+    make_portrait: Callable[..., bytes], make_speech: Callable[..., bytes]
+) -> Callable[..., Any]:
     """A small job's payload; arguments replace fields of its input."""
     portrait = base64.b64encode(make_portrait()).decode()
     speech = base64.b64encode(make_speech(seconds=1.0)).decode()
 
-    def make(**changes):
+    def make(**changes: Any) -> dict[str, dict[str, Any]]:
         small = {"resolution": 256, "num_inference_steps": 2, "image": portrait, "audio": speech}
         return {"input": small | changes}
 
@@ -58,12 +63,14 @@ def code(job: JobRecord) -> str:
 
 
 @pytest.fixture(scope="session")
-def finished(endpoint, shared_worker, make_job):
+def finished(
+    endpoint: LocalEndpoint, shared_worker: WorkerProcess, make_job: Callable[..., Any]
+) -> JobRecord:
     """A job that has been generated, and is looked at from several sides."""
     return run(endpoint, make_job(seed=7, num_inference_steps=12, user_data={"order": 1}))
 
 
-def test_a_job_becomes_a_video_behind_the_url_that_it_answers(finished):
+def test_a_job_becomes_a_video_behind_the_url_that_it_answers(finished: JobRecord) -> None:
     assert (finished.status, finished.error) == ("COMPLETED", None)
     assert finished.output["seed"] == 7
     assert finished.output["user_data"] == {"order": 1}
@@ -88,11 +95,13 @@ def require_ordered_progress(job: JobRecord) -> None:
     assert [post.is_progress for post in job.posts] == [True] * len(job.progress) + [False]
 
 
-def test_progress_comes_in_order_and_before_the_result(finished):
+def test_progress_comes_in_order_and_before_the_result(finished: JobRecord) -> None:
     require_ordered_progress(finished)
 
 
-def test_progress_comes_in_order_when_the_platform_is_slow(endpoint, shared_worker, make_job):
+def test_progress_comes_in_order_when_the_platform_is_slow(
+    endpoint: LocalEndpoint, shared_worker: WorkerProcess, make_job: Callable[..., Any]
+) -> None:
     endpoint.delay_answers(0.7)
     try:
         job = run(endpoint, make_job())
@@ -103,7 +112,7 @@ def test_progress_comes_in_order_when_the_platform_is_slow(endpoint, shared_work
     require_ordered_progress(job)
 
 
-def test_the_worker_pings_throughout_a_job(endpoint, finished):
+def test_the_worker_pings_throughout_a_job(endpoint: LocalEndpoint, finished: JobRecord) -> None:
     beats = [beat.at_seconds for beat in endpoint.heartbeats if finished.id in beat.job_ids]
 
     times = [started_at(finished), *beats, ended_at(finished)]
@@ -111,8 +120,11 @@ def test_the_worker_pings_throughout_a_job(endpoint, finished):
 
 
 def test_a_cancelled_job_stops_at_its_next_step_posts_nothing_and_the_next_job_runs(
-    endpoint, shared_worker, make_job, finished
-):
+    endpoint: LocalEndpoint,
+    shared_worker: WorkerProcess,
+    make_job: Callable[..., Any],
+    finished: JobRecord,
+) -> None:
     cancelled_id = endpoint.submit(make_job(num_inference_steps=MANY_STEPS))
     next_id = endpoint.submit(make_job(seed=7, num_inference_steps=12))
     running = endpoint.wait_until(cancelled_id, is_denoising, JOB_SECONDS)
@@ -147,8 +159,13 @@ def test_a_cancelled_job_stops_at_its_next_step_posts_nothing_and_the_next_job_r
     ],
 )
 def test_a_bad_job_is_refused_at_once_with_its_code_and_its_field(
-    endpoint, shared_worker, make_job, changes, expected_code, told
-):
+    endpoint: LocalEndpoint,
+    shared_worker: WorkerProcess,
+    make_job: Callable[..., Any],
+    changes: dict[str, Any],
+    expected_code: str,
+    told: str,
+) -> None:
     job = run(endpoint, make_job(**changes))
 
     assert (job.status, code(job)) == ("FAILED", expected_code)
@@ -160,15 +177,20 @@ def test_a_bad_job_is_refused_at_once_with_its_code_and_its_field(
     assert ended_at(job) - started_at(job) < 2.0
 
 
-def test_a_job_whose_input_is_no_object_is_refused(endpoint, shared_worker):
+def test_a_job_whose_input_is_no_object_is_refused(
+    endpoint: LocalEndpoint, shared_worker: WorkerProcess
+) -> None:
     job = run(endpoint, {"input": ["not", "an", "object"]})
 
     assert (job.status, code(job)) == ("FAILED", "INVALID_INPUT")
 
 
 def test_an_input_that_the_server_does_not_have_may_be_tried_again(
-    endpoint, shared_worker, make_job, media_server
-):
+    endpoint: LocalEndpoint,
+    shared_worker: WorkerProcess,
+    make_job: Callable[..., Any],
+    media_server: MediaServer,
+) -> None:
     job = run(endpoint, make_job(image=media_server.url + "/missing.png"))
 
     assert (job.status, code(job)) == ("FAILED", "INPUT_DOWNLOAD_FAILED")
@@ -176,8 +198,11 @@ def test_an_input_that_the_server_does_not_have_may_be_tried_again(
 
 
 def test_a_result_that_is_not_taken_is_sent_again_and_nothing_is_made_twice(
-    endpoint, shared_worker, make_job, object_store
-):
+    endpoint: LocalEndpoint,
+    shared_worker: WorkerProcess,
+    make_job: Callable[..., Any],
+    object_store: BucketServer,
+) -> None:
     endpoint.lose_results(status=413)
     endpoint.lose_results(status=None)
     endpoint.lose_results(status=502)
@@ -197,8 +222,12 @@ def test_a_result_that_is_not_taken_is_sent_again_and_nothing_is_made_twice(
 
 
 def test_a_result_that_is_never_taken_lies_beside_its_video(
-    own_endpoint, worker_environment, make_job, object_store, tmp_path
-):
+    own_endpoint: LocalEndpoint,
+    worker_environment: Mapping[str, str],
+    make_job: Callable[..., Any],
+    object_store: BucketServer,
+    tmp_path: Path,
+) -> None:
     environment = {**worker_environment, "RESULT_RETRY_SECONDS": "1"}
     with WorkerProcess(own_endpoint, tmp_path / "worker", environment=environment) as worker:
         worker.wait_until_polling(JOB_SECONDS)
@@ -218,8 +247,8 @@ def test_a_result_that_is_never_taken_lies_beside_its_video(
 
 @pytest.mark.parametrize("hangs", ["a byte a second", "never an answer"])
 def test_a_cancel_frees_the_worker_from_a_store_that_hangs(
-    endpoint, shared_worker, make_job, hangs
-):
+    endpoint: LocalEndpoint, shared_worker: WorkerProcess, make_job: Callable[..., Any], hangs: str
+) -> None:
     slow = Answer(body=b"<" * 600, byte_seconds=1.0)
     if hangs == "never an answer":
         slow = Answer(delay_seconds=60.0)
@@ -246,7 +275,9 @@ def test_a_cancel_frees_the_worker_from_a_store_that_hangs(
     assert endpoint.state(job_id).status == "CANCELLED"
 
 
-def test_a_job_that_is_delivered_twice_gets_the_same_answer(endpoint, shared_worker, finished):
+def test_a_job_that_is_delivered_twice_gets_the_same_answer(
+    endpoint: LocalEndpoint, shared_worker: WorkerProcess, finished: JobRecord
+) -> None:
     endpoint.requeue(finished.id)
 
     second = endpoint.wait(finished.id, JOB_SECONDS)
@@ -258,15 +289,20 @@ def test_a_job_that_is_delivered_twice_gets_the_same_answer(endpoint, shared_wor
 
 
 def test_another_request_under_an_earlier_id_is_not_answered_with_the_earlier_video(
-    endpoint, shared_worker, make_job, finished
-):
+    endpoint: LocalEndpoint,
+    shared_worker: WorkerProcess,
+    make_job: Callable[..., Any],
+    finished: JobRecord,
+) -> None:
     other = run(endpoint, {"id": finished.id, **make_job(seed=8)})
 
     assert other.output["seed"] == 8
     assert other.output["sha256"] != finished.output["sha256"]
 
 
-def test_sigterm_lets_the_running_job_finish(own_endpoint, own_worker, make_job):
+def test_sigterm_lets_the_running_job_finish(
+    own_endpoint: LocalEndpoint, own_worker: WorkerProcess, make_job: Callable[..., Any]
+) -> None:
     job_id = own_endpoint.submit(make_job(num_inference_steps=8))
     waiting_id = own_endpoint.submit(make_job())
     own_endpoint.wait_until(job_id, is_denoising, JOB_SECONDS)
@@ -280,7 +316,9 @@ def test_sigterm_lets_the_running_job_finish(own_endpoint, own_worker, make_job)
     assert list(own_worker.temporary_directory.iterdir()) == []
 
 
-def test_sigterm_ends_an_idle_worker_promptly(own_endpoint, own_worker, make_job):
+def test_sigterm_ends_an_idle_worker_promptly(
+    own_endpoint: LocalEndpoint, own_worker: WorkerProcess, make_job: Callable[..., Any]
+) -> None:
     own_worker.terminate()
 
     assert own_worker.wait(timeout_seconds=10.0) == 0  # the poll is held for 30 s
@@ -289,7 +327,9 @@ def test_sigterm_ends_an_idle_worker_promptly(own_endpoint, own_worker, make_job
     assert own_endpoint.state(job_id).status == "IN_QUEUE"
 
 
-def test_a_job_that_is_handed_out_after_sigterm_is_run(own_endpoint, own_worker, make_job):
+def test_a_job_that_is_handed_out_after_sigterm_is_run(
+    own_endpoint: LocalEndpoint, own_worker: WorkerProcess, make_job: Callable[..., Any]
+) -> None:
     own_worker.terminate()
     time.sleep(0.3)
 
@@ -300,8 +340,12 @@ def test_a_job_that_is_handed_out_after_sigterm_is_run(own_endpoint, own_worker,
 
 
 def test_ten_jobs_each_end_as_they_should_and_leave_nothing_behind(
-    own_endpoint, own_worker, make_job, media_server, make_portrait
-):
+    own_endpoint: LocalEndpoint,
+    own_worker: WorkerProcess,
+    make_job: Callable[..., Any],
+    media_server: MediaServer,
+    make_portrait: Callable[..., bytes],
+) -> None:
     endpoint, worker = own_endpoint, own_worker
     picture_url = media_server.add("/face.jpg", make_portrait(format="JPEG"))
     jobs = [
@@ -340,8 +384,11 @@ def test_ten_jobs_each_end_as_they_should_and_leave_nothing_behind(
 
 
 def test_the_log_names_each_job_and_never_what_it_sent_or_got(
-    own_endpoint, worker_environment, make_job, tmp_path
-):
+    own_endpoint: LocalEndpoint,
+    worker_environment: Mapping[str, str],
+    make_job: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
     environment = {**worker_environment, "RUNPOD_LOG_LEVEL": "DEBUG"}
     with WorkerProcess(own_endpoint, tmp_path / "w", environment=environment) as worker:
         worker.wait_until_polling(timeout_seconds=120)
@@ -357,7 +404,9 @@ def test_the_log_names_each_job_and_never_what_it_sent_or_got(
     assert make_job()["input"]["image"][:200] not in worker.log
 
 
-def test_a_worker_without_weights_says_so_and_takes_no_job(own_endpoint, tmp_path):
+def test_a_worker_without_weights_says_so_and_takes_no_job(
+    own_endpoint: LocalEndpoint, tmp_path: Path
+) -> None:
     environment = {"MODEL_DIR": str(tmp_path / "nothing")}
     with (
         WorkerProcess(own_endpoint, tmp_path / "worker", environment=environment) as worker,

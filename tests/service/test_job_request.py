@@ -23,7 +23,7 @@ def parse(top: dict[str, Any] | None = None, **fields: Any) -> job_request.JobRe
     )
 
 
-def test_the_bucket_of_the_job_wins_over_that_of_the_input():
+def test_the_bucket_of_the_job_wins_over_that_of_the_input() -> None:
     top = {"s3Config": {**S3, "bucketName": "top"}}
     request = parse(top, s3Config={**S3, "bucketName": "input"})
     assert request.bucket is not None
@@ -33,19 +33,19 @@ def test_the_bucket_of_the_job_wins_over_that_of_the_input():
     assert request.bucket.name == "input"
 
 
-def test_a_bucket_without_keys_is_named_where_it_stands():
+def test_a_bucket_without_keys_is_named_where_it_stands() -> None:
     with pytest.raises(InvalidInputError) as caught:
         parse({"s3Config": {"endpointUrl": "https://s3.example.com"}})
     assert caught.value.field == "s3Config.accessId"
 
 
-def test_no_secret_and_no_content_stands_in_a_requests_text():
+def test_no_secret_and_no_content_stands_in_a_requests_text() -> None:
     text = repr(parse(s3Config=S3, image=base64.b64encode(b"face" * 100).decode()))
     assert "hush-hush" not in text
     assert "faceface" not in text
 
 
-def test_two_deliveries_of_a_job_have_one_fingerprint_and_another_request_has_another():
+def test_two_deliveries_of_a_job_have_one_fingerprint_and_another_request_has_another() -> None:
     assert parse(seed=1).fingerprint == parse(seed=1).fingerprint
     different = [parse(seed=2), parse(image=AUDIO), parse(motion={"pose": 1}), parse(fps=12.5)]
     assert len({request.fingerprint for request in [parse(seed=1), *different]}) == 5
@@ -53,20 +53,20 @@ def test_two_deliveries_of_a_job_have_one_fingerprint_and_another_request_has_an
     assert parse(user_data=1, output={"key": "a.mp4"}).fingerprint == parse().fingerprint
 
 
-def test_an_id_that_cannot_stand_in_a_key_is_replaced():
+def test_an_id_that_cannot_stand_in_a_key_is_replaced() -> None:
     assert job_request.safe_id("sync-1a2b-e1") == "sync-1a2b-e1"
     for hostile in ["../../etc", "a\nb", "", None, "x" * 200, "\ud800"]:
         assert job_request.safe_id(hostile).isalnum()
 
 
-def test_the_room_in_a_reply_depends_on_how_the_job_was_sent():
+def test_the_room_in_a_reply_depends_on_how_the_job_was_sent() -> None:
     job = {"input": {"image": IMAGE, "audio": AUDIO}}
     small = job_request.parse({"id": "a-e1", **job}).max_inline_characters
     assert job_request.parse({"id": "sync-a-e1", **job}).max_inline_characters > small
 
 
 @pytest.mark.parametrize("value", [None, [], "text", 3])
-def test_an_input_that_is_no_object_is_refused(value: Any):
+def test_an_input_that_is_no_object_is_refused(value: Any) -> None:
     with pytest.raises(InvalidInputError) as caught:
         job_request.parse({"id": "a", "input": value})
     assert caught.value.field == "input"
@@ -85,7 +85,7 @@ FIELDS = st.sampled_from([*JobInput.model_fields, "s3Config"])
 @given(st.dictionaries(FIELDS | st.text(), JSON, max_size=6), JSON)
 def test_any_json_is_either_a_request_or_a_refusal_that_can_be_sent(
     fields: dict[str, Any], s3_config: Any
-):
+) -> None:
     job = {"id": "a", "s3Config": s3_config, "input": {"image": IMAGE, "audio": AUDIO, **fields}}
     try:
         request = job_request.parse(job)

@@ -38,7 +38,7 @@ def run_job(
     asyncio.run(job())
 
 
-def test_progress_arrives_in_order_and_never_falls():
+def test_progress_arrives_in_order_and_never_falls() -> None:
     listener = Listener()
     run_job(listener, pause_seconds=0.002)
     shares = [payload["progress"] for payload in listener.payloads]
@@ -49,20 +49,20 @@ def test_progress_arrives_in_order_and_never_falls():
     assert set(stages) == {1, 2, 3, 4, 5}
 
 
-def test_the_last_value_arrives_before_the_job_returns_however_slow_the_client():
+def test_the_last_value_arrives_before_the_job_returns_however_slow_the_client() -> None:
     listener = Listener(delay_seconds=0.2)
     run_job(listener, interval_seconds=10.0)
     last = listener.payloads[-1]
     assert (last["stage"], last["progress"], last["step"]) == ("upload", 1.0, 20)
 
 
-def test_the_newest_value_wins_between_two_posts():
+def test_the_newest_value_wins_between_two_posts() -> None:
     listener = Listener()
     run_job(listener, interval_seconds=0.1, pause_seconds=0.005)  # 100 values in half a second
     assert 3 <= len(listener.payloads) <= 12
 
 
-def test_a_client_that_refuses_every_value_does_not_stop_the_job():
+def test_a_client_that_refuses_every_value_does_not_stop_the_job() -> None:
     async def refuse(payload: dict[str, Any]) -> None:
         raise ConnectionError("gone")
 
@@ -75,7 +75,7 @@ def test_a_client_that_refuses_every_value_does_not_stop_the_job():
     assert asyncio.run(job()) == "done"
 
 
-def test_a_stopped_job_posts_nothing_more():
+def test_a_stopped_job_posts_nothing_more() -> None:
     listener = Listener()
 
     async def job() -> None:
@@ -93,7 +93,7 @@ def test_a_stopped_job_posts_nothing_more():
     assert [payload["step"] for payload in listener.payloads] == [None]
 
 
-def test_the_remaining_time_is_unknown_until_the_first_step():
+def test_the_remaining_time_is_unknown_until_the_first_step() -> None:
     listener = Listener()
     run_job(listener, pause_seconds=0.002)
     for payload in listener.payloads:
@@ -101,7 +101,7 @@ def test_the_remaining_time_is_unknown_until_the_first_step():
         assert known == (payload["progress"] > 0.05)
 
 
-def test_a_job_that_is_stopped_while_its_last_value_is_posted_leaves_no_task_behind():
+def test_a_job_that_is_stopped_while_its_last_value_is_posted_leaves_no_task_behind() -> None:
     async def stop_late() -> set[asyncio.Task[Any]]:
         async def job() -> None:
             async with ProgressReporter(Listener(delay_seconds=5.0)) as progress:

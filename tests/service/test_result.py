@@ -1,12 +1,15 @@
 """The form of what a client gets."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from avatar_client.contract.presets import PRESETS
 from avatar_client.contract.request import JobInput
 from avatar_client.version import __version__
+from worker.generation.engine import Engine
 from worker.media.video import VideoFile
 from worker.service import result
 from worker.service.estimate import JobPlan
@@ -16,13 +19,13 @@ PLAN = JobPlan(FrameSize(256, 320), VideoPlan(150), 50, PRESETS["balanced"].step
 
 
 @pytest.fixture
-def params(make_input) -> JobInput:
+def params(make_input: Callable[..., dict[str, Any]]) -> JobInput:
     return JobInput.model_validate(
         make_input(preset="balanced", fps=12.5, num_inference_steps=50, user_data={"order": 1})
     )
 
 
-def test_a_dry_run_tells_the_plan_the_delivery_and_the_estimate(params):
+def test_a_dry_run_tells_the_plan_the_delivery_and_the_estimate(params: JobInput) -> None:
     output = result.dry_run_output(params, PLAN, {"delivery": "inline"}, 12.0004, 99.5, "demo")
     assert output.pop("worker")["model"] == "demo"
     assert output == {
@@ -43,7 +46,7 @@ def test_a_dry_run_tells_the_plan_the_delivery_and_the_estimate(params):
     }
 
 
-def test_a_videos_metadata_are_those_of_its_file_and_its_plan(params):
+def test_a_videos_metadata_are_those_of_its_file_and_its_plan(params: JobInput) -> None:
     file = VideoFile(Path("x"), num_frames=150, duration_seconds=12.0, size_bytes=9, sha256="ab")
     assert result.video_metadata(params, PLAN, file, 7, ("no face",)) == {
         "sha256": "ab",
@@ -58,7 +61,7 @@ def test_a_videos_metadata_are_those_of_its_file_and_its_plan(params):
     }
 
 
-def test_a_reply_names_what_shaped_the_video_and_who_made_it(params):
+def test_a_reply_names_what_shaped_the_video_and_who_made_it(params: JobInput) -> None:
     output = result.video_output(params, {"seed": 7}, {"total_seconds": 1.0}, "demo")
     assert (output["seed"], output["content_type"]) == (7, "video/mp4")
     assert output["parameters"] == {
@@ -74,7 +77,9 @@ def test_a_reply_names_what_shaped_the_video_and_who_made_it(params):
     assert (output["worker"]["version"], output["worker"]["model"]) == (__version__, "demo")
 
 
-def test_metrics_tell_the_stages_the_gpu_and_how_the_model_was_loaded(params, engine):
+def test_metrics_tell_the_stages_the_gpu_and_how_the_model_was_loaded(
+    params: JobInput, engine: Engine
+) -> None:
     metrics = result.job_metrics(params, engine, {"denoise_seconds": 1.5}, 2.0004)
     report = engine.load_report
     assert (metrics["denoise_seconds"], metrics["total_seconds"]) == (1.5, 2.0)

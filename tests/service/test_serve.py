@@ -79,7 +79,9 @@ async def until_polling(platform: LocalEndpoint) -> None:
     assert await asyncio.to_thread(platform.wait_for_worker, WORKER_ID, 10.0)
 
 
-def test_a_job_is_run_with_its_progress_and_its_result(platform, worker, make_input):
+def test_a_job_is_run_with_its_progress_and_its_result(
+    platform: LocalEndpoint, worker: Worker, make_input: Callable[..., dict[str, Any]]
+) -> None:
     job_id = platform.submit({"input": make_input()})
 
     async def act(scaler: Scaler) -> None:
@@ -93,7 +95,9 @@ def test_a_job_is_run_with_its_progress_and_its_result(platform, worker, make_in
     assert job.progress[-1]["stage"] == "upload"
 
 
-def test_a_stop_ends_an_idle_worker_promptly_and_takes_no_job(platform, worker, make_input):
+def test_a_stop_ends_an_idle_worker_promptly_and_takes_no_job(
+    platform: LocalEndpoint, worker: Worker, make_input: Callable[..., dict[str, Any]]
+) -> None:
     async def act(scaler: Scaler) -> None:
         await until_polling(platform)
         scaler.kill_worker()
@@ -104,7 +108,9 @@ def test_a_stop_ends_an_idle_worker_promptly_and_takes_no_job(platform, worker, 
     assert platform.state(job_id).status == "IN_QUEUE"
 
 
-def test_a_job_that_comes_as_the_worker_stops_is_run(platform, worker, make_input):
+def test_a_job_that_comes_as_the_worker_stops_is_run(
+    platform: LocalEndpoint, worker: Worker, make_input: Callable[..., dict[str, Any]]
+) -> None:
     ids = []
 
     async def act(scaler: Scaler) -> None:
@@ -116,7 +122,9 @@ def test_a_job_that_comes_as_the_worker_stops_is_run(platform, worker, make_inpu
     assert platform.state(ids[0]).status == "COMPLETED"
 
 
-def test_a_stop_lets_the_running_job_finish_and_takes_no_further_one(platform, worker, make_input):
+def test_a_stop_lets_the_running_job_finish_and_takes_no_further_one(
+    platform: LocalEndpoint, worker: Worker, make_input: Callable[..., dict[str, Any]]
+) -> None:
     running, waiting = (
         platform.submit({"input": make_input(num_inference_steps=20)}) for _ in range(2)
     )
@@ -134,7 +142,9 @@ def is_told(job: JobRecord) -> bool:
     return bool(job.progress)
 
 
-def test_a_failing_poll_is_repeated_after_a_pause(failing_platform, worker, monkeypatch):
+def test_a_failing_poll_is_repeated_after_a_pause(
+    failing_platform: ScriptedServer, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(serve, "RETRY_SECONDS", 0.25)
 
     async def act(scaler: Scaler) -> None:
@@ -147,8 +157,12 @@ def test_a_failing_poll_is_repeated_after_a_pause(failing_platform, worker, monk
 
 
 def test_a_worker_that_a_job_has_damaged_takes_no_further_one(
-    platform, worker, engine, make_input, monkeypatch
-):
+    platform: LocalEndpoint,
+    worker: Worker,
+    engine: Engine,
+    make_input: Callable[..., dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     break_gpu(engine, monkeypatch)
     first, second = (platform.submit({"input": make_input()}) for _ in range(2))
 
@@ -158,13 +172,18 @@ def test_a_worker_that_a_job_has_damaged_takes_no_further_one(
     serve_during(worker, act, END_SECONDS)
     failed = platform.state(first)
     assert (failed.status, failed.stop_pod) == ("FAILED", True)
+    assert failed.error is not None
     assert failed.error.startswith("GENERATION_FAILED: ")
     assert platform.state(second).status == "IN_QUEUE"
 
 
 def test_a_worker_that_is_damaged_while_it_has_no_job_of_the_queue_ends(
-    platform, worker, engine, make_input, monkeypatch
-):
+    platform: LocalEndpoint,
+    worker: Worker,
+    engine: Engine,
+    make_input: Callable[..., dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     break_gpu(engine, monkeypatch)
 
     async def act(_: Scaler) -> None:

@@ -10,6 +10,7 @@ import math
 import struct
 import tempfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from worker.settings import Settings
 
 
 @pytest.fixture
-def worker(engine, tmp_path, monkeypatch):
+def worker(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Worker:
     """A worker without a bucket, its temporary files in a directory of their own."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return Worker(Settings(max_audio_seconds=20.0), engine)
@@ -76,8 +77,13 @@ HOSTILE: list[tuple[dict[str, Any], str, str]] = [
 
 @pytest.mark.parametrize(("changes", "code", "field"), HOSTILE)
 def test_hostile_input_gets_its_code_and_leaves_nothing_behind(
-    worker, make_input, tmp_path, changes, code, field
-):
+    worker: Worker,
+    make_input: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    changes: dict[str, Any],
+    code: str,
+    field: str,
+) -> None:
     output = handle(worker, make_input(**changes))
 
     assert output["error"].startswith(f"{code}: ")
@@ -91,15 +97,20 @@ def test_hostile_input_gets_its_code_and_leaves_nothing_behind(
 
 
 def test_a_truncated_picture_and_a_truncated_recording_are_named(
-    worker, make_input, make_portrait, make_speech
-):
+    worker: Worker,
+    make_input: Callable[..., dict[str, Any]],
+    make_portrait: Callable[..., bytes],
+    make_speech: Callable[..., bytes],
+) -> None:
     cut = encoded(make_portrait(format="JPEG")[:700])
     assert handle(worker, make_input(image=cut))["error"].startswith("UNSUPPORTED_MEDIA: image")
     header = encoded(make_speech()[:44])
     assert "audio" in handle(worker, make_input(audio=header))["error"]
 
 
-def test_speech_over_the_limit_is_refused_and_a_part_of_it_is_not(worker, make_input, make_speech):
+def test_speech_over_the_limit_is_refused_and_a_part_of_it_is_not(
+    worker: Worker, make_input: Callable[..., dict[str, Any]], make_speech: Callable[..., bytes]
+) -> None:
     long = encoded(make_speech(seconds=30.0, rate_hz=8_000))
     refused = handle(worker, make_input(audio=long, dry_run=True))
     assert refused["error"].startswith("INPUT_TOO_LARGE: audio")
@@ -107,13 +118,17 @@ def test_speech_over_the_limit_is_refused_and_a_part_of_it_is_not(worker, make_i
     assert handle(worker, part)["plan"]["duration_seconds"] == 2.0
 
 
-def test_a_clients_bucket_at_a_private_address_is_blocked_before_anything_else(worker, make_input):
+def test_a_clients_bucket_at_a_private_address_is_blocked_before_anything_else(
+    worker: Worker, make_input: Callable[..., dict[str, Any]]
+) -> None:
     bucket = {"endpointUrl": "https://127.0.0.1:9000", "accessId": "a", "accessSecret": "b"}
     output = handle(worker, make_input(), s3Config=bucket)
     assert output["error"].startswith("INPUT_URL_BLOCKED: s3Config.endpointUrl")
 
 
-def test_a_dry_run_plans_without_generating(worker, make_input):
+def test_a_dry_run_plans_without_generating(
+    worker: Worker, make_input: Callable[..., dict[str, Any]]
+) -> None:
     output = handle(worker, make_input(dry_run=True, num_inference_steps=50, fps=12.5))
     assert output["plan"] == {
         "width": 256,
@@ -128,7 +143,9 @@ def test_a_dry_run_plans_without_generating(worker, make_input):
     }
 
 
-def test_without_a_bucket_the_video_comes_in_the_reply(worker, make_input, tmp_path):
+def test_without_a_bucket_the_video_comes_in_the_reply(
+    worker: Worker, make_input: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
     output = handle(worker, make_input(seed=3, output={"thumbnail": True}))
     video = base64.b64decode(output["video_base64"])
     assert video[4:8] == b"ftyp"
@@ -139,19 +156,25 @@ def test_without_a_bucket_the_video_comes_in_the_reply(worker, make_input, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_drawn_seed_makes_the_same_video_when_it_is_sent_back(worker, make_input):
+def test_a_drawn_seed_makes_the_same_video_when_it_is_sent_back(
+    worker: Worker, make_input: Callable[..., dict[str, Any]]
+) -> None:
     first = handle(worker, make_input())
     again = handle(worker, make_input(seed=first["seed"]))
     assert first["sha256"] == again["sha256"]
 
 
-def test_a_job_over_the_workers_own_limit_ends_with_a_code(engine, make_input):
+def test_a_job_over_the_workers_own_limit_ends_with_a_code(
+    engine: Engine, make_input: Callable[..., dict[str, Any]]
+) -> None:
     worker = Worker(Settings(job_timeout_seconds=0.01), engine)
     output = handle(worker, make_input(num_inference_steps=100))
     assert output["error"].startswith("DEADLINE_EXCEEDED: ")
 
 
-def test_a_job_that_is_stopped_twice_ends_once_and_the_next_one_runs(worker, make_input, tmp_path):
+def test_a_job_that_is_stopped_twice_ends_once_and_the_next_one_runs(
+    worker: Worker, make_input: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
     async def stop_and_go_on() -> dict[str, Any]:
         job = {"id": "job-1", "input": make_input(num_inference_steps=100)}
         task = asyncio.create_task(worker.handle(job))
@@ -169,8 +192,11 @@ def test_a_job_that_is_stopped_twice_ends_once_and_the_next_one_runs(worker, mak
 
 
 def test_an_unforeseen_failure_tells_the_client_a_reference_and_the_log_the_rest(
-    worker, make_input, monkeypatch, caplog
-):
+    worker: Worker,
+    make_input: Callable[..., dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise LookupError("/secret/path: https://example.com/a?X-Amz-Signature=abc")
 
@@ -192,8 +218,14 @@ def test_an_unforeseen_failure_tells_the_client_a_reference_and_the_log_the_rest
     ],
 )
 def test_a_fault_of_the_gpu_asks_for_a_fresh_worker(
-    worker, make_input, engine, monkeypatch, failure, code, refresh
-):
+    worker: Worker,
+    make_input: Callable[..., dict[str, Any]],
+    engine: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    failure: str,
+    code: str,
+    refresh: bool,
+) -> None:
     import torch
 
     kind = torch.cuda.OutOfMemoryError if "out of memory" in failure else RuntimeError
@@ -209,7 +241,9 @@ def test_a_fault_of_the_gpu_asks_for_a_fresh_worker(
     assert failure not in json.dumps(output)
 
 
-def test_each_line_of_the_log_names_the_job(worker, make_input):
+def test_each_line_of_the_log_names_the_job(
+    worker: Worker, make_input: Callable[..., dict[str, Any]]
+) -> None:
     stream = io.StringIO()
     logs.configure("INFO")
     root = logging.getLogger()
@@ -225,8 +259,8 @@ def test_each_line_of_the_log_names_the_job(worker, make_input):
 
 
 def test_the_model_that_is_missing_is_an_error_of_the_job_and_not_a_traceback(
-    make_input, tmp_path: Path
-):
+    make_input: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
     worker = Worker(Settings(model_dir=str(tmp_path / "nothing")))
     worker.load()
     assert worker.load_error is not None

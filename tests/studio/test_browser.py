@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,7 +30,9 @@ pytestmark = pytest.mark.browser
 class StudioProcess:
     """A running `python -m studio`."""
 
-    def __init__(self, directory: Path, *options: str, environment: dict[str, str] | None = None):
+    def __init__(
+        self, directory: Path, *options: str, environment: dict[str, str] | None = None
+    ) -> None:
         with socket.create_server(("127.0.0.1", 0)) as server:
             self.port = server.getsockname()[1]
         self.directory = directory
@@ -75,7 +78,7 @@ class StudioProcess:
 
 
 @pytest.fixture(scope="module")
-def studio(tmp_path_factory, random_model):
+def studio(tmp_path_factory: pytest.TempPathFactory, random_model: Path) -> Iterator[StudioProcess]:
     directory = tmp_path_factory.mktemp("studio") / "files"
     with StudioProcess(directory, "--model-dir", str(random_model)) as studio:
         yield studio
@@ -83,7 +86,7 @@ def studio(tmp_path_factory, random_model):
 
 
 @pytest.fixture(scope="module")
-def chromium():
+def chromium() -> Iterator[Any]:
     with playwright.sync_playwright() as api:
         browser = api.chromium.launch(
             executable_path=shutil.which("chromium"),
@@ -98,14 +101,14 @@ def chromium():
 
 
 @pytest.fixture
-def open_page(chromium):
+def open_page(chromium: Any) -> Iterator[Callable[..., Any]]:
     """Opens pages, each a browser of its own; none may fail or ask anybody else for anything.
 
     Nor may one use gradio's queue, which loses an event now and then (`studio.page`).
     """
     problems, contexts = [], []
 
-    def open_page(url: str, viewport: dict[str, int] = DESKTOP, context=None):
+    def open_page(url: str, viewport: dict[str, int] = DESKTOP, context: Any = None) -> Any:
         if context is None:
             context = chromium.new_context(
                 viewport=viewport, permissions=["microphone"], accept_downloads=True
@@ -133,7 +136,11 @@ def open_page(chromium):
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory, make_portrait, make_speech):
+def files(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_portrait: Callable[..., bytes],
+    make_speech: Callable[..., bytes],
+) -> Path:
     """A portrait, a speech, and a file that is neither."""
     directory = tmp_path_factory.mktemp("media")
     (directory / "portrait.png").write_bytes(make_portrait())
@@ -142,7 +149,7 @@ def files(tmp_path_factory, make_portrait, make_speech):
     return directory
 
 
-def fill(page, files, *, portrait="portrait.png", steps=None):
+def fill(page: Any, files: Path, *, portrait: str = "portrait.png", steps: Any = None) -> None:
     """Drops the files, and sets the number of steps if it is given."""
     page.locator("#image input[type=file]").set_input_files(files / portrait)
     page.locator("#audio input[type=file]").set_input_files(files / "speech.wav")
@@ -152,7 +159,7 @@ def fill(page, files, *, portrait="portrait.png", steps=None):
         set_steps(page, steps)
 
 
-def unfold(page, name):
+def unfold(page: Any, name: str) -> None:
     """Opens a part of the page.
 
     gradio draws an opened part once more: what is entered in that moment is lost, and now and then
@@ -166,46 +173,48 @@ def unfold(page, name):
         page.wait_for_timeout(500)
 
 
-def set_steps(page, steps):
+def set_steps(page: Any, steps: int | None) -> None:
     unfold(page, "Settings")
     number = page.get_by_label("number input for Steps")
     number.fill(str(steps))
     number.press("Tab")
 
 
-def make(page):
+def make(page: Any) -> None:
     page.get_by_role("button", name="Make the video").click()
 
 
-def bar(page):
+def bar(page: Any) -> Any:
     return page.get_by_role("progressbar", name="Progress")
 
 
-def wait_for_step(page):
+def wait_for_step(page: Any) -> None:
     expect(page.locator("#result")).to_contain_text(
         re.compile(r"Step \d+ of \d+"), timeout=JOB_MILLISECONDS
     )
 
 
-def wait_for_video(page):
+def wait_for_video(page: Any) -> Any:
     player = page.locator("video.result")
     expect(player).to_be_visible(timeout=JOB_MILLISECONDS)
     return player
 
 
-def wait_until(condition, seconds):
+def wait_until(condition: Any, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
 
-def job_in_address(page):
+def job_in_address(page: Any) -> Any:
     page.wait_for_url(re.compile(r"\?job="))
     return page.url.rpartition("=")[2]
 
 
-def test_a_person_makes_a_video_watches_it_and_takes_it_home(studio, open_page, files, tmp_path):
+def test_a_person_makes_a_video_watches_it_and_takes_it_home(
+    studio: StudioProcess, open_page: Callable[..., Any], files: Path, tmp_path: Path
+) -> None:
     page = open_page(studio.url)
     fill(page, files)
     make(page)
@@ -238,7 +247,9 @@ def test_a_person_makes_a_video_watches_it_and_takes_it_home(studio, open_page, 
     assert path.read_bytes() == next(kept.glob("*.mp4")).read_bytes()
 
 
-def test_a_job_is_cancelled_in_the_middle(studio, open_page, files):
+def test_a_job_is_cancelled_in_the_middle(
+    studio: StudioProcess, open_page: Callable[..., Any], files: Path
+) -> None:
     page = open_page(studio.url)
     fill(page, files, steps=100)
     make(page)
@@ -252,8 +263,11 @@ def test_a_job_is_cancelled_in_the_middle(studio, open_page, files):
 
 
 def test_a_cancel_that_does_not_reach_the_endpoint_is_reported(
-    tmp_path_factory, open_page, files, random_model
-):
+    tmp_path_factory: pytest.TempPathFactory,
+    open_page: Callable[..., Any],
+    files: Path,
+    random_model: Path,
+) -> None:
     directory = tmp_path_factory.mktemp("deaf") / "files"
     with StudioProcess(directory, "--model-dir", str(random_model)) as studio:
         page = open_page(studio.url)
@@ -271,7 +285,9 @@ def test_a_cancel_that_does_not_reach_the_endpoint_is_reported(
     assert "Traceback" not in studio.log
 
 
-def test_a_bad_file_is_told_in_words(studio, open_page, files):
+def test_a_bad_file_is_told_in_words(
+    studio: StudioProcess, open_page: Callable[..., Any], files: Path
+) -> None:
     page = open_page(studio.url)
     page.locator("#image input[type=file]").set_input_files(files / "bad.png")
     page.locator("#audio input[type=file]").set_input_files(files / "speech.wav")
@@ -287,7 +303,9 @@ def test_a_bad_file_is_told_in_words(studio, open_page, files):
     ("missing", "words"),
     [("image", "The portrait is missing."), ("audio", "The speech is missing.")],
 )
-def test_a_missing_input_is_named_at_its_place(studio, open_page, files, missing, words):
+def test_a_missing_input_is_named_at_its_place(
+    studio: StudioProcess, open_page: Callable[..., Any], files: Path, missing: str, words: str
+) -> None:
     page = open_page(studio.url)
     present, name = {"image": ("audio", "speech.wav"), "audio": ("image", "portrait.png")}[missing]
     page.locator(f"#{present} input[type=file]").set_input_files(files / name)
@@ -299,7 +317,9 @@ def test_a_missing_input_is_named_at_its_place(studio, open_page, files, missing
     expect(page.get_by_role("button", name="Make the video")).to_be_enabled()
 
 
-def test_a_value_over_its_limit_is_named_at_its_field_which_is_unfolded(studio, open_page, files):
+def test_a_value_over_its_limit_is_named_at_its_field_which_is_unfolded(
+    studio: StudioProcess, open_page: Callable[..., Any], files: Path
+) -> None:
     page = open_page(studio.url)
     fill(page, files)
     unfold(page, "Settings")
@@ -311,15 +331,17 @@ def test_a_value_over_its_limit_is_named_at_its_field_which_is_unfolded(studio, 
     assert_right_below(page, "#seed", message)
 
 
-def assert_right_below(page, field, message):
-    def gap():
+def assert_right_below(page: Any, field: str, message: Any) -> None:
+    def gap() -> Any:
         upper, lower = page.locator(field).bounding_box(), message.bounding_box()
         return lower["y"] - (upper["y"] + upper["height"])
 
     wait_until(lambda: 0 <= gap() < 60, 30)  # the part of the page may be unfolding
 
 
-def test_a_reloaded_page_finds_its_job_and_another_tab_has_its_own(studio, open_page, files):
+def test_a_reloaded_page_finds_its_job_and_another_tab_has_its_own(
+    studio: StudioProcess, open_page: Callable[..., Any], files: Path
+) -> None:
     page = open_page(studio.url)
     fill(page, files, steps=60)
     page.locator("#prompt textarea").fill("A person in a garden.")
@@ -344,8 +366,11 @@ def test_a_reloaded_page_finds_its_job_and_another_tab_has_its_own(studio, open_
 
 
 def test_a_closed_page_stops_nothing_and_the_history_outlives_the_studio(
-    tmp_path_factory, open_page, files, random_model
-):
+    tmp_path_factory: pytest.TempPathFactory,
+    open_page: Callable[..., Any],
+    files: Path,
+    random_model: Path,
+) -> None:
     directory = tmp_path_factory.mktemp("restart") / "files"
     with StudioProcess(directory, "--model-dir", str(random_model)) as studio:
         page = open_page(studio.url)
@@ -368,7 +393,9 @@ def test_a_closed_page_stops_nothing_and_the_history_outlives_the_studio(
     assert str(studio.directory) not in left
 
 
-def test_speech_can_be_recorded(studio, open_page, files):
+def test_speech_can_be_recorded(
+    studio: StudioProcess, open_page: Callable[..., Any], files: Path
+) -> None:
     page = open_page(studio.url)
     page.locator("#image input[type=file]").set_input_files(files / "portrait.png")
     page.get_by_role("button", name="Record audio").click()
@@ -383,7 +410,9 @@ def test_speech_can_be_recorded(studio, open_page, files):
     assert player.evaluate("player => player.error") is None
 
 
-def test_no_key_is_in_the_page_the_browser_or_the_files_that_it_can_fetch(studio, open_page, files):
+def test_no_key_is_in_the_page_the_browser_or_the_files_that_it_can_fetch(
+    studio: StudioProcess, open_page: Callable[..., Any], files: Path
+) -> None:
     page = open_page(studio.url)
     typed = "rpa_TYPED-KEY-OF-A-PERSON"
     unfold(page, "Endpoint")
@@ -407,7 +436,9 @@ def test_no_key_is_in_the_page_the_browser_or_the_files_that_it_can_fetch(studio
         assert page.request.get(address).status == 403
 
 
-def test_the_studios_own_key_goes_to_its_own_endpoint_alone(studio, open_page, files):
+def test_the_studios_own_key_goes_to_its_own_endpoint_alone(
+    studio: StudioProcess, open_page: Callable[..., Any], files: Path
+) -> None:
     page = open_page(studio.url)
     fill(page, files)
     unfold(page, "Endpoint")
@@ -417,8 +448,8 @@ def test_the_studios_own_key_goes_to_its_own_endpoint_alone(studio, open_page, f
 
 
 def test_a_wrong_key_is_named_at_its_field_and_a_right_one_connects(
-    tmp_path_factory, studio, open_page
-):
+    tmp_path_factory: pytest.TempPathFactory, studio: StudioProcess, open_page: Callable[..., Any]
+) -> None:
     local = f"http://127.0.0.1:{endpoint_port(studio)}/v2/local"
     with StudioProcess(tmp_path_factory.mktemp("second") / "files", "--endpoint", local) as second:
         page = open_page(second.url)
@@ -433,8 +464,8 @@ def test_a_wrong_key_is_named_at_its_field_and_a_right_one_connects(
 
 
 def test_the_key_of_the_environment_connects_and_is_nowhere_on_the_page(
-    tmp_path_factory, studio, open_page
-):
+    tmp_path_factory: pytest.TempPathFactory, studio: StudioProcess, open_page: Callable[..., Any]
+) -> None:
     key = (studio.directory / "local" / "api-key").read_text().strip()
     local = f"http://127.0.0.1:{endpoint_port(studio)}/v2/local"
     directory = tmp_path_factory.mktemp("third") / "files"
@@ -448,13 +479,15 @@ def test_the_key_of_the_environment_connects_and_is_nowhere_on_the_page(
         assert key not in page.content() + third.log
 
 
-def endpoint_port(studio):
+def endpoint_port(studio: StudioProcess) -> Any:
     log = (studio.directory / "local" / "endpoint.log").read_text()
     return re.findall(r"http://127\.0\.0\.1:(\d+)/v2/local", log)[-1]
 
 
 @pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
-def test_the_page_fits_its_width_with_all_of_it_unfolded(studio, open_page, files, viewport):
+def test_the_page_fits_its_width_with_all_of_it_unfolded(
+    studio: StudioProcess, open_page: Callable[..., Any], files: Path, viewport: dict[str, int]
+) -> None:
     page = open_page(studio.url, viewport)
     fill(page, files)
     unfold_all(page)
@@ -465,12 +498,14 @@ def test_the_page_fits_its_width_with_all_of_it_unfolded(studio, open_page, file
     assert is_beside == (viewport is DESKTOP)
 
 
-def unfold_all(page):
+def unfold_all(page: Any) -> None:
     for name in ("Settings", "Endpoint", "This request as code"):
         unfold(page, name)
 
 
-def test_every_control_has_a_name(studio, open_page, files):
+def test_every_control_has_a_name(
+    studio: StudioProcess, open_page: Callable[..., Any], files: Path
+) -> None:
     page = open_page(studio.url)
     fill(page, files)
     unfold_all(page)
@@ -486,7 +521,9 @@ def test_every_control_has_a_name(studio, open_page, files):
     assert [control for control in controls if not control[1].strip()] == []
 
 
-def test_a_keyboard_reaches_every_control_and_sees_where_it_is(studio, open_page, files):
+def test_a_keyboard_reaches_every_control_and_sees_where_it_is(
+    studio: StudioProcess, open_page: Callable[..., Any], files: Path
+) -> None:
     page = open_page(studio.url)
     fill(page, files)
     page.mouse.click(5, 5)
@@ -512,7 +549,9 @@ def test_a_keyboard_reaches_every_control_and_sees_where_it_is(studio, open_page
     assert "This request as code" in text
 
 
-def test_a_keyboard_alone_begins_and_cancels_a_job(studio, open_page, files):
+def test_a_keyboard_alone_begins_and_cancels_a_job(
+    studio: StudioProcess, open_page: Callable[..., Any], files: Path
+) -> None:
     page = open_page(studio.url)
     fill(page, files, steps=100)
     page.get_by_label("Balanced").focus()
@@ -526,7 +565,7 @@ def test_a_keyboard_alone_begins_and_cancels_a_job(studio, open_page, files):
     expect(page.get_by_text("Cancelled.").first).to_be_visible()
 
 
-def test_a_file_of_this_machine_is_not_taken_for_an_uploaded_one(tmp_path):
+def test_a_file_of_this_machine_is_not_taken_for_an_uploaded_one(tmp_path: Path) -> None:
     """Speaks to the page's server as a program that has no page."""
     with StudioProcess(tmp_path / "files", "--endpoint", "http://127.0.0.1:9/v2/x") as studio:
         config = httpx.get(f"{studio.url}config").json()
@@ -546,14 +585,18 @@ def test_a_file_of_this_machine_is_not_taken_for_an_uploaded_one(tmp_path):
         assert not any(path.name in ("secret", "README.md") for path in uploads.rglob("*"))
 
 
-def test_a_port_that_is_taken_is_reported_in_one_line(studio, tmp_path):
+def test_a_port_that_is_taken_is_reported_in_one_line(
+    studio: StudioProcess, tmp_path: Path
+) -> None:
     second = StudioProcess(tmp_path / "files", "--endpoint", "x", "--port", str(studio.port))
     with pytest.raises(AssertionError, match="Address already in use"):
         second.start()
     assert len(second.log.splitlines()) == 1
 
 
-def test_another_name_for_this_machine_is_not_answered(studio, open_page):
+def test_another_name_for_this_machine_is_not_answered(
+    studio: StudioProcess, open_page: Callable[..., Any]
+) -> None:
     page = open_page(studio.url)
     for host, status in ((f"127.0.0.1:{studio.port}", 200), ("studio.example", 400)):
         assert page.request.get(studio.url, headers={"Host": host}).status == status

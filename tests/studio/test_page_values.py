@@ -5,8 +5,10 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +27,7 @@ MEDIA = {"image": "AA==", "audio": "AA=="}
 HOSTILE = 'it\'s "5 $HOME" `id` \\n \\ $(id)\nEOF\n日本 100%'
 
 
-def accepted(fields):
+def accepted(fields: dict[str, Any]) -> bool:
     """Whether a worker would take the fields."""
     try:
         job_request.parse({"input": {**MEDIA, **fields}})
@@ -34,14 +36,14 @@ def accepted(fields):
     return True
 
 
-def defaults():
+def defaults() -> dict[str, Any]:
     return page_values({})
 
 
 # Controls
 
 
-def test_every_field_that_decides_the_frames_has_a_control_with_words_for_it():
+def test_every_field_that_decides_the_frames_has_a_control_with_words_for_it() -> None:
     known = controls()
     assert {name.partition(".")[0] for name in known} == set(GenerationParams.model_fields)
     assert all(control.help.endswith(".") for control in known.values())
@@ -51,7 +53,7 @@ def test_every_field_that_decides_the_frames_has_a_control_with_words_for_it():
 @pytest.mark.parametrize(
     "name", [name for name, control in controls().items() if control.minimum is not None]
 )
-def test_a_control_ends_where_the_schema_does(name):
+def test_a_control_ends_where_the_schema_does(name: str) -> None:
     control = controls()[name]
     assert control.minimum is not None
     step = 1 if control.is_integer else 0.01
@@ -63,16 +65,16 @@ def test_a_control_ends_where_the_schema_does(name):
 
 
 @pytest.mark.parametrize("name", [name for name, control in controls().items() if control.choices])
-def test_every_choice_is_one_that_the_schema_takes(name):
+def test_every_choice_is_one_that_the_schema_takes(name: str) -> None:
     for choice in controls()[name].choices:
         assert accepted(request_fields({name: choice}))
 
 
-def test_what_nobody_changed_is_left_to_the_worker():
+def test_what_nobody_changed_is_left_to_the_worker() -> None:
     assert request_fields(defaults()) == {}
 
 
-def test_the_page_shows_a_request_as_it_was_entered():
+def test_the_page_shows_a_request_as_it_was_entered() -> None:
     entered = {
         **defaults(),
         "prompt": "A woman in a garden.",
@@ -94,7 +96,7 @@ def test_the_page_shows_a_request_as_it_was_entered():
     ("name", "text"),
     [("seed", "1.5"), ("seed", "seven"), ("max_seconds", "x"), ("face_box", "1 2")],
 )
-def test_a_text_that_is_no_number_is_refused_at_its_field(name, text):
+def test_a_text_that_is_no_number_is_refused_at_its_field(name: str, text: str) -> None:
     with pytest.raises(InvalidInputError) as caught:
         request_fields({name: text})
     assert caught.value.field == name
@@ -104,7 +106,7 @@ def test_a_text_that_is_no_number_is_refused_at_its_field(name, text):
 # Snippets
 
 
-def test_a_shell_sends_exactly_the_fields_that_the_snippet_stands_for(tmp_path):
+def test_a_shell_sends_exactly_the_fields_that_the_snippet_stands_for(tmp_path: Path) -> None:
     """Runs the snippet with a curl that prints what it is told to send."""
     names = {"image": "it's a $portrait.png", "audio": "speech one.wav"}
     for name in names.values():
@@ -137,7 +139,7 @@ def test_a_shell_sends_exactly_the_fields_that_the_snippet_stands_for(tmp_path):
     assert "Authorization: Bearer KEY" in arguments
 
 
-def test_the_python_snippet_holds_the_fields_and_no_key():
+def test_the_python_snippet_holds_the_fields_and_no_key() -> None:
     fields = {"prompt": HOSTILE, "motion": {"pose": 1.5}, "seed": 7}
     source = python(Request(endpoint="abc123", portrait="me.png", speech="me.wav", fields=fields))
     call = next(
@@ -153,18 +155,23 @@ def test_the_python_snippet_holds_the_fields_and_no_key():
 
 
 @pytest.fixture
-def history(tmp_path):
+def history(tmp_path: Path) -> History:
     return History(tmp_path / "jobs", max_jobs=3)
 
 
 @pytest.fixture
-def add(history, make_portrait, make_speech, tmp_path):
+def add(
+    history: History,
+    make_portrait: Callable[..., bytes],
+    make_speech: Callable[..., bytes],
+    tmp_path: Path,
+) -> Callable[..., Any]:
     """Adds a job to the history."""
     portrait, speech = tmp_path / "me.png", tmp_path / "me.wav"
     portrait.write_bytes(make_portrait())
     speech.write_bytes(make_speech(0.2))
 
-    def add(**changes):
+    def add(**changes: Any) -> Record:
         record = history.add(portrait, speech, {"seed": 1}, endpoint="abc", **changes)
         history.save(done := replace(record, status="COMPLETED"))
         return done
@@ -172,7 +179,9 @@ def add(history, make_portrait, make_speech, tmp_path):
     return add
 
 
-def test_a_job_is_found_after_a_restart_with_its_inputs(history, add, make_portrait):
+def test_a_job_is_found_after_a_restart_with_its_inputs(
+    history: History, add: Callable[..., Any], make_portrait: Callable[..., bytes]
+) -> None:
     record = add()
     later = History(history.directory)
     assert later.all() == [record]
@@ -181,14 +190,18 @@ def test_a_job_is_found_after_a_restart_with_its_inputs(history, add, make_portr
     assert later.thumbnail(record).read_bytes().startswith(b"\xff\xd8")
 
 
-def test_the_oldest_jobs_make_room_except_those_that_are_still_followed(history, add):
+def test_the_oldest_jobs_make_room_except_those_that_are_still_followed(
+    history: History, add: Callable[..., Any]
+) -> None:
     records = [add()]
     records += [add(busy=[records[0].id]) for _ in range(4)]
     kept = {record.id for record in history.all()}
     assert kept == {records[0].id, records[-1].id, records[-2].id, records[-3].id}
 
 
-def test_the_history_keeps_no_address_of_a_result_and_no_video_in_a_record(history, add):
+def test_the_history_keeps_no_address_of_a_result_and_no_video_in_a_record(
+    history: Any, add: Callable[..., Any]
+) -> None:
     output = {"seed": 5, "video_url": "https://store/x?X-Amz-Signature=s", "video_base64": "AAAA"}
     record = replace(add(), output=output)
     history.save(record)
@@ -198,7 +211,9 @@ def test_the_history_keeps_no_address_of_a_result_and_no_video_in_a_record(histo
     assert history.get(record.id).output == {"seed": 5}
 
 
-def test_a_portrait_that_is_no_image_has_a_thumbnail_all_the_same(history, tmp_path):
+def test_a_portrait_that_is_no_image_has_a_thumbnail_all_the_same(
+    history: History, tmp_path: Path
+) -> None:
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no image")
     record = history.add(bad, bad, {}, endpoint="abc")
@@ -206,7 +221,9 @@ def test_a_portrait_that_is_no_image_has_a_thumbnail_all_the_same(history, tmp_p
 
 
 @pytest.mark.parametrize("name", [None, "", "..", "../secret", "a/b", "missing"])
-def test_an_id_from_outside_finds_no_other_file(history, add, name, tmp_path):
+def test_an_id_from_outside_finds_no_other_file(
+    history: History, add: Callable[..., Any], name: Any, tmp_path: Path
+) -> None:
     (tmp_path / "secret").mkdir()
     (tmp_path / "secret" / "record.json").write_text(
         (history.directory / add().id / "record.json").read_text()
@@ -214,7 +231,7 @@ def test_an_id_from_outside_finds_no_other_file(history, add, name, tmp_path):
     assert history.get(name) is None
 
 
-def test_a_damaged_record_is_skipped(history, add):
+def test_a_damaged_record_is_skipped(history: History, add: Callable[..., Any]) -> None:
     good, bad = add(), add()
     (history.directory / bad.id / "record.json").write_text("{")
     assert history.all() == [good]
@@ -223,7 +240,7 @@ def test_a_damaged_record_is_skipped(history, add):
 # What is said
 
 
-def record(**changes):
+def record(**changes: Any) -> Record:
     fields = {
         "id": "a",
         "created_at": "2026-01-02T03:04:05+00:00",
@@ -237,7 +254,7 @@ def record(**changes):
     return Record(**{**fields, **changes})
 
 
-def test_a_running_job_tells_stage_step_share_and_remaining_time():
+def test_a_running_job_tells_stage_step_share_and_remaining_time() -> None:
     progress = Progress("denoise", 0.5, "Denoising 10/20", 3, 5, 10, 20, 12.0, 95.0)
     text = views.status(JobState(record(), True, progress, left_seconds=95.0))
     for part in ("Denoising<", "Step 10 of 20", "stage 3 of 5", "1 min 35 s left", "50 %"):
@@ -245,14 +262,14 @@ def test_a_running_job_tells_stage_step_share_and_remaining_time():
     assert 'aria-valuenow="50"' in text
 
 
-def test_a_failure_is_told_in_words_and_as_text_alone():
+def test_a_failure_is_told_in_words_and_as_text_alone() -> None:
     error = {"code": "X", "message": "<b>no</b> face", "field": "image", "retryable": True}
     text = views.status(JobState(record(status="FAILED", error=error), False))
     assert "The portrait &lt;b&gt;no&lt;/b&gt; face. Trying again may help." in text
     assert "<b>" not in text
 
 
-def test_a_job_that_nobody_follows_says_how_to_go_on():
+def test_a_job_that_nobody_follows_says_how_to_go_on() -> None:
     assert "Connect to its endpoint" in views.status(JobState(record(), False))
 
 
@@ -260,11 +277,11 @@ def test_a_job_that_nobody_follows_says_how_to_go_on():
     ("seconds", "words"),
     [(0.4, "0 s"), (59.6, "1 min 0 s"), (61, "1 min 1 s"), (7260, "2 h 1 min")],
 )
-def test_a_duration_is_said_as_people_say_it(seconds, words):
+def test_a_duration_is_said_as_people_say_it(seconds: float, words: str) -> None:
     assert views.duration(seconds) == words
 
 
-def test_the_studio_beside_its_page_needs_neither_torch_nor_gradio():
+def test_the_studio_beside_its_page_needs_neither_torch_nor_gradio() -> None:
     modules = "fields, history, views, snippets, tracker, endpoint_process, connection"
     code = f"import sys\nfrom studio import {modules}\nprint(*sys.modules)"
     done = subprocess.run(

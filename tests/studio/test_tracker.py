@@ -15,10 +15,12 @@ from pydantic import SecretStr
 
 from avatar_client import AuthenticationError, EndpointUnavailableError
 from avatar_client.contract.job_errors import InvalidInputError
+from local_endpoint import LocalEndpoint
 from studio import snippets
 from studio.connection import Connection
 from studio.endpoint_process import LocalEndpointError, LocalEndpointProcess
 from studio.history import History
+from studio.snippets import Request
 from studio.tracker import JobState, JobTracker
 
 ROOT = Path(__file__).parents[2]
@@ -30,24 +32,24 @@ pytestmark = pytest.mark.usefixtures("shared_worker")
 
 
 @pytest.fixture
-def connection(endpoint):
+def connection(endpoint: LocalEndpoint) -> Connection:
     return Connection(name="local", url=endpoint.url, api_key=SecretStr(endpoint.api_key))
 
 
 @pytest.fixture
-def tracker(tmp_path):
+def tracker(tmp_path: Path) -> JobTracker:
     return JobTracker(History(tmp_path / "jobs"))
 
 
 @pytest.fixture
-def portrait(tmp_path, make_portrait):
+def portrait(tmp_path: Path, make_portrait: Callable[..., bytes]) -> Path:
     path = tmp_path / "portrait.png"
     path.write_bytes(make_portrait())
     return path
 
 
 @pytest.fixture
-def speech(tmp_path, make_speech):
+def speech(tmp_path: Path, make_speech: Callable[..., bytes]) -> Path:
     path = tmp_path / "speech.wav"
     path.write_bytes(make_speech(0.4))
     return path
@@ -71,7 +73,9 @@ def is_over(state: JobState) -> bool:
     return state.record.is_over
 
 
-def test_a_job_leaves_its_verified_video_in_the_history(tracker, connection, portrait, speech):
+def test_a_job_leaves_its_verified_video_in_the_history(
+    tracker: JobTracker, connection: Connection, portrait: Path, speech: Path
+) -> None:
     async def story() -> JobState:
         record = await tracker.start(connection, portrait, speech, SHORT)
         return await until(tracker, record.id, is_over)
@@ -86,7 +90,9 @@ def test_a_job_leaves_its_verified_video_in_the_history(tracker, connection, por
     assert not any(connection.api_key.get_secret_value().encode() in text for text in texts)
 
 
-def test_a_job_is_tracked_again_after_a_restart(tracker, connection, portrait, speech):
+def test_a_job_is_tracked_again_after_a_restart(
+    tracker: JobTracker, connection: Connection, portrait: Path, speech: Path
+) -> None:
     async def begin() -> str:
         record = await tracker.start(connection, portrait, speech, SHORT)
         await tracker.close()
@@ -101,7 +107,9 @@ def test_a_job_is_tracked_again_after_a_restart(tracker, connection, portrait, s
     assert asyncio.run(go_on(asyncio.run(begin()))).record.status == "COMPLETED"
 
 
-def test_a_job_of_another_endpoint_is_not_asked_for(tracker, connection, portrait, speech):
+def test_a_job_of_another_endpoint_is_not_asked_for(
+    tracker: JobTracker, connection: Connection, portrait: Path, speech: Path
+) -> None:
     async def story() -> bool:
         record = await tracker.start(connection, portrait, speech, SHORT)
         await tracker.close()
@@ -113,7 +121,13 @@ def test_a_job_of_another_endpoint_is_not_asked_for(tracker, connection, portrai
     assert not asyncio.run(story())
 
 
-def test_a_cancelled_job_ends_at_the_endpoint_too(tracker, connection, endpoint, portrait, speech):
+def test_a_cancelled_job_ends_at_the_endpoint_too(
+    tracker: JobTracker,
+    connection: Connection,
+    endpoint: Any,
+    portrait: Path,
+    speech: Path,
+) -> None:
     async def story() -> JobState:
         record = await tracker.start(connection, portrait, speech, LONG)
         await until(tracker, record.id, lambda state: state.progress is not None)
@@ -126,7 +140,9 @@ def test_a_cancelled_job_ends_at_the_endpoint_too(tracker, connection, endpoint,
     assert endpoint.state(record.job_id).status == "CANCELLED"
 
 
-def test_a_failure_keeps_the_field_that_it_concerns(tracker, connection, tmp_path, speech):
+def test_a_failure_keeps_the_field_that_it_concerns(
+    tracker: JobTracker, connection: Connection, tmp_path: Path, speech: Path
+) -> None:
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no image at all")
 
@@ -150,15 +166,23 @@ def test_a_failure_keeps_the_field_that_it_concerns(tracker, connection, tmp_pat
     ],
 )
 def test_a_job_that_was_not_sent_is_not_in_the_history(
-    tracker, connection, portrait, speech, fields, change, error
-):
+    tracker: JobTracker,
+    connection: Connection,
+    portrait: Path,
+    speech: Path,
+    fields: dict[str, Any],
+    change: dict[str, Any],
+    error: type[Exception],
+) -> None:
     values = {"name": "x", "url": connection.url, "api_key": connection.api_key, **change}
     with pytest.raises(error):
         asyncio.run(tracker.start(Connection(**values), portrait, speech, fields))
     assert tracker.history.all() == []
 
 
-def test_inputs_that_are_too_large_are_refused_in_words(tracker, connection, portrait, tmp_path):
+def test_inputs_that_are_too_large_are_refused_in_words(
+    tracker: JobTracker, connection: Connection, portrait: Path, tmp_path: Path
+) -> None:
     recording = tmp_path / "long.wav"
     recording.write_bytes(bytes(8_000_000))
     with pytest.raises(InvalidInputError, match=r"8\.0 MB") as caught:
@@ -167,8 +191,8 @@ def test_inputs_that_are_too_large_are_refused_in_words(tracker, connection, por
 
 
 def test_a_page_that_goes_away_while_the_inputs_are_sent_stops_nothing(
-    tracker, connection, portrait, speech
-):
+    tracker: JobTracker, connection: Connection, portrait: Path, speech: Path
+) -> None:
     async def story() -> JobState:
         page = asyncio.create_task(tracker.start(connection, portrait, speech, SHORT))
         while not tracker.history.all():
@@ -183,8 +207,12 @@ def test_a_page_that_goes_away_while_the_inputs_are_sent_stops_nothing(
 
 
 def test_a_large_recording_goes_through_the_bucket_of_the_studios_own_endpoint(
-    tracker, portrait, make_speech, tmp_path, random_model
-):
+    tracker: JobTracker,
+    portrait: Path,
+    make_speech: Callable[..., bytes],
+    tmp_path: Path,
+    random_model: Path,
+) -> None:
     recording = tmp_path / "long.wav"
     recording.write_bytes(make_speech(240.0, 24_000))
     assert recording.stat().st_size > 10e6
@@ -204,7 +232,7 @@ def test_a_large_recording_goes_through_the_bucket_of_the_studios_own_endpoint(
         httpx.get(f"{url}/health")
 
 
-def test_an_environment_without_the_worker_is_told_at_once(tmp_path):
+def test_an_environment_without_the_worker_is_told_at_once(tmp_path: Path) -> None:
     with (
         pytest.raises(LocalEndpointError, match="--worker-python"),
         LocalEndpointProcess(tmp_path, tmp_path / "python"),
@@ -216,7 +244,7 @@ def test_an_environment_without_the_worker_is_told_at_once(tmp_path):
 
 
 @pytest.fixture
-def environment(endpoint):
+def environment(endpoint: LocalEndpoint) -> dict[str, Any]:
     return {
         "PATH": f"{Path(sys.executable).parent}:{os.defpath}",
         "RUNPOD_API_KEY": endpoint.api_key,
@@ -225,7 +253,7 @@ def environment(endpoint):
 
 
 @pytest.fixture
-def request_of_a_page(endpoint, portrait, speech):
+def request_of_a_page(endpoint: LocalEndpoint, portrait: Path, speech: Path) -> Request:
     fields = {**SHORT, "prompt": 'It\'s "5 $" `x` \\ 日本', "motion": {"pose": 10}}
     return snippets.Request(
         endpoint=endpoint.url, portrait=portrait.name, speech=speech.name, fields=fields
@@ -238,7 +266,9 @@ def run(command: list[str], **options: Any) -> str:
     return done.stdout
 
 
-def test_the_curl_snippet_makes_a_video(endpoint, request_of_a_page, environment, tmp_path):
+def test_the_curl_snippet_makes_a_video(
+    endpoint: LocalEndpoint, request_of_a_page: Request, environment: dict[str, Any], tmp_path: Path
+) -> None:
     submit, _, status = snippets.curl(request_of_a_page).partition("\n\n")
     options = {"cwd": tmp_path, "env": environment}
     job_id = json.loads(run(["sh", "-c", f"{submit}\n"], **options))["id"]
@@ -251,6 +281,8 @@ def test_the_curl_snippet_makes_a_video(endpoint, request_of_a_page, environment
     assert answer["output"]["parameters"]["motion"] == {"pose": 10, "expression": 30}
 
 
-def test_the_python_snippet_makes_a_video(request_of_a_page, environment, tmp_path):
+def test_the_python_snippet_makes_a_video(
+    request_of_a_page: Request, environment: dict[str, Any], tmp_path: Path
+) -> None:
     run([sys.executable, "-c", snippets.python(request_of_a_page)], cwd=tmp_path, env=environment)
     assert (tmp_path / "avatar.mp4").read_bytes()[4:8] == b"ftyp"

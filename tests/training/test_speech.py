@@ -1,4 +1,6 @@
 import shutil
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from training.speech import SpeechCorpus, formant_speech, mouth_track, state_tra
 RATE_HZ = 16_000
 
 
-def vowel(formants_hz, seconds=1.0):
+def vowel(formants_hz: Any, seconds: float = 1.0) -> Any:
     """A steady vowel of harmonics of 120 Hz, loud where a formant is."""
     times = np.arange(int(seconds * RATE_HZ)) / RATE_HZ
     tones_hz = np.arange(120, 6000, 120)
@@ -19,17 +21,17 @@ def vowel(formants_hz, seconds=1.0):
     return (0.1 * tones.sum(0) / gains.max()).astype(np.float32)
 
 
-def frame_rms(waveform):
+def frame_rms(waveform: np.ndarray) -> Any:
     frames = waveform[: len(waveform) // 640 * 640].reshape(-1, 640)
     return np.sqrt((frames**2).mean(1))
 
 
-def faint_noise():
+def faint_noise() -> np.ndarray:
     return 1e-3 * np.random.default_rng(0).standard_normal(RATE_HZ).astype(np.float32)
 
 
 @pytest.mark.parametrize("waveform", [np.zeros(RATE_HZ, np.float32), faint_noise()])
-def test_silence_keeps_the_mouth_shut(waveform):
+def test_silence_keeps_the_mouth_shut(waveform: np.ndarray) -> None:
     track = mouth_track(waveform)
 
     assert track.opening.shape == track.width.shape == (25,)
@@ -39,14 +41,14 @@ def test_silence_keeps_the_mouth_shut(waveform):
 
 
 @pytest.mark.parametrize("num_samples", [0, 1, 639, 640, 1599, 16_320])
-def test_there_is_a_value_for_each_whole_frame(num_samples):
+def test_there_is_a_value_for_each_whole_frame(num_samples: int) -> None:
     track = mouth_track(np.full(num_samples, 0.1, np.float32))
 
     assert len(track.opening) == len(track.width) == num_samples // 640
 
 
 @pytest.mark.parametrize("frame", [0, 7, 20, 24])
-def test_a_burst_opens_the_mouth_in_its_own_frame(frame):
+def test_a_burst_opens_the_mouth_in_its_own_frame(frame: int) -> None:
     waveform = np.zeros(RATE_HZ, np.float32)
     waveform[640 * frame : 640 * (frame + 1)] = vowel((730, 1150), 0.04)
 
@@ -58,7 +60,7 @@ def test_a_burst_opens_the_mouth_in_its_own_frame(frame):
     assert not opening[far].any()
 
 
-def test_the_opening_follows_the_loudness():
+def test_the_opening_follows_the_loudness() -> None:
     waveform = formant_speech(np.random.default_rng(1), 10 * RATE_HZ)
 
     opening = mouth_track(waveform).opening
@@ -67,7 +69,7 @@ def test_the_opening_follows_the_loudness():
     assert opening.max() == 1.0
 
 
-def test_a_pause_within_speech_closes_the_mouth():
+def test_a_pause_within_speech_closes_the_mouth() -> None:
     waveform = np.concatenate([vowel((730, 1150)), faint_noise(), vowel((730, 1150))])
 
     opening = mouth_track(waveform).opening
@@ -77,7 +79,7 @@ def test_a_pause_within_speech_closes_the_mouth():
 
 
 @pytest.mark.parametrize("gain_db", [-10, 10])
-def test_a_quiet_recording_opens_as_far_as_a_loud_one(gain_db):
+def test_a_quiet_recording_opens_as_far_as_a_loud_one(gain_db: int) -> None:
     waveform = formant_speech(np.random.default_rng(2), 6 * RATE_HZ)
     track = mouth_track(waveform)
 
@@ -87,7 +89,7 @@ def test_a_quiet_recording_opens_as_far_as_a_loud_one(gain_db):
     assert other.width == pytest.approx(track.width, abs=0.15)
 
 
-def test_a_bright_vowel_spreads_the_mouth_and_a_dark_one_rounds_it():
+def test_a_bright_vowel_spreads_the_mouth_and_a_dark_one_rounds_it() -> None:
     bright = mouth_track(vowel((290, 2300, 3000))).width
     dark = mouth_track(vowel((320, 780))).width
 
@@ -95,7 +97,7 @@ def test_a_bright_vowel_spreads_the_mouth_and_a_dark_one_rounds_it():
     assert dark.max() < -0.3
 
 
-def test_a_frame_is_every_other_state():
+def test_a_frame_is_every_other_state() -> None:
     waveform = formant_speech(np.random.default_rng(3), 3 * RATE_HZ + 500)
 
     frames, states = mouth_track(waveform), state_track(waveform)
@@ -106,7 +108,7 @@ def test_a_frame_is_every_other_state():
 
 
 @pytest.mark.parametrize("num_samples", [RATE_HZ, 5 * RATE_HZ + 37])
-def test_babble_has_the_length_asked_for_and_the_level_of_speech(num_samples):
+def test_babble_has_the_length_asked_for_and_the_level_of_speech(num_samples: int) -> None:
     waveform = formant_speech(np.random.default_rng(4), num_samples)
 
     assert waveform.shape == (num_samples,)
@@ -117,7 +119,7 @@ def test_babble_has_the_length_asked_for_and_the_level_of_speech(num_samples):
     assert (rms < 1e-3).any()
 
 
-def test_the_encoder_is_trained_on_the_states_that_it_gives():
+def test_the_encoder_is_trained_on_the_states_that_it_gives() -> None:
     model = audio_encoder.build().eval()
     mel = torch.randn(1, 80, 3000, generator=torch.Generator().manual_seed(7))
 
@@ -131,14 +133,14 @@ def test_the_encoder_is_trained_on_the_states_that_it_gives():
 
 
 @pytest.fixture
-def corpus(tmp_path, monkeypatch):
+def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SpeechCorpus:
     if shutil.which("espeak-ng") is None:
         pytest.skip("needs espeak-ng")
     monkeypatch.setitem(speech.BANK_SECONDS, "train", 20.0)
     return SpeechCorpus("train", tmp_path)
 
 
-def test_a_clip_has_the_length_asked_for_whatever_it_is(corpus):
+def test_a_clip_has_the_length_asked_for_whatever_it_is(corpus: SpeechCorpus) -> None:
     rng = np.random.default_rng(5)
 
     clips = [corpus.clip(rng, num_frames) for num_frames in range(1, 200, 3)]
@@ -150,7 +152,9 @@ def test_a_clip_has_the_length_asked_for_whatever_it_is(corpus):
     assert any(opening.max() == 1.0 for opening in openings)
 
 
-def test_the_bank_is_synthesised_once_and_the_same_anywhere(corpus, tmp_path, monkeypatch):
+def test_the_bank_is_synthesised_once_and_the_same_anywhere(
+    corpus: SpeechCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     elsewhere = SpeechCorpus("train", tmp_path / "elsewhere")
     monkeypatch.setattr(shutil, "which", lambda program: None)
 
@@ -161,14 +165,16 @@ def test_the_bank_is_synthesised_once_and_the_same_anywhere(corpus, tmp_path, mo
     assert np.array_equal(clips[0], clips[2])
 
 
-def test_without_espeak_the_corpus_says_what_is_missing(tmp_path, monkeypatch):
+def test_without_espeak_the_corpus_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shutil, "which", lambda program: None)
 
     with pytest.raises(RuntimeError, match="espeak-ng"):
         SpeechCorpus("train", tmp_path)
 
 
-def test_the_splits_share_no_language_and_no_voice():
+def test_the_splits_share_no_language_and_no_voice() -> None:
     assert not set(speech.WORDS["train"]) & set(speech.WORDS["held_out"])
     assert not set(speech.VOICES["train"]) & set(speech.VOICES["held_out"])
     assert speech.BANK_SEEDS["train"] != speech.BANK_SEEDS["held_out"]

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +32,7 @@ SMALL = FrameSize(32, 32)  # pixels
 
 
 @pytest.fixture(autouse=True)
-def single_thread():
+def single_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -61,7 +62,7 @@ def make_scene(num_latents: int, size: FrameSize = SMALL) -> Scene:
     )
 
 
-def test_our_muon_steps_as_torchs_does():
+def test_our_muon_steps_as_torchs_does() -> None:
     torch.manual_seed(0)
     shapes = [(8, 20), (20, 8), (8, 20), (16, 16)]
     ours = [torch.nn.Parameter(torch.randn(*shape)) for shape in shapes]
@@ -81,7 +82,7 @@ def test_our_muon_steps_as_torchs_does():
 
 
 @pytest.mark.parametrize("frames", [1, 5])
-def test_the_trained_convolutions_give_the_models_own_numbers(frames):
+def test_the_trained_convolutions_give_the_models_own_numbers(frames: int) -> None:
     torch.manual_seed(1)
     own = architecture.autoencoder().eval()
     trained = architecture.autoencoder().eval()
@@ -97,7 +98,7 @@ def test_the_trained_convolutions_give_the_models_own_numbers(frames):
         assert torch.equal(back.decode(back.encode(pixels).latent_dist.mean).sample, wanted)
 
 
-def test_inflated_kernels_encode_a_still_as_before():
+def test_inflated_kernels_encode_a_still_as_before() -> None:
     torch.manual_seed(2)
     vae = architecture.autoencoder().eval()
     use_fast_convolutions(vae)
@@ -110,7 +111,7 @@ def test_inflated_kernels_encode_a_still_as_before():
     assert torch.allclose(clip, before.expand_as(clip), atol=1e-4)
 
 
-def test_a_window_has_the_audio_that_the_worker_gives_it():
+def test_a_window_has_the_audio_that_the_worker_gives_it() -> None:
     scene = make_scene(50)
     for start in (0, 3, 17):
         window = scene.window(start, WINDOW_LATENTS)
@@ -119,7 +120,7 @@ def test_a_window_has_the_audio_that_the_worker_gives_it():
         assert torch.equal(window.audio_embeds, expected[0])
 
 
-def test_a_circular_window_has_the_audio_that_the_worker_gives_it():
+def test_a_circular_window_has_the_audio_that_the_worker_gives_it() -> None:
     plan = VideoPlan(375)
     ring = plan.sampled_latents
     scene = make_scene(ring)
@@ -134,7 +135,7 @@ def test_a_circular_window_has_the_audio_that_the_worker_gives_it():
     assert torch.equal(wrapped.latents, latents[0])
 
 
-def test_a_full_buffer_drops_its_oldest_scenes():
+def test_a_full_buffer_drops_its_oldest_scenes() -> None:
     numbered = (
         {name: value.numpy() for name, value in vars(make_scene(9)).items()}
         | {"pose": np.array(number, np.float32)}
@@ -147,7 +148,7 @@ def test_a_full_buffer_drops_its_oldest_scenes():
     assert drawn.pose.min() >= 14
 
 
-def test_a_face_crop_is_the_same_part_of_all_pictures():
+def test_a_face_crop_is_the_same_part_of_all_pictures() -> None:
     places = torch.arange(24.0 * 32).view(24, 32)
     weight = torch.ones(24, 32)
     weight[9:12, 20:26] = 6  # its middle: row 10.5, column 23
@@ -175,7 +176,7 @@ def test_a_face_crop_is_the_same_part_of_all_pictures():
 
 
 @pytest.mark.parametrize("has_cfg_loss", [False, True])
-def test_the_loss_trains_every_part_that_a_job_uses(has_cfg_loss):
+def test_the_loss_trains_every_part_that_a_job_uses(has_cfg_loss: bool) -> None:
     torch.manual_seed(3)
     model = architecture.transformer()
     scenes = Scene.stack([make_scene(count).window(0, 3) for count in (4, 5, 6, 7)])
@@ -195,7 +196,7 @@ def test_the_loss_trains_every_part_that_a_job_uses(has_cfg_loss):
     assert any("audio_adapter.to_out" in name for name in moved)
 
 
-def test_a_run_resumes_where_it_stopped(tmp_path):
+def test_a_run_resumes_where_it_stopped(tmp_path: Path) -> None:
     def run(directory: Path, steps: int) -> torch.Tensor:
         torch.manual_seed(0)
         model = torch.nn.Linear(4, 4)
@@ -220,12 +221,12 @@ def test_a_run_resumes_where_it_stopped(tmp_path):
     assert not torch.equal(resumed, run(tmp_path / "shorter", 10))
 
 
-def test_what_processes_make_comes_in_its_order():
+def test_what_processes_make_comes_in_its_order() -> None:
     with prefetched(operator.neg, 2, first=3) as results:
         assert [next(results) for _ in range(30)] == [-number for number in range(3, 33)]
 
 
-def test_the_processes_end_with_the_one_that_asked(tmp_path):
+def test_the_processes_end_with_the_one_that_asked(tmp_path: Path) -> None:
     program = (
         "import operator, sys, time\n"
         "from training.processes import prefetched\n"
@@ -254,7 +255,9 @@ def test_the_processes_end_with_the_one_that_asked(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_training_makes_a_directory_that_the_worker_loads(tmp_path, monkeypatch):
+def test_the_training_makes_a_directory_that_the_worker_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Everything at toy size, and babble in the place of espeak-ng's speech."""
     monkeypatch.setattr(speech, "_espeak", lambda rng, split: formant_speech(rng, 32_000))
     monkeypatch.setitem(speech.BANK_SECONDS, "train", 20.0)

@@ -9,6 +9,7 @@ import torch
 from tests.demo import talking
 from training import world
 from training.speech import MouthTrack
+from training.world import Face
 
 SIZE = 128
 
@@ -27,23 +28,25 @@ def drawn(face: world.Face, motion: world.Motion) -> np.ndarray:
 
 
 @pytest.fixture(scope="module", params=range(4))
-def face(request):
+def face(request: pytest.FixtureRequest) -> Face:
     return world.random_face(np.random.default_rng(request.param))
 
 
-def test_a_person_is_the_same_for_the_same_seed_and_another_for_another():
+def test_a_person_is_the_same_for_the_same_seed_and_another_for_another() -> None:
     first, again, other = (world.random_face(np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert first == again != other
 
 
-def test_the_portrait_is_the_face_at_rest(face):
+def test_the_portrait_is_the_face_at_rest(face: Face) -> None:
     frames = world.render(face, still(3), SIZE, SIZE)
     assert torch.equal(frames[2], world.portrait(face, SIZE, SIZE))
     assert frames.min() >= 0
     assert frames.max() <= 1
 
 
-def test_the_mouth_opens_as_far_as_it_is_told_and_nothing_but_it_and_the_jaw_moves(face):
+def test_the_mouth_opens_as_far_as_it_is_told_and_nothing_but_it_and_the_jaw_moves(
+    face: Face,
+) -> None:
     opening = np.linspace(0, 1, 6, dtype=np.float32)
     frames = drawn(face, replace(still(6), opening=opening))
     dark = talking.mouth_opening(frames, face)
@@ -53,13 +56,13 @@ def test_the_mouth_opens_as_far_as_it_is_told_and_nothing_but_it_and_the_jaw_mov
     assert talking.eye_opening(frames, face).min() > 0.99
 
 
-def test_closed_eyes_are_seen_at_the_eyes_alone(face):
+def test_closed_eyes_are_seen_at_the_eyes_alone(face: Face) -> None:
     frames = drawn(face, replace(still(2), eyes=np.array([1, 0], np.float32)))
     assert talking.eye_opening(frames, face)[1] < 0.9
     assert talking.mouth_opening(frames, face).max() == 0
 
 
-def test_a_larger_pose_sways_further():
+def test_a_larger_pose_sways_further() -> None:
     face = world.random_face(np.random.default_rng(0))
     silent = MouthTrack(np.zeros(75, np.float32), np.zeros(75, np.float32))
     sways = [
@@ -71,7 +74,7 @@ def test_a_larger_pose_sways_further():
     assert sways[0] < 0.01 < sways[1] < sways[2]
 
 
-def test_another_chance_moves_the_eyes_and_the_head_but_not_the_mouth():
+def test_another_chance_moves_the_eyes_and_the_head_but_not_the_mouth() -> None:
     mouth = MouthTrack(*np.random.default_rng(0).random((2, 200), np.float32))
     one, other = (world.speaking_motion(np.random.default_rng(seed), mouth) for seed in (1, 2))
     assert (one.opening == other.opening).all()
@@ -80,7 +83,7 @@ def test_another_chance_moves_the_eyes_and_the_head_but_not_the_mouth():
     assert one.eyes.min() == 0
 
 
-def test_half_of_the_pauses_are_blinked_at():
+def test_half_of_the_pauses_are_blinked_at() -> None:
     words = np.tile(np.repeat(np.array([1, 0], np.float32), 20), 5)  # 0.8 s each, and as much rest
     mouth = MouthTrack(words, np.zeros_like(words))
     starts = world.pauses(words)

@@ -1,12 +1,14 @@
 """Where a bucket is, and where in it an object lies. tests/media/test_storage.py asks boto3."""
 
+from typing import Any
+
 import pytest
 
 from avatar_client.contract import InvalidInputError, StorageNotConfiguredError, UploadError
 from avatar_client.contract.bucket import BucketLocation, BucketSettings, locate, upload_error
 
 
-def bucket_at(endpoint_url, **options):
+def bucket_at(endpoint_url: Any, **options: Any) -> BucketSettings:
     keys = {"access_key_id": "id", "secret_access_key": "hush-hush"}
     return BucketSettings(endpoint_url=endpoint_url, **keys, **options)
 
@@ -32,12 +34,14 @@ def bucket_at(endpoint_url, **options):
         ),
     ],
 )
-def test_a_bucket_is_found_by_its_name_or_in_its_endpoint(bucket, place):
+def test_a_bucket_is_found_by_its_name_or_in_its_endpoint(
+    bucket: BucketSettings, place: tuple[str, str, str]
+) -> None:
     assert locate(bucket) == BucketLocation(*place)
 
 
 @pytest.mark.parametrize("endpoint", ["minio.example.com", "https://", "https://minio.example.com"])
-def test_a_bucket_that_cannot_be_told_is_the_fault_of_who_named_it(endpoint):
+def test_a_bucket_that_cannot_be_told_is_the_fault_of_who_named_it(endpoint: Any) -> None:
     with pytest.raises(StorageNotConfiguredError):
         locate(bucket_at(endpoint))
     with pytest.raises(InvalidInputError) as caught:
@@ -45,18 +49,18 @@ def test_a_bucket_that_cannot_be_told_is_the_fault_of_who_named_it(endpoint):
     assert caught.value.field == "s3Config"
 
 
-def test_a_key_lies_below_the_prefix_and_empty_parts_leave_no_trace():
+def test_a_key_lies_below_the_prefix_and_empty_parts_leave_no_trace() -> None:
     assert bucket_at("https://s").key("a", None, "b") == "a/b"
     assert bucket_at("https://s", prefix="/p/q/").key(None, "b") == "p/q/b"
 
 
-def test_a_public_address_is_quoted_and_a_private_bucket_has_none():
+def test_a_public_address_is_quoted_and_a_private_bucket_has_none() -> None:
     public = bucket_at("https://s", public_base_url="https://cdn.example.com/x/")
     assert public.public_url("a b/c.mp4") == "https://cdn.example.com/x/a%20b/c.mp4"
     assert bucket_at("https://s").public_url("a") is None
 
 
-def test_a_hostile_store_cannot_write_into_a_message():
+def test_a_hostile_store_cannot_write_into_a_message() -> None:
     error = upload_error(ValueError("hush"), "Not\nACode https://evil.example/?x=" + "y" * 500)
     assert isinstance(error, UploadError)
     assert error.message.startswith("the object store answered NotACodehttpsevil.examplex")

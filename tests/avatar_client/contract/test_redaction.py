@@ -34,7 +34,7 @@ SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY"
         ("data:image/png;base64," + "iVBOR" * 100, "data:image/png;base64,<base64>", "iVBOR"),
     ],
 )
-def test_secrets_and_media_are_taken_out(text, kept, gone):
+def test_secrets_and_media_are_taken_out(text: str, kept: str, gone: str) -> None:
     redacted = redact(text)
 
     assert kept in redacted
@@ -50,12 +50,12 @@ def test_secrets_and_media_are_taken_out(text, kept, gone):
         f"sha256 {'0123456789abcdef' * 4} of /tmp/avatar-x1/video.mp4",
     ],
 )
-def test_what_is_no_secret_stays(text):
+def test_what_is_no_secret_stays(text: str) -> None:
     assert redact(text) == text
 
 
 @pytest.mark.parametrize("piece", ["A", "a.", "a://", "a://b@", "https://h/", "secret", "token ="])
-def test_no_text_takes_long(piece):
+def test_no_text_takes_long(piece: str) -> None:
     began = time.monotonic()
 
     redact(piece * (1_000_000 // len(piece)))

@@ -23,7 +23,7 @@ def refusal(**fields: Any) -> InvalidInputError:
     return caught.value
 
 
-def test_the_defaults_are_the_references_own():
+def test_the_defaults_are_the_references_own() -> None:
     params = parse()
     assert (params.resolution, params.num_inference_steps, params.fps) == (704, 50, 25.0)
     assert (params.guidance_scale, params.flow_shift) == (7.5, 5.0)
@@ -31,14 +31,14 @@ def test_the_defaults_are_the_references_own():
     assert params.seed is None
 
 
-def test_an_image_is_an_address_a_data_uri_or_base64():
+def test_an_image_is_an_address_a_data_uri_or_base64() -> None:
     assert parse(image="https://example.com/a.png").image.url == "https://example.com/a.png"
     assert parse(image=f"data:image/png;base64,{IMAGE}").image.content == b"an image"
     assert parse(image=f"{IMAGE[:5]}\n{IMAGE[5:]}").image.content == b"an image"
 
 
 @pytest.mark.parametrize("address", ["file:///etc/passwd", "ftp://a/b", "s3://a/b", "gopher://a"])
-def test_an_address_of_another_scheme_is_blocked(address: str):
+def test_an_address_of_another_scheme_is_blocked(address: str) -> None:
     with pytest.raises(InputUrlBlockedError) as caught:
         parse(image=address)
     assert caught.value.field == "image"
@@ -49,7 +49,7 @@ def test_an_address_of_another_scheme_is_blocked(address: str):
     "value",
     ["", "   ", "./portrait.png", "not base64!", "data:image/png,abc", "data:;base64,", 7, None],
 )
-def test_anything_else_is_no_image(value: Any):
+def test_anything_else_is_no_image(value: Any) -> None:
     assert refusal(image=value).field == "image"
 
 
@@ -64,7 +64,7 @@ def test_anything_else_is_no_image(value: Any):
 )
 def test_an_unknown_key_is_refused_and_the_nearest_known_one_named(
     given_key: dict[str, Any], field: str, near: str
-):
+) -> None:
     error = refusal(**given_key)
     assert error.field == field
     assert f"did you mean '{near}'?" in error.message
@@ -98,13 +98,13 @@ def test_an_unknown_key_is_refused_and_the_nearest_known_one_named(
         ("dry_run", "yes"),
     ],
 )
-def test_a_value_out_of_range_is_refused_by_its_field(field: str, value: Any):
+def test_a_value_out_of_range_is_refused_by_its_field(field: str, value: Any) -> None:
     error = refusal(**{field: value})
     assert (error.field or "").split(".")[0] == field
     assert error.code == "INVALID_INPUT"
 
 
-def test_null_means_the_default():
+def test_null_means_the_default() -> None:
     nothing = dict.fromkeys(("seed", "preset", "fps", "face_box", "num_inference_steps", "motion"))
     assert parse(**nothing) == parse()
 
@@ -112,6 +112,6 @@ def test_null_means_the_default():
 @pytest.mark.parametrize(
     "key", ["../a.mp4", "a/../b.mp4", "/a.mp4", "a//b", "a b", "a\n", "é.mp4", ""]
 )
-def test_a_key_cannot_leave_its_prefix(key: str):
+def test_a_key_cannot_leave_its_prefix(key: str) -> None:
     assert refusal(output={"key": key}).field == "output.key"
     assert refusal(output={"prefix": key}).field == "output.prefix"

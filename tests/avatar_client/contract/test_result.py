@@ -2,6 +2,7 @@
 
 import re
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,19 @@ from pydantic import TypeAdapter
 from avatar_client import AvatarEndpoint
 from avatar_client.contract import DryRunResult, JobInput, JobResult, Motion
 from avatar_client.contract.result import Metrics, ParametersUsed, Plan
+from local_endpoint import LocalEndpoint, WorkerProcess
 
 README = Path(__file__).parents[3] / "README.md"
 DRAFT: dict[str, Any] = {"resolution": 256, "num_inference_steps": 2}
 
 
 @pytest.fixture
-def result_of(endpoint, shared_worker, make_portrait, make_speech):
+def result_of(
+    endpoint: LocalEndpoint,
+    shared_worker: WorkerProcess,
+    make_portrait: Callable[..., bytes],
+    make_speech: Callable[..., bytes],
+) -> Callable[..., dict[str, Any]]:
     """The output of a job with these fields."""
 
     def run(**fields: Any) -> dict[str, Any]:
@@ -48,19 +55,23 @@ def readme_fields() -> set[str]:
     return {name for row in rows for name in re.findall(r"`(\w+)`", row)}
 
 
-def test_the_readme_names_the_fields_of_a_result():
+def test_the_readme_names_the_fields_of_a_result() -> None:
     assert readme_fields() == set(JobResult.__annotations__)
 
 
 @pytest.mark.parametrize("output", [{}, {"delivery": "inline", "thumbnail": True}])
-def test_a_result_has_the_fields_of_the_contract_and_their_types(result_of, output):
+def test_a_result_has_the_fields_of_the_contract_and_their_types(
+    result_of: Callable[..., dict[str, Any]], output: dict[str, Any]
+) -> None:
     result = result_of(output=output, user_data={"order": 5})
     assert set(result) == JobResult.__required_keys__
     assert set(result["metrics"]) == set(Metrics.__annotations__)
     require(result, JobResult)
 
 
-def test_a_plan_has_the_fields_of_the_contract_and_their_types(result_of):
+def test_a_plan_has_the_fields_of_the_contract_and_their_types(
+    result_of: Callable[..., dict[str, Any]],
+) -> None:
     result = result_of(dry_run=True)
     assert set(result["plan"]) == set(Plan.__annotations__)
     require(result, DryRunResult)
@@ -69,7 +80,7 @@ def test_a_plan_has_the_fields_of_the_contract_and_their_types(result_of):
     require(inline, DryRunResult)
 
 
-def test_the_parameters_of_a_result_are_fields_of_the_request():
+def test_the_parameters_of_a_result_are_fields_of_the_request() -> None:
     assert set(ParametersUsed.__annotations__) < set(JobInput.model_fields)
     motion = typing.get_type_hints(ParametersUsed)["motion"]
     assert set(motion.__annotations__) == set(Motion.model_fields)
