@@ -18,7 +18,6 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from runpod.serverless.utils import rp_ssrf
 
 from avatar_client.contract.job_errors import (
     InputDownloadError,
@@ -27,6 +26,7 @@ from avatar_client.contract.job_errors import (
     InvalidInputError,
 )
 from tests.conftest import MediaServer
+from worker import addresses
 from worker.media import download
 
 
@@ -120,8 +120,8 @@ def tls(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> ssl.SSLContext:
 @pytest.fixture
 def localhost_is_public(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rule of addresses, but for one: stands in for a server somewhere on the internet."""
-    rule = rp_ssrf.is_safe_address
-    monkeypatch.setattr(rp_ssrf, "is_safe_address", lambda ip: ip == "127.0.0.1" or rule(ip))
+    rule = addresses.is_public
+    monkeypatch.setattr(addresses, "is_public", lambda ip: ip == "127.0.0.1" or rule(ip))
 
 
 def http_answer(body: bytes = b"", status: str = "200 OK", **headers: Any) -> bytes:

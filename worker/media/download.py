@@ -3,7 +3,7 @@
 httpx speaks HTTP. What it knows nothing of stands between it and the socket: a name is resolved
 once, its addresses are checked, and one of these very addresses is dialled; and the whole download
 has one deadline, which each operation on the socket heeds, so that a server which sends a byte now
-and then holds nobody. The SDK's rule says which addresses are public (`rp_ssrf.is_safe_address`).
+and then holds nobody. `worker.addresses` says which addresses are public.
 """
 
 import re
@@ -30,6 +30,7 @@ from avatar_client.contract.job_errors import (
     InvalidInputError,
 )
 from avatar_client.version import __version__
+from worker import addresses
 
 MAX_REDIRECTS = 5
 REDIRECTS = (301, 302, 303, 307, 308)
@@ -142,8 +143,6 @@ class _Rule:
 
     def resolve(self, host: str, port: int) -> list[str]:
         """The IPs of a host, all of which may be contacted."""
-        from runpod.serverless.utils.rp_ssrf import is_safe_address  # 1.5 s: the whole SDK
-
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except socket.gaierror as error:
@@ -152,7 +151,7 @@ class _Rule:
         except UnicodeError as error:  # a label that no host name can have
             raise InvalidInputError("is not a well-formed URL", field=self._field) from error
         ips = list(dict.fromkeys(str(address[0]) for *_, address in found))
-        if not self._allow_private and not all(is_safe_address(ip) for ip in ips):
+        if not self._allow_private and not all(addresses.is_public(ip) for ip in ips):
             raise self._not_public()
         return ips
 
