@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Two processes; each takes its share in the order of the files, and what is left of the other's.
+PYTEST := $(BIN)/pytest -n 2 --dist worksteal
 
 STUDIO_VENV := .venv-studio
 
@@ -27,23 +29,23 @@ types: $(VENV)/ready
 	$(BIN)/mypy
 
 unit: $(VENV)/ready
-	$(BIN)/pytest --cov --cov-report=term:skip-covered
+	$(PYTEST) --cov --cov-report=term:skip-covered
 
 # The longest cases, one of them at the published width (10 GB), and processes killed in mid-job.
 slow: $(VENV)/ready
-	$(BIN)/pytest -m "slow or large"
+	$(PYTEST) -m "slow or large"
 
-# The demo model on more faces and voices: half an hour.
+# The demo model on more faces and voices: for a new demo model.
 talks: $(VENV)/ready
-	$(BIN)/pytest -m talks
+	$(PYTEST) -m talks
 
-# The import guard against real broken packages, which are fetched: several minutes.
+# The import guard against real broken packages, which are fetched.
 packages: $(VENV)/ready
-	$(BIN)/pytest -m packages
+	$(PYTEST) -m packages
 
 # The studio in headless Chromium, which has to be installed.
 browser: $(VENV)/ready $(STUDIO_VENV)/ready
-	$(BIN)/pytest -m browser
+	$(PYTEST) -m browser
 
 # Every command of the Dockerfile, in a fresh root: needs root's rights and debootstrap.
 image: $(VENV)/ready

@@ -22,6 +22,12 @@ from avatar_client.contract.bucket import BucketSettings
 from local_endpoint import LocalEndpoint, WorkerProcess
 from worker.settings import Settings
 
+# Of torch, in this process and in those that it starts: the tests run in a process for each core.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+os.environ |= ONE_THREAD
+
+START_SECONDS = 300.0  # far more than a worker takes to start
+
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,10 +275,9 @@ def worker_environment(
     return {
         "MODEL_DIR": str(random_model),
         "RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS": "true",  # the media server's
+        **ONE_THREAD,
         # torch's own cache, which outlives a job, away from the job's temporary files
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("torch-cache")),
-        # where coverage is measured, it is in the worker's processes too
-        **{name: os.environ[name] for name in ("COVERAGE_PROCESS_CONFIG",) if name in os.environ},
         **object_store.environment,
     }
 
@@ -286,7 +291,7 @@ def shared_worker(
     """The shared worker: `handler.py` with random weights, ready for jobs of `endpoint`."""
     directory = tmp_path_factory.mktemp("worker")
     with WorkerProcess(endpoint, directory, environment=worker_environment) as worker:
-        worker.wait_until_polling(timeout_seconds=120)
+        worker.wait_until_polling(START_SECONDS)
         yield worker
 
 
@@ -304,19 +309,16 @@ def own_worker(
     """A worker that the test may end, ready for jobs of `own_endpoint`."""
     directory = tmp_path / "worker"
     with WorkerProcess(own_endpoint, directory, environment=worker_environment) as worker:
-        worker.wait_until_polling(timeout_seconds=120)
+        worker.wait_until_polling(START_SECONDS)
         yield worker
 
 
 @pytest.fixture(scope="session")
 def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The toy checkpoint as the converter leaves it: a directory that the pipeline loads."""
-    import torch
-
     from builder.convert import convert
     from tests.support.golden_weights import build_toy_checkpoint
 
-    torch.set_num_threads(1)  # toy tensors are too small to share out
     ckpts = build_toy_checkpoint(tmp_path_factory.mktemp("published"))
     target = tmp_path_factory.mktemp("toy_model")
     convert(ckpts, target)

@@ -37,7 +37,7 @@ def quick_endpoint(
         LocalEndpoint() as endpoint,
         WorkerProcess(endpoint, directory, script=script, environment=worker_environment) as worker,
     ):
-        worker.wait_until_polling(timeout_seconds=120)
+        worker.wait_until_polling(JOB_SECONDS)
         yield endpoint
 
 

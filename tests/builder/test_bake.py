@@ -28,6 +28,7 @@ from tests.builder.toy_repository import (
     start_bake,
     toy_repository,
 )
+from tests.conftest import ONE_THREAD
 from worker.generation.pipeline import HunyuanVideoAvatarPipeline
 from worker.loading import manifest
 from worker.loading.model_directory import require_whole
@@ -67,10 +68,15 @@ def hub(published: dict[str, bytes]) -> Iterator[HubServer]:
         yield server
 
 
+def operator_of(model_dir: Path) -> dict[str, str]:
+    """The settings of a worker with that model."""
+    return {"AVATAR_MODEL": "hunyuan-video-avatar", "MODEL_DIR": str(model_dir)} | ONE_THREAD
+
+
 def run(hub: HubServer, variant: str, target: Path, code: str = BAKE) -> tuple[int, str]:
     """Exit code and log of the command."""
     process = start_bake(hub, variant, target, code)
-    log = process.communicate(timeout=120)[1]
+    log = process.communicate(timeout=300)[1]
     return process.returncode, log
 
 
@@ -83,7 +89,7 @@ def baked(published: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory)
     with HubServer(dict(published)) as server:
         bakes = [start_bake(server, *item) for item in directories.items()]
         for process in bakes:
-            log = process.communicate(timeout=120)[1]
+            log = process.communicate(timeout=300)[1]
             assert process.returncode == 0, log
     return directories
 
@@ -111,16 +117,16 @@ def test_the_handler_serves_a_job_from_a_baked_directory(
     make_portrait: Callable[..., bytes],
     make_speech: Callable[..., bytes],
 ) -> None:
-    operator = {"AVATAR_MODEL": "hunyuan-video-avatar", "MODEL_DIR": str(baked[variant])}
+    operator = operator_of(baked[variant])
     job = {
         "image": base64.b64encode(make_portrait()).decode(),
         "audio": base64.b64encode(make_speech(seconds=0.2)).decode(),
         "resolution": 256,
-        "num_inference_steps": 2,
+        "num_inference_steps": 1,
     }
     with WorkerProcess(own_endpoint, tmp_path / "worker", environment=operator) as worker:
-        worker.wait_until_polling(timeout_seconds=120)
-        done = own_endpoint.wait(own_endpoint.submit({"input": job}), timeout_seconds=120)
+        worker.wait_until_polling(timeout_seconds=300)
+        done = own_endpoint.wait(own_endpoint.submit({"input": job}), timeout_seconds=300)
         assert done.status == "COMPLETED", worker.log
     assert f"model directory {baked[variant]} (MODEL_DIR)" in worker.log
     assert done.output["worker"]["model"] == "hunyuan-video-avatar"
@@ -378,9 +384,9 @@ def test_a_worker_with_a_damaged_model_says_which_file_and_takes_no_job(
 ) -> None:
     path = model_dir / "vae" / "diffusion_pytorch_model.safetensors"
     os.truncate(path, path.stat().st_size - 1)
-    operator = {"AVATAR_MODEL": "hunyuan-video-avatar", "MODEL_DIR": str(model_dir)}
+    operator = operator_of(model_dir)
     with WorkerProcess(own_endpoint, tmp_path / "worker", environment=operator) as worker:
-        assert worker.wait(timeout_seconds=120) == 1
+        assert worker.wait(timeout_seconds=300) == 1
     assert not own_endpoint.wait_for_worker(worker.worker_id, timeout_seconds=0)
     assert f"vae/{path.name} has" in worker.log
 

@@ -63,7 +63,7 @@ def command(
 def run(hub: HubServer, target: Path, *arguments: str, **options: Any) -> tuple[int, str]:
     """Exit code and log of the command."""
     process = command(hub, target, *arguments, **options)
-    log = process.communicate(timeout=60)[1]
+    log = process.communicate(timeout=300)[1]
     return process.returncode, log
 
 

@@ -15,6 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 CACHE = REPOSITORY / ".cache" / "packages"
 
@@ -64,23 +66,29 @@ def _load_library(name):
 
 
 def release(name: str, version: str) -> Path:
-    """The directory with that release alone, downloaded once."""
+    """The directory with that release alone, downloaded once, whoever of the processes is first."""
     folder = CACHE / f"{name}-{version}"
-    if not folder.is_dir():
-        wheels = CACHE / "wheels"
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--only-binary=:all:", "--dest", str(wheels)]
-        if (name, version) == ("torchvision", "0.16.2"):
-            command += ["--python-version", "3.11"]  # the last it was built for; its Python runs on
-        subprocess.run([*command, f"{name}=={version}"], check=True)
-        (wheel,) = wheels.glob(f"{name}-{version}-*.whl")
-        unfinished = folder.with_suffix(".unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(unfinished)
-        unfinished.rename(folder)
-        wheel.unlink()
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with FileLock(CACHE / f"{folder.name}.lock"):
+        if not folder.is_dir():
+            _download(name, version, folder)
     return folder
+
+
+def _download(name: str, version: str, folder: Path) -> None:
+    wheels = CACHE / "wheels"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--only-binary=:all:", "--dest", str(wheels)]
+    if (name, version) == ("torchvision", "0.16.2"):
+        command += ["--python-version", "3.11"]  # the last it was built for; its Python runs on
+    subprocess.run([*command, f"{name}=={version}"], check=True)
+    (wheel,) = wheels.glob(f"{name}-{version}-*.whl")
+    unfinished = CACHE / f"{folder.name}.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(unfinished)
+    unfinished.rename(folder)
+    wheel.unlink()
 
 
 def healthy_torchvision(directory: Path) -> Path:
@@ -136,6 +144,6 @@ def run_python(*arguments: str, packages: tuple[Path, ...] = (), **settings: str
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     return Child(done.returncode, done.stdout, done.stderr)

@@ -255,7 +255,7 @@ def find_with_download(hub: HubServer, root: Path) -> subprocess.CompletedProces
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 

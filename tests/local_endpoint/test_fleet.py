@@ -18,10 +18,11 @@ import psutil
 import pytest
 
 from local_endpoint import Fleet, LocalEndpoint
+from tests.conftest import ONE_THREAD
 
 ROOT = Path(__file__).parents[2]
 STEPS = 60  # a job that can be met while it runs
-JOB_SECONDS = 120.0
+JOB_SECONDS = 300.0
 
 
 class Served:
@@ -42,6 +43,7 @@ class Served:
             "PATH": os.defpath,
             "MODEL_DIR": str(self.model_dir),
             "RUNPOD_API_KEY": "a-key",
+            **ONE_THREAD,
         }
         with (self.state.parent / "log").open("ab") as log:
             self.process = subprocess.Popen(
@@ -69,10 +71,10 @@ class Served:
 
     def stop(self) -> None:
         self.process.terminate()
-        self.process.wait(30)
+        self.process.wait(300)
         self.client.close()
 
-    def until(self, condition: Any, timeout_seconds: float = 60.0) -> Any:
+    def until(self, condition: Any, timeout_seconds: float = 300.0) -> Any:
         deadline = time.monotonic() + timeout_seconds
         while True:
             with suppress(httpx.TransportError):

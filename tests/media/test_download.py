@@ -412,7 +412,7 @@ def test_a_slow_drip_ends_at_the_deadline(
 ) -> None:
     def answer(connection: Any) -> None:
         connection.sendall(drip)
-        for _ in range(20):
+        for _ in range(60):
             time.sleep(0.05)
             connection.sendall(b"a" if drip else b"")
 
@@ -420,7 +420,7 @@ def test_a_slow_drip_ends_at_the_deadline(
         began = time.monotonic()
         with pytest.raises(InputDownloadError, match=r"limit of 0\.3 s"):
             fetch(f"{scheme}://127.0.0.1:{port}/", timeout_seconds=0.3)
-        assert time.monotonic() - began < 0.9
+        assert time.monotonic() - began < 2.5
 
 
 def test_a_tls_handshake_that_never_ends_ends_at_the_deadline(fetch: Callable[..., Any]) -> None:

@@ -301,7 +301,7 @@ def test_a_store_that_does_not_answer_ends_after_its_attempts(
     with pytest.raises(UploadError, match="ReadTimeoutError"):
         store.put(video, "x.mp4", content_type="video/mp4")
 
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 10
 
 
 def test_a_store_that_is_not_there_is_an_upload_error(video: Path, hasty: None) -> None:

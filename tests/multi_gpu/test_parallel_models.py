@@ -37,7 +37,7 @@ def test_four_ranks_make_the_latents_of_one(monkeypatch: pytest.MonkeyPatch) -> 
             (conditioning(engine), params(3, guidance_scale=1.0), 7),
         ]
         alone = [engine.denoise(*job) for job in jobs]
-        engine = engine.join(ranks, timeout_seconds=120.0)
+        engine = engine.join(ranks, timeout_seconds=300.0)
         together = [engine.denoise(*job) for job in jobs]
         num_gpus = [engine.num_gpus(settings) for _, settings, _ in jobs]
     finally:

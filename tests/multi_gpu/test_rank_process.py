@@ -13,7 +13,7 @@ from local_endpoint import JobRecord, LocalEndpoint, WorkerProcess
 from tests.multi_gpu.jobs import rank_process_of
 
 ROOT = Path(__file__).parents[2]
-JOB_SECONDS = 120.0  # far more than a small job takes
+JOB_SECONDS = 300.0  # far more than a small job takes
 MANY_STEPS = 100  # for a job that has to be met while it runs
 
 
@@ -39,11 +39,11 @@ def start_worker(
     workers = []
 
     def start(script: Path = ROOT / "handler.py", **environment: str) -> WorkerProcess:
-        two = {**worker_environment, "NUM_GPUS": "2", "OMP_NUM_THREADS": "1", **environment}
+        two = {**worker_environment, "NUM_GPUS": "2", **environment}
         worker = WorkerProcess(own_endpoint, tmp_path / "w", script=script, environment=two)
         workers.append(worker)
         worker.start()
-        worker.wait_until_polling(timeout_seconds=120)
+        worker.wait_until_polling(JOB_SECONDS)
         return worker
 
     yield start
@@ -58,7 +58,7 @@ def meet_denoising(endpoint: LocalEndpoint, job_id: str) -> None:
     endpoint.wait_until(job_id, is_denoising, JOB_SECONDS)
 
 
-def require_gone(process: psutil.Process, seconds: float = 5.0) -> None:
+def require_gone(process: psutil.Process, seconds: float = 60.0) -> None:
     _, alive = psutil.wait_procs([process], seconds)
     assert alive == []
 
@@ -70,7 +70,7 @@ def require_retry_and_a_new_worker(job: JobRecord, worker: WorkerProcess) -> Non
     assert job.output["error_info"]["retryable"] is True
     assert job.output["error_info"]["stage"] == "denoise"
     assert job.stop_pod
-    assert worker.wait(timeout_seconds=10.0) == 1
+    assert worker.wait(timeout_seconds=60.0) == 1
     assert list(worker.temporary_directory.iterdir()) == []
 
 
@@ -95,7 +95,7 @@ def test_jobs_are_made_cancelled_and_lost_with_a_rank_process(
     rank_process.kill()
     killed_at = time.monotonic()
     lost = own_endpoint.wait(lost_id, JOB_SECONDS)
-    assert time.monotonic() - killed_at < 10.0
+    assert time.monotonic() - killed_at < 30.0
     require_retry_and_a_new_worker(lost, worker)
     assert "GPU 1: its process was killed by signal 9" in worker.log
 
@@ -123,7 +123,7 @@ def test_a_worker_that_loses_a_rank_process_between_jobs_ends(
 ) -> None:
     worker = start_worker()
     rank_process_of(worker.pid).kill()
-    assert worker.wait(timeout_seconds=10.0) == 1
+    assert worker.wait(timeout_seconds=60.0) == 1
 
 
 @pytest.mark.slow
@@ -139,7 +139,7 @@ def test_sigterm_lets_the_running_job_finish_and_no_process_stays(
     for process in (psutil.Process(worker.pid), rank_process_of(worker.pid)):
         process.terminate()  # as a terminal does: all of them get it
     assert own_endpoint.wait(job_id, JOB_SECONDS).status == "COMPLETED"
-    assert worker.wait(timeout_seconds=10.0) == 0
+    assert worker.wait(timeout_seconds=60.0) == 0
     for process in family:
         require_gone(process)
     assert list(worker.temporary_directory.iterdir()) == []

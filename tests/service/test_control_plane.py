@@ -122,13 +122,13 @@ def test_an_answer_that_never_comes_is_not_waited_for(
     platform: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(control_plane, "ANSWER_SECONDS", 0.3)
-    platform.on(DONE, Answer(delay_seconds=3), Answer(body=b"ok"))
+    platform.on(DONE, Answer(delay_seconds=60), Answer(body=b"ok"))
     begun = time.monotonic()
 
     is_taken, _ = send()
 
     assert is_taken
-    assert time.monotonic() - begun < 2.5
+    assert time.monotonic() - begun < 20
 
 
 def test_the_server_says_when_to_ask_again(platform: ScriptedServer) -> None:
@@ -208,7 +208,7 @@ def test_an_answer_without_a_job_takes_a_second_however_soon_it_comes(
 
     assert take() is None
 
-    assert 1.0 <= time.monotonic() - begun < 3
+    assert 1.0 <= time.monotonic() - begun < 20
 
 
 def test_too_many_requests_is_the_sdks_own_matter(platform: ScriptedServer) -> None:

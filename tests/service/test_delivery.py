@@ -386,7 +386,7 @@ def test_a_stop_is_met_while_a_store_is_waited_for(
     with pytest.raises(Stopped):
         delivery.deliver(video, None, "f", METADATA)
 
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < 60
 
 
 def test_a_video_whose_store_stays_away_goes_into_the_reply_with_a_warning(

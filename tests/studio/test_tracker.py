@@ -24,7 +24,7 @@ from studio.snippets import Request
 from studio.tracker import JobState, JobTracker
 
 ROOT = Path(__file__).parents[2]
-SHORT = {"resolution": 256, "num_inference_steps": 2, "seed": 1}
+SHORT = {"resolution": 256, "num_inference_steps": 1, "seed": 1}
 LONG = {"resolution": 256, "num_inference_steps": 100}
 JOB_SECONDS = 300
 

@@ -50,7 +50,7 @@ def _transformer() -> HunyuanVideoAvatarTransformer3DModel:
         out_channels=LATENT_CHANNELS,
         num_attention_heads=1,
         attention_head_dim=32,  # the narrowest for which attention is quick on a CPU
-        num_layers=2,
+        num_layers=1,
         num_single_layers=1,
         num_refiner_layers=1,
         text_embed_dim=TEXT_DIM,
@@ -64,8 +64,8 @@ def _transformer() -> HunyuanVideoAvatarTransformer3DModel:
 def _vae() -> AutoencoderKLHunyuanVideo:
     return AutoencoderKLHunyuanVideo(
         latent_channels=LATENT_CHANNELS,
-        block_out_channels=(4, 4, 8, 8),
-        layers_per_block=1,
+        block_out_channels=(4, 4, 4, 4),
+        layers_per_block=0,
         norm_num_groups=4,
     )
 

@@ -32,7 +32,7 @@ def follow_blocking(key: str, endpoint_id: str, job: dict[str, Any]) -> dict[str
     seen["output"] = running.output()
     small = {**job, "input": {**job["input"], "num_inference_steps": 1}}
     small.pop("webhook", None)
-    seen["run_sync"] = endpoint.run_sync(small, timeout=120)
+    seen["run_sync"] = endpoint.run_sync(small, timeout=300)
     long = endpoint.run({**small, "input": {**job["input"], "num_inference_steps": 100}})
     while long.status() == "IN_QUEUE":
         time.sleep(0.1)
@@ -45,8 +45,8 @@ def follow_blocking(key: str, endpoint_id: str, job: dict[str, Any]) -> dict[str
 async def follow_async(key: str, endpoint_id: str, job: dict[str, Any]) -> dict[str, Any]:
     async with aiohttp.ClientSession() as session:
         endpoint = AsyncEndpoint(endpoint_id, session, api_key=key)
-        running = await endpoint.run(job["input"])
-        output = await running.output(timeout=120)
+        running = await endpoint.run({**job["input"], "num_inference_steps": 1})
+        output = await running.output(timeout=300)
         status = await running.status()
         waiting = await endpoint.run({**job["input"], "num_inference_steps": 100})
         return {

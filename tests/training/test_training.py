@@ -250,7 +250,7 @@ def test_the_processes_end_with_the_one_that_asked(tmp_path: Path) -> None:
         makers = psutil.Process(process.pid).children(recursive=True)
         assert len(makers) >= 2
         process.send_signal(signal.SIGKILL)
-    _, alive = psutil.wait_procs(makers, timeout=20)
+    _, alive = psutil.wait_procs(makers, timeout=300)
     assert not alive
 
 
