@@ -19,6 +19,7 @@ from avatar_client.contract.job_errors import (
     UnsupportedMediaError,
     UploadError,
     WorkerError,
+    WorkerFailedError,
 )
 from avatar_client.contract.presets import PRESETS, Preset
 from avatar_client.contract.redaction import redact
@@ -49,5 +50,6 @@ __all__ = [
     "UnsupportedMediaError",
     "UploadError",
     "WorkerError",
+    "WorkerFailedError",
     "redact",
 ]

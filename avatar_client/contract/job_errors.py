@@ -15,6 +15,7 @@ the client: it names the field and the limit, and never a path, a host, a creden
     |- UploadError                UPLOAD_FAILED           the object store refused or did not answer
     |- StorageNotConfiguredError  STORAGE_NOT_CONFIGURED  delivery "s3" without a bucket
     |- ResultTooLargeError        RESULT_TOO_LARGE        inline delivery over the platform's limit
+    |- WorkerFailedError          WORKER_FAILED           the worker's own disk or memory
     |- DeadlineExceededError      DEADLINE_EXCEEDED       the operator's own time limit
     `- InternalError              INTERNAL                anything unforeseen
 """
@@ -138,6 +139,14 @@ class ResultTooLargeError(WorkerError):
     """The video does not fit into the platform's reply."""
 
     code = "RESULT_TOO_LARGE"
+
+
+class WorkerFailedError(WorkerError):
+    """The worker's own disk or memory is the cause: another worker serves the same job."""
+
+    code = "WORKER_FAILED"
+    retryable = True
+    refresh_worker = True
 
 
 class DeadlineExceededError(WorkerError):

@@ -99,5 +99,6 @@ class DryRunResult(TypedDict):
     dry_run: Literal[True]
     plan: Plan
     estimate_seconds: float | None  # None before this worker's first video
+    warnings: list[str]  # those of the video that the job would make
     user_data: Any
     worker: WorkerIdentity

@@ -75,6 +75,8 @@ def test_a_result_that_is_taken_is_sent_once(platform: ScriptedServer) -> None:
 
 FAULTS = {
     "connection cut": CLOSED,
+    "a proxy's page": Answer(body=b"\n<!DOCTYPE html><p>Sign in"),
+    "a redirect": Answer(status=302, headers={"Location": "/elsewhere"}),
     "answer cut in its middle": Answer(body=b"x" * 100, cut_after=10),
     **{f"HTTP {s}": Answer(status=s) for s in (401, 403, 404, 408, 429, 500, 502, 503, 504, 524)},
 }

@@ -1,5 +1,8 @@
 """What keeps a worker from taking jobs."""
 
+from types import SimpleNamespace
+
+import psutil
 import pytest
 import torch
 
@@ -17,3 +20,19 @@ def test_without_a_gpu_the_worker_starts_only_if_the_platforms_variable_says_so(
         gpu()
     monkeypatch.setenv("RUNPOD_SKIP_GPU_CHECK", "true")
     gpu()
+
+
+@pytest.mark.parametrize(
+    ("settings", "needed_gib"),
+    [(Settings(), 2.0), (Settings(max_input_bytes=4 * 2**30), 8.6)],
+)
+def test_a_worker_starts_only_with_room_for_the_largest_job_that_it_allows(
+    monkeypatch: pytest.MonkeyPatch, settings: Settings, needed_gib: float
+) -> None:
+    [disk] = [check for check in fitness.checks(Worker(settings)) if check.__name__ == "disk"]
+    free_gib = needed_gib + 0.1
+    monkeypatch.setattr(psutil, "disk_usage", lambda _: SimpleNamespace(free=int(free_gib * 2**30)))
+    disk()
+    free_gib = needed_gib - 0.1
+    with pytest.raises(RuntimeError, match="of disk are free, and the largest job"):
+        disk()

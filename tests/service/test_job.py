@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from avatar_client.contract.job_errors import DeadlineExceededError, InvalidInputError, WorkerError
+from tests.support.pictures import encoded
 from worker.generation.engine import Engine
 from worker.service import job_request
 from worker.service.estimate import ThroughputEstimator
@@ -93,16 +95,36 @@ def test_what_a_finished_job_took_is_learned_for_the_next_estimate(
     assert list(temporary_directory.iterdir()) == []
 
 
-def test_a_reply_warns_of_a_silent_recording(
+def test_a_dry_run_tells_what_the_reply_would_warn_of(
     make_run: Callable[..., JobRun], engine: Engine, make_speech: Callable[..., bytes]
 ) -> None:
     recording = bytearray(make_speech(seconds=0.4))
     recording[44:] = bytes(len(recording) - 44)  # after the header of a WAV
     silence = base64.b64encode(recording).decode()
 
-    made = in_loop(lambda: make_run(audio=silence).execute(engine, ThroughputEstimator()))
+    said = {"audio": silence, "prompt": "so many words " * 140}
+    planned = in_loop(lambda: make_run(dry_run=True, **said).execute(engine, ThroughputEstimator()))
+    made = in_loop(lambda: make_run(**said).execute(engine, ThroughputEstimator()))
 
-    assert "the recording is silent" in made["warnings"]
+    silent, cut = planned["warnings"]
+    assert silent == "the recording is silent"
+    assert cut.startswith("the prompt is longer")
+    assert made["warnings"] == planned["warnings"]
+
+
+def test_a_dry_run_warns_of_a_portrait_without_a_face(
+    make_run: Callable[..., JobRun], engine: Engine
+) -> None:
+    wall = base64.b64encode(encoded(Image.new("RGB", (300, 300), "grey"), "PNG")).decode()
+
+    def planned(**changes: Any) -> list[str]:
+        run = make_run(dry_run=True, image=wall, **changes)
+        warnings: list[str] = run.execute(engine, ThroughputEstimator())["warnings"]
+        return warnings
+
+    [told] = in_loop(planned)
+    assert told.startswith("no face was found")
+    assert in_loop(lambda: planned(face_box=[0, 0, 100, 100])) == []
 
 
 @pytest.mark.parametrize(

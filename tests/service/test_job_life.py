@@ -4,9 +4,11 @@ The model is the demo's, the jobs are as small as the request allows: one second
 """
 
 import base64
+import contextlib
 import hashlib
 import io
 import json
+import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
@@ -311,6 +313,34 @@ def test_a_job_that_is_handed_out_after_sigterm_is_run(
 
     assert job.status == "COMPLETED"
     assert own_worker.wait(JOB_SECONDS) == 0
+
+
+def test_a_worker_whose_disk_is_full_says_so_and_ends(
+    own_endpoint: LocalEndpoint,
+    worker_environment: Mapping[str, str],
+    make_job: Callable[..., Any],
+    media_server: MediaServer,
+    tmp_path: Path,
+) -> None:
+    with contextlib.ExitStack() as ending:
+        worker = WorkerProcess(own_endpoint, tmp_path / "worker", environment=worker_environment)
+        left = worker.temporary_directory / "avatar-job-of-a-killed-worker"
+        left.mkdir()
+        (left / ".lock").touch()
+        ending.enter_context(worker)
+        worker.wait_until_polling(JOB_SECONDS)
+        assert not left.exists()
+        # no file of it grows beyond this: its log is smaller
+        resource.prlimit(worker.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+        url = media_server.add("/face.png", bytes(300_000))
+
+        job = run(own_endpoint, make_job(image=url))
+
+        assert (job.status, code(job)) == ("FAILED", "WORKER_FAILED")
+        assert job.output["error_info"]["retryable"] is True
+        assert job.stop_pod
+        assert worker.wait(timeout_seconds=10.0) == 0
+        assert list(worker.temporary_directory.iterdir()) == []
 
 
 def test_ten_jobs_each_end_as_they_should_and_leave_nothing_behind(

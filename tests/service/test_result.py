@@ -26,7 +26,9 @@ def params(make_input: Callable[..., dict[str, Any]]) -> JobInput:
 
 
 def test_a_dry_run_tells_the_plan_the_delivery_and_the_estimate(params: JobInput) -> None:
-    output = result.dry_run_output(params, PLAN, {"delivery": "inline"}, 12.0004, 99.5, "demo")
+    output = result.dry_run_output(
+        params, PLAN, {"delivery": "inline"}, 12.0004, 99.5, ("w",), "demo"
+    )
     assert output.pop("worker")["model"] == "demo"
     assert output == {
         "dry_run": True,
@@ -42,6 +44,7 @@ def test_a_dry_run_tells_the_plan_the_delivery_and_the_estimate(params: JobInput
             "delivery": "inline",
         },
         "estimate_seconds": 99.5,
+        "warnings": ["w"],
         "user_data": {"order": 1},
     }
 

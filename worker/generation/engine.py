@@ -202,6 +202,17 @@ class Engine:
                 motion_expression=params.motion.expression,
             )
 
+    def foresee(self, portrait: Image.Image, params: GenerationParams) -> tuple[str, ...]:
+        """The warnings that `encode` would give, in a fraction of its time."""
+        with _failures_as_ours():
+            return self.pipeline.foresee(
+                portrait,
+                params.prompt,
+                params.negative_prompt,
+                params.face_box,
+                params.resolution,
+            )
+
     def denoise(
         self,
         conditioning: Conditioning,

@@ -46,6 +46,7 @@ from worker.generation.sampling import prepare_latents
 from worker.generation.text import (
     NEGATIVE_PROMPT,
     PROMPT_PREFIX,
+    PromptTokens,
     encode_clip,
     encode_llava,
     tokenize,
@@ -55,9 +56,11 @@ from worker.model import autoencoder
 from worker.model import encoders as encoders  # diffusers loads from modules that are there already
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
 from worker.multi_gpu.parallel import BranchParallel, NoParallel
-from worker.shapes import ComputedSteps, FrameSize, count_frames
+from worker.shapes import Box, ComputedSteps, FrameSize, count_frames, fit_size
 
 OnStep = Callable[[int, int], None]
+
+NO_FACE = "no face was found: the whole picture moves; give face_box"
 
 
 class HunyuanVideoAvatarPipeline(DiffusionPipeline):
@@ -228,7 +231,7 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
             used_box = require_box(face_box, given_size)
             box = scale_box(used_box, given_size, size)
         if box is None:
-            warnings.append("no face was found: the whole picture moves; give face_box")
+            warnings.append(NO_FACE)
 
         with self.in_use("vae"):
             pixels = to_pixels(portrait).to(self.vae.device, self.vae.dtype)
@@ -250,18 +253,31 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
             warnings=tuple(warnings),
         )
 
+    @torch.no_grad()
+    def foresee(
+        self,
+        image: Image.Image,
+        prompt: str,
+        negative_prompt: str | None = None,
+        face_box: Box | None = None,
+        resolution: int = 704,
+    ) -> tuple[str, ...]:
+        """The warnings that `encode` would give, without what costs time."""
+        negative_prompt = NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
+        prompts = [negative_prompt, PROMPT_PREFIX + prompt]
+        warnings = _cut_warnings([tokenize(text, self.tokenizer) for text in prompts])
+        if face_box is None:
+            portrait = resize(image, fit_size(image.height, image.width, resolution))
+            if largest_face(portrait, self.face_detector) is None:
+                warnings.append(NO_FACE)
+        return tuple(warnings)
+
     def _encode_prompts(
         self, negative_prompt: str, prompt: str, portrait: Image.Image
     ) -> tuple[Mapping[str, Tensor], list[str]]:
         """The fields of `Conditioning` that come from the prompts, and what to tell the user."""
-        texts = {"negative prompt": negative_prompt, "prompt": prompt}
-        tokens = [tokenize(text, self.tokenizer) for text in texts.values()]
-        warnings = [
-            f"the {name} is longer than the model reads: its end was cut off"
-            for name, each in zip(texts, tokens, strict=True)
-            if each.was_cut
-        ]
-        prompts = list(texts.values())
+        prompts = [negative_prompt, prompt]
+        tokens = [tokenize(text, self.tokenizer) for text in prompts]
 
         def encode() -> dict[str, Tensor]:
             with self.in_use("text_encoder"):
@@ -270,7 +286,7 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
                 pooled = encode_clip(prompts, self.tokenizer_2, self.text_encoder_2)
             return {"prompt_embeds": embeds, "prompt_mask": mask, "pooled_prompt_embeds": pooled}
 
-        return self.prompt_cache.get(prompts, portrait, encode), warnings
+        return self.prompt_cache.get(prompts, portrait, encode), _cut_warnings(tokens)
 
     @torch.no_grad()
     def denoise(
@@ -354,3 +370,12 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
         offloaded = self.offloaded.get(name)
         with offloaded.in_use() if offloaded else nullcontext():
             yield
+
+
+def _cut_warnings(tokens: Sequence[PromptTokens]) -> list[str]:
+    """What to tell of a negative prompt and a prompt that the model does not read whole."""
+    return [
+        f"the {name} is longer than the model reads: its end was cut off"
+        for name, each in zip(("negative prompt", "prompt"), tokens, strict=True)
+        if each.was_cut
+    ]

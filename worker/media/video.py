@@ -1,6 +1,7 @@
 """Frames and sound to an mp4 for the web: H.264, AAC, index in front."""
 
 import hashlib
+import io
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -106,7 +107,9 @@ def write_video(
 
 def write_thumbnail(frame: NDArray[np.uint8], path: Path) -> None:
     """A jpeg of one (H, W, 3) RGB frame at `path`."""
-    Image.fromarray(frame).save(path, "JPEG", quality=90, optimize=True)
+    content = io.BytesIO()  # on a full disk Pillow itself leaves a cut file and says nothing
+    Image.fromarray(frame).save(content, "JPEG", quality=90, optimize=True)
+    path.write_bytes(content.getvalue())
 
 
 def check_encoders() -> None:

@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import weakref
@@ -37,6 +36,7 @@ from worker.multi_gpu.messages import (
 )
 from worker.multi_gpu.parallel import BranchParallel, NoParallel, RankParallel
 from worker.multi_gpu.process_group import ProcessGroup, tensor_specs
+from worker.own_directory import own_directory
 from worker.settings import Settings, configure_collectives
 
 logger = logging.getLogger(__name__)
@@ -133,8 +133,8 @@ class RankController:
         configure_collectives()
         self.num_ranks = len(devices)
         self._device = devices[0]
-        self._directory = tempfile.TemporaryDirectory(prefix="avatar-ranks-")
-        self._rendezvous = Path(self._directory.name) / "rendezvous"
+        self._directory = contextlib.ExitStack()
+        self._rendezvous = self._directory.enter_context(own_directory("ranks")) / "rendezvous"
         self._group: ProcessGroup | None = None
         self._parallel: RankParallel | None = None  # of the running job
         self._changed = threading.Condition()
@@ -265,7 +265,7 @@ class RankController:
                 rank.process.wait()
         if self._group is not None:
             self._group.close()
-        self._directory.cleanup()
+        self._directory.close()
 
     def _send(self, message: object, ranks: range) -> None:
         for rank in self._ranks:

@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import random
+import re
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -30,6 +31,7 @@ ANSWER_SECONDS = 30.0  # for the answer to one try ...
 BYTES_PER_SECOND = 250_000  # ... beside the time that a slow line takes for the body
 REFUSED = (400, 413, 422)  # what the control plane says of a body that it will never take
 REFUSALS = 3  # after which it is believed
+PAGE = re.compile(rb"\s*<(!doctype html|html)\b", re.IGNORECASE)  # a proxy's, whatever its status
 PROGRESS_SECONDS = 10.0  # for the answer to a progress post, of which the next one is newer
 
 # A take
@@ -160,8 +162,13 @@ async def _post(
     }
     timeout = aiohttp.ClientTimeout(total=timeout_seconds, sock_connect=ANSWER_SECONDS)
     try:
-        async with session.post(url, data=body, headers=headers, timeout=timeout) as response:
-            await response.read()
+        # a redirect would be followed by a GET, whose answer says nothing of the body
+        async with session.post(
+            url, data=body, headers=headers, timeout=timeout, allow_redirects=False
+        ) as response:
+            answer = await response.read()
+            if PAGE.match(answer):
+                raise _NotTakenError(f"HTTP {response.status} with a page")
             if not 200 <= response.status < 300:
                 after = response.headers.get("Retry-After", "")
                 seconds = float(after) if after.isascii() and after.isdigit() else 0.0

@@ -8,7 +8,6 @@ hands out twice, or whose result was lost on the way, is answered from the bucke
 import base64
 import json
 import logging
-import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from avatar_client.contract.job_errors import (
 )
 from worker.media.storage import NO_PATIENCE, Patience, Storage, thumbnail_key
 from worker.media.video import VideoFile
+from worker.own_directory import own_directory
 from worker.service.job_request import JobRequest
 from worker.settings import Settings
 
@@ -189,13 +189,11 @@ class Delivery:
         """Where the result lies beside its video from now on; None: it could not be put there."""
         if self.storage is None:
             return None
-        with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-            json.dump(payload, file)
-            file.flush()
+        with own_directory("job") as directory:
+            path = directory / "result.json"
+            path.write_text(json.dumps(payload))
             try:
-                self.storage.put(
-                    Path(file.name), result_key(self.key), content_type="application/json"
-                )
+                self.storage.put(path, result_key(self.key), content_type="application/json")
             except UploadError as error:
                 logger.warning("the result was not kept either: %s", error)
                 return None

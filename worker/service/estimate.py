@@ -21,6 +21,16 @@ CACHED_SHARE = 1 / BLOCKS  # a cached step runs one block of 60
 RATES = {"H200": 5.7e14, "H100": 5.7e14}
 
 
+# Five times what a grainy portrait takes in the encoder's settings (worker/media/video.py); pure
+# noise takes 0.69. Sound is small beside it.
+VIDEO_BYTES_PER_PIXEL = 0.125
+
+
+def room_for_video(num_frames: int, num_pixels: float) -> int:
+    """Bytes of disk that are kept for a video of so many frames of that size."""
+    return int(VIDEO_BYTES_PER_PIXEL * num_frames * num_pixels) + 2**20
+
+
 @dataclass(frozen=True, slots=True)
 class JobPlan:
     """How much one job generates, and in which steps: what its cost depends on."""
@@ -41,6 +51,11 @@ class JobPlan:
         tokens = window_tokens(self.size) + TYPICAL_TEXT_TOKENS
         forward = 2 * BLOCK_PARAMETERS / 2 * tokens + 4 * BLOCKS * WIDTH * tokens**2
         return 2 * forward * self.video.num_windows * self._cost(self.num_inference_steps)
+
+    @property
+    def video_room_bytes(self) -> int:
+        """Bytes of disk that are kept for the video."""
+        return room_for_video(self.video.num_frames, self.size.height * self.size.width)
 
     def share_done(self, step: int) -> float:
         """How much of the denoising loop's work is done after `step` steps, 0 to 1."""

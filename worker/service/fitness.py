@@ -11,13 +11,24 @@ import psutil
 from worker import import_guard
 from worker.media.storage import Patience, Storage
 from worker.media.video import check_encoders
+from worker.service.estimate import room_for_video
 from worker.service.worker import Worker
-from worker.settings import PlatformSettings
+from worker.settings import PlatformSettings, Settings
+from worker.shapes import LONG_SIDE, SAMPLE_RATE_HZ, count_frames
 
-MIN_FREE_DISK_BYTES = 2 * 2**30  # inputs and the video of one job, with room to spare
+MIN_FREE_DISK_BYTES = 2 * 2**30  # of the largest job by default three times what it needs
+DISK_TO_SPARE_BYTES = 2**29  # beside the largest job that other settings allow
 MIN_FREE_MEMORY_BYTES = 2 * 2**30
+MAX_FPS = 25.0
 
 Check = Callable[[], None]
+
+
+def largest_job_bytes(settings: Settings) -> int:
+    """Disk that a job may ask for: two inputs that are fetched, and the longest, largest video."""
+    num_frames = count_frames(int(settings.max_audio_seconds * SAMPLE_RATE_HZ), MAX_FPS)
+    num_pixels = max(side * long_side for side, long_side in LONG_SIDE.items())
+    return 2 * settings.max_input_bytes + room_for_video(num_frames, num_pixels)
 
 
 def checks(worker: Worker) -> list[Check]:
@@ -39,8 +50,13 @@ def checks(worker: Worker) -> list[Check]:
             raise RuntimeError("less than 2 GiB of memory is free")
 
     def disk() -> None:
-        if psutil.disk_usage(tempfile.gettempdir()).free < MIN_FREE_DISK_BYTES:
-            raise RuntimeError("less than 2 GiB of disk is free")
+        needed = max(MIN_FREE_DISK_BYTES, largest_job_bytes(settings) + DISK_TO_SPARE_BYTES)
+        free = psutil.disk_usage(tempfile.gettempdir()).free
+        if free < needed:
+            raise RuntimeError(
+                f"{free / 2**30:.1f} GiB of disk are free, and the largest job that the settings "
+                f"allow needs {needed / 2**30:.1f} GiB"
+            )
 
     def encoders() -> None:
         check_encoders()

@@ -6,7 +6,6 @@ All of it runs in the worker's thread. What the client gets is put together in `
 import contextvars
 import logging
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +24,8 @@ from avatar_client.version import __version__
 from worker.media.inputs import Speech, load_portrait, load_speech
 from worker.media.storage import Patience
 from worker.media.video import write_thumbnail, write_video
-from worker.service import result
+from worker.own_directory import own_directory
+from worker.service import machine, result
 from worker.service.delivery import Delivery
 from worker.service.estimate import JobPlan, ThroughputEstimator
 from worker.service.job_request import JobRequest, draw_seed
@@ -133,19 +133,17 @@ class JobRun:
         if existing is not None:
             logger.info("already in the bucket: nothing is generated")
             return self._output(engine, existing | {"reused": True})
-        with tempfile.TemporaryDirectory(prefix="avatar-") as name:
-            directory = self._directory = Path(name)
+        machine.require_room(self._largest_inputs_bytes())
+        with own_directory("job") as directory:
+            self._directory = directory
             with self.stage("download"):
                 portrait, speech = self._fetch(directory)
                 engine.require_fits_memory(portrait, params.resolution)
                 delivery.require_fits_reply(speech.duration_seconds)
             plan = self._plan(portrait, speech)
+            machine.require_room(plan.video_room_bytes)
             if params.dry_run:
-                model, duration_seconds = self.settings.avatar_model, speech.duration_seconds
-                estimate_seconds = throughput.estimate_seconds(plan.flops)
-                return result.dry_run_output(
-                    params, plan, delivery.describe(), duration_seconds, estimate_seconds, model
-                )
+                return self._dry_run_output(engine, throughput, delivery, plan, portrait, speech)
             seed = draw_seed() if params.seed is None else params.seed
             conditioning, latents = self._denoise(engine, plan, portrait, speech, seed)
             throughput.record(plan.flops, self.stage_seconds["denoise_seconds"])
@@ -198,6 +196,11 @@ class JobRun:
             raise answer
         return answer
 
+    def _largest_inputs_bytes(self) -> int:
+        """What the inputs may take on the disk: those that have to be fetched."""
+        sources = (self.request.input.image, self.request.input.audio)
+        return self.settings.max_input_bytes * sum(source.url is not None for source in sources)
+
     def _fetch(self, directory: Path) -> tuple[Image.Image, Speech]:
         params = self.request.input
         portrait = load_portrait(params.image, directory, self.settings, check=self.check)
@@ -226,6 +229,26 @@ class JobRun:
             video=VideoPlan(count_frames(len(speech.waveform), params.fps)),
             num_inference_steps=params.num_inference_steps,
             step_cache_schedule=PRESETS[params.preset].step_cache_schedule,
+        )
+
+    def _dry_run_output(
+        self,
+        engine: "Engine",
+        throughput: ThroughputEstimator,
+        delivery: Delivery,
+        plan: JobPlan,
+        portrait: Image.Image,
+        speech: Speech,
+    ) -> dict[str, Any]:
+        params = self.request.input
+        return result.dry_run_output(
+            params,
+            plan,
+            delivery.describe(),
+            speech.duration_seconds,
+            throughput.estimate_seconds(plan.flops),
+            (*speech.warnings, *engine.foresee(portrait, params)),
+            self.settings.avatar_model,
         )
 
     def _denoise(

@@ -31,6 +31,7 @@ def dry_run_output(
     delivery: Mapping[str, Any],  # as `Delivery.describe` says it
     duration_seconds: float,
     estimate_seconds: float | None,  # None: nothing is known of this GPU yet
+    warnings: Sequence[str],
     model: str,
 ) -> dict[str, Any]:
     """The reply to a dry run."""
@@ -48,6 +49,7 @@ def dry_run_output(
             **delivery,
         },
         "estimate_seconds": estimate_seconds,
+        "warnings": list(warnings),
         "user_data": params.user_data,
         "worker": worker_identity(model),
     }

@@ -22,6 +22,7 @@ from runpod.http_client import AsyncClientSession, ClientSession
 from runpod.serverless.modules import rp_job, rp_logger, rp_scale
 from runpod.serverless.modules.worker_state import IS_LOCAL_TEST
 
+from worker import own_directory
 from worker.service import control_plane, fitness
 from worker.service.progress import PostProgress
 from worker.service.worker import Worker
@@ -37,6 +38,7 @@ def serve(worker: Worker) -> None:
     level = worker.settings.runpod_log_level
     # the SDK's own default is DEBUG, and its debug lines hold whole results, signed URLs included
     rp_logger.RunPodLogger().level = "INFO" if level in ("TRACE", "DEBUG") else level
+    own_directory.remove_leftovers()
     for check in fitness.checks(worker):
         runpod.serverless.register_fitness_check(check)
     rp_scale.JobScaler = functools.partial(Scaler, worker)

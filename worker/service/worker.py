@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from avatar_client.contract.job_errors import InternalError, WorkerError
 from worker import logs
-from worker.service import job_request, process
+from worker.service import job_request, machine, process
 from worker.service.estimate import ThroughputEstimator
 from worker.service.job import JobRun, JobStoppedError
 from worker.service.progress import PostProgress, ProgressReporter
@@ -133,16 +133,18 @@ class Worker:
         run = self._last_run
         if run is None or run.request.job_id != job_request.safe_id(job_id):
             return None
-        with suppress(TimeoutError):
+        try:
             async with asyncio.timeout(KEEP_SECONDS):
                 return await asyncio.to_thread(run.keep_result, payload)
-        return None
+        except Exception as error:  # a full disk, say; the result must be sent all the same
+            logger.warning("the result was not kept either: %s", type(error).__name__)
+            return None
 
     async def drop_kept_result(self, job_id: str) -> None:
         """Removes what `keep_result` has put there."""
         run = self._last_run
         if run is not None and run.request.job_id == job_request.safe_id(job_id):
-            with suppress(TimeoutError):
+            with suppress(Exception):  # what stays is harmless, and the result was taken
                 async with asyncio.timeout(KEEP_SECONDS):
                     await asyncio.to_thread(run.drop_kept_result)
 
@@ -174,12 +176,15 @@ class Worker:
         except JobStoppedError:
             return {}
         except WorkerError as error:
-            logger.warning("failed in %s: %s", run.progress.stage, error, exc_info=error.__cause__)
-            failure = error
-        except Exception:
+            failure = machine.as_own_fault(error) or error
+            cause = error if failure is not error else error.__cause__
+            logger.warning("failed in %s: %s", run.progress.stage, failure, exc_info=cause)
+        except Exception as error:
             reference = secrets.token_hex(4)
             logger.exception("unforeseen failure, reference %s", reference)
-            failure = InternalError(f"something unforeseen went wrong; reference {reference}")
+            failure = machine.as_own_fault(error) or InternalError(
+                f"something unforeseen went wrong; reference {reference}"
+            )
         finally:
             process.trim_memory()
         self._damaged |= failure.refresh_worker
