@@ -26,6 +26,8 @@ MAX_DRAINED_BYTES = 64 * 2**20  # of a request that is too large: read on, so th
 MAX_STREAM_BYTES = 10**6
 MAX_WAITING_JOBS = 1000
 SYNC_WAIT_MILLISECONDS = 90_000
+STREAM_WAIT_SECONDS = 1.0  # RunPod's JavaScript library asks again at once
+WaitMilliseconds = Annotated[int, Query(ge=1000, le=300_000)]
 BEARER = HTTPBearer(auto_error=False, description="The endpoint's API key.")
 
 
@@ -230,6 +232,7 @@ class ClientApi:
             | _failure(429, "Too many jobs wait.")
         )
         known_job = _failure(404, "No such job, or no longer.")
+        sync_job = known_job | _failure(400, "The time to wait is out of range.")
         failed_job = known_job | _failure(400, "The job has not failed.")
 
         submissions = APIRouter(route_class=_BoundedRoute)
@@ -237,6 +240,7 @@ class ClientApi:
         submit("/run", responses=new_job, response_model=Accepted)(self.run)
         submit("/runsync", responses=new_job, response_model=JobState)(self.runsync)
         get("/status/{job_id}", responses=known_job, response_model=JobState)(self.status)
+        get("/status-sync/{job_id}", responses=sync_job, response_model=JobState)(self.status_sync)
         get("/stream/{job_id}", responses=known_job, response_model=StreamState)(self.stream)
         get("/health", response_model=Health)(self.health)
         post("/cancel/{job_id}", responses=known_job, response_model=Accepted)(self.cancel)
@@ -249,34 +253,39 @@ class ClientApi:
         return JsonResponse({"id": self._add(job, is_sync=False), "status": "IN_QUEUE"})
 
     async def runsync(
-        self,
-        request: Request,
-        job: JobSubmission,
-        wait: Annotated[int, Query(ge=1000, le=300_000)] = SYNC_WAIT_MILLISECONDS,
+        self, request: Request, job: JobSubmission, wait: WaitMilliseconds = SYNC_WAIT_MILLISECONDS
     ) -> Response:
         """Puts a job into the queue and waits up to `wait` milliseconds for its result."""
         job_id = self._add(job, is_sync=True)
-        gone = asyncio.create_task(hang_up(request))
-        gone.add_done_callback(lambda _: self._changes.notify())
-
-        def is_over() -> bool:
-            found = self._queue.get(job_id)
-            return found is None or found.is_over or gone.done() or self._is_closing()
-
-        await self._changes.until(is_over, wait / 1000)
-        gone.cancel()
+        await self._until(job_id, request, lambda job: job.is_over, wait / 1000)
         return JsonResponse(self._find(job_id).state())
 
     async def status(self, job_id: str) -> Response:
         """Where a job stands, with its newest progress or its result."""
         return JsonResponse(self._find(job_id).state())
 
-    async def stream(self, job_id: str) -> Response:
-        """What the job's handler has yielded since the last call."""
+    async def status_sync(
+        self, request: Request, job_id: str, wait: WaitMilliseconds = SYNC_WAIT_MILLISECONDS
+    ) -> Response:
+        """The same, once the job is over or `wait` milliseconds have passed."""
+        self._find(job_id)
+        await self._until(job_id, request, lambda job: job.is_over, wait / 1000)
+        return JsonResponse(self._find(job_id).state())
+
+    async def stream(self, request: Request, job_id: str) -> Response:
+        """What the job's handler has yielded since the last call; waits a moment for it."""
+        self._find(job_id)
+
+        def has_news(job: Job) -> bool:
+            return job.is_over or self._queue.has_unread(job_id)
+
+        await self._until(job_id, request, has_news, STREAM_WAIT_SECONDS)
         job = self._find(job_id)
         items = self._queue.read_stream(job_id, MAX_STREAM_BYTES)
         stream = [{"output": item} for item in items]
-        return JsonResponse({"status": job.status, "stream": stream})
+        # clients read until the job is over, and must not stop before the last item
+        status = "IN_PROGRESS" if job.is_over and self._queue.has_unread(job_id) else job.status
+        return JsonResponse({"status": status, "stream": stream})
 
     async def cancel(self, job_id: str) -> Response:
         """Ends a job that waits or runs; one that is over stays as it is."""
@@ -302,6 +311,20 @@ class ClientApi:
         removed = self._queue.purge()
         self._changes.notify()
         return JsonResponse({"removed": removed, "status": "completed"})
+
+    async def _until(
+        self, job_id: str, request: Request, holds: Callable[[Job], bool], timeout_seconds: float
+    ) -> None:
+        """Returns when `holds` of the job, when it is gone, or when nobody waits any more."""
+        gone = asyncio.create_task(hang_up(request))
+        gone.add_done_callback(lambda _: self._changes.notify())
+
+        def is_waited_for() -> bool:
+            job = self._queue.get(job_id)
+            return job is None or holds(job) or gone.done() or self._is_closing()
+
+        await self._changes.until(is_waited_for, timeout_seconds)
+        gone.cancel()
 
     def _authorize(
         self,

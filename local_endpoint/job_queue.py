@@ -234,6 +234,16 @@ class JobQueue:
         with self._transaction():
             return self._execute("DELETE FROM jobs WHERE status = 'IN_QUEUE'")
 
+    def has_unread(self, job_id: str) -> bool:
+        """Whether a generating handler has yielded something since `read_stream`."""
+        return bool(
+            self._all(
+                "SELECT 1 FROM stream WHERE job = ?1"
+                " AND number > (SELECT stream_read FROM jobs WHERE id = ?1) LIMIT 1",
+                job_id,
+            )
+        )
+
     def read_stream(self, job_id: str, max_bytes: int) -> list[Any]:
         """What a generating handler has yielded since the last call, up to `max_bytes` of JSON."""
         rows = self._all(

@@ -1,6 +1,6 @@
 """What RunPod's own client library does, in a process of its own: it reads its address on import.
 
-    RUNPOD_ENDPOINT_BASE_URL=... runpod_client.py sync|async KEY ENDPOINT_ID < job.json
+    RUNPOD_ENDPOINT_BASE_URL=... runpod_client.py WAY KEY ENDPOINT_ID < job.json   # see WAYS
 
 Prints what it saw, as one JSON object.
 """
@@ -58,10 +58,23 @@ async def follow_async(key: str, endpoint_id: str, job: dict[str, Any]) -> dict[
         }
 
 
+def stream_blocking(key: str, endpoint_id: str, job: dict[str, Any]) -> list[int]:
+    return [part["part"] for part in runpod.Endpoint(endpoint_id, key).run(job).stream()]
+
+
+async def stream_async(key: str, endpoint_id: str, job: dict[str, Any]) -> list[int]:
+    async with aiohttp.ClientSession() as session:
+        running = await AsyncEndpoint(endpoint_id, session, api_key=key).run(job["input"])
+        return [part["part"] async for part in running.stream()]
+
+
+WAYS = {
+    "sync": follow_blocking,
+    "async": lambda *what: asyncio.run(follow_async(*what)),
+    "stream": stream_blocking,
+    "async-stream": lambda *what: asyncio.run(stream_async(*what)),
+}
+
 if __name__ == "__main__":
     way, key, endpoint_id = sys.argv[1:]
-    job = json.load(sys.stdin)
-    if way == "async":
-        print(json.dumps(asyncio.run(follow_async(key, endpoint_id, job))))
-    else:
-        print(json.dumps(follow_blocking(key, endpoint_id, job)))
+    print(json.dumps(WAYS[way](key, endpoint_id, json.load(sys.stdin))))
