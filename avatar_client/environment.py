@@ -2,9 +2,10 @@
 
 import os
 from collections.abc import Mapping
-from typing import Literal, Self
+from typing import Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
 
 from avatar_client.contract.bucket import SEVEN_DAYS_SECONDS, BucketSettings
 
@@ -24,7 +25,7 @@ class FromEnvironment(BaseModel):
         environ = os.environ if environ is None else environ
         names = {name: name.upper() for name in cls.model_fields}
         given = {
-            name: value
+            name: _as_named(value, cls.model_fields[name])
             for name, variable in names.items()
             if (value := environ.get(variable, "").strip())
         }
@@ -33,6 +34,14 @@ class FromEnvironment(BaseModel):
         except ValidationError as error:
             problems = "; ".join(f"{str(e['loc'][0]).upper()}: {e['msg']}" for e in error.errors())
             raise ValueError(f"settings: {problems}") from None
+
+
+def _as_named(value: str, field: FieldInfo) -> str:
+    """The value in the letters of the choice that it names: `info` is `INFO`."""
+    if get_origin(field.annotation) is not Literal:
+        return value
+    choices = {choice.casefold(): choice for choice in get_args(field.annotation)}
+    return str(choices.get(value.casefold(), value))
 
 
 class BucketVariables(FromEnvironment):

@@ -44,3 +44,16 @@ def test_no_key_stands_in_the_settings_text() -> None:
     assert settings.bucket is not None
     assert "the-secret" not in f"{settings!r} {settings} {settings.bucket!r}"
     assert settings.bucket.secret_access_key.get_secret_value() == "the-secret"
+
+
+@pytest.mark.parametrize(
+    ("given", "level"), [("info", "INFO"), ("Warn", "WARN"), (" error ", "ERROR")]
+)
+def test_a_choice_may_be_written_in_any_letters(given: str, level: str) -> None:
+    settings = Settings.from_env({"RUNPOD_LOG_LEVEL": given, "AVATAR_MODEL": "Demo"})
+    assert (settings.runpod_log_level, settings.avatar_model) == (level, "demo")
+
+
+def test_a_choice_that_the_sdk_has_not_is_named_before_the_sdk_ends_the_process() -> None:
+    with pytest.raises(ValueError, match=r"RUNPOD_LOG_LEVEL: .*'WARN'"):
+        Settings.from_env({"RUNPOD_LOG_LEVEL": "warning"})

@@ -140,7 +140,8 @@ def ensure(names: tuple[str, ...] = GUARDED, policy: Policy | None = None) -> Re
     if _examining == threading.get_ident():
         return report()
     # Read here and not in settings.py, which needs pydantic: this runs before any other package.
-    chosen = _checked(policy or os.environ.get("IMPORT_GUARD") or "auto")  # noqa: TID251
+    set_one = os.environ.get("IMPORT_GUARD", "").strip().lower()  # noqa: TID251
+    chosen = _checked(policy or set_one or "auto")
     with _lock:
         _examining = threading.get_ident()
         try:

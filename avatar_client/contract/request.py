@@ -27,6 +27,7 @@ from pydantic import (
     model_validator,
 )
 
+from avatar_client.contract import plain_values
 from avatar_client.contract.bucket import SEVEN_DAYS_SECONDS, BucketSettings
 from avatar_client.contract.job_errors import InputUrlBlockedError, InvalidInputError
 from avatar_client.contract.presets import PRESETS, computed_step_indices
@@ -117,6 +118,13 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_declared(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        return plain_values.as_declared(values, cls.model_fields)
 
 
 class Motion(_Frozen):
@@ -238,11 +246,6 @@ class GenerationParams(_Frozen):
             raise ValueError("must be [x, y, width, height] in pixels of the image")
         return value
 
-    @model_validator(mode="before")
-    @classmethod
-    def _null_means_the_default(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in values.items() if value is not None}
-
 
 class JobInput(GenerationParams):
     """The `input` object of a job."""
@@ -259,8 +262,8 @@ class JobInput(GenerationParams):
     )
     dry_run: bool = Field(
         False,
-        description="Checks everything, fetches and probes the media, answers the plan and an "
-        "estimate.",
+        description="Checks everything, fetches and probes the media, answers the plan, an "
+        "estimate and the warnings.",
     )
     s3_config: S3Config | None = Field(
         default=None,

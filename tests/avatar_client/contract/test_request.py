@@ -74,7 +74,21 @@ def test_an_unknown_key_is_refused_and_the_nearest_known_one_named(
     ("field", "value"),
     [
         ("resolution", 300),
-        ("resolution", "704"),
+        ("resolution", "704px"),
+        ("resolution", "704.5"),
+        ("seed", "0x10"),
+        ("seed", "٤٢"),
+        ("seed", "9" * 50),
+        ("seed", 42.5),
+        ("guidance_scale", "1e999"),
+        ("guidance_scale", "nan"),
+        ("guidance_scale", True),
+        ("guidance_scale", "7,5"),
+        ("face_box", "0, 0, 10, 10"),
+        ("face_box", [True, 0, 10, 10]),
+        ("prompt", 7),
+        ("dry_run", 1),
+        ("output", {"thumbnail": "on"}),
         ("num_inference_steps", 0),
         ("num_inference_steps", 101),
         ("num_inference_steps", 2.5),
@@ -104,9 +118,54 @@ def test_a_value_out_of_range_is_refused_by_its_field(field: str, value: Any) ->
     assert error.code == "INVALID_INPUT"
 
 
-def test_null_means_the_default() -> None:
-    nothing = dict.fromkeys(("seed", "preset", "fps", "face_box", "num_inference_steps", "motion"))
-    assert parse(**nothing) == parse()
+@pytest.mark.parametrize("nothing", [None, "", "  "])
+def test_what_is_left_open_means_the_default(nothing: Any) -> None:
+    numbers = ("seed", "fps", "face_box", "num_inference_steps", "max_seconds", "dry_run")
+    nested = {"motion": {"pose": nothing}, "output": {"thumbnail": nothing, "key": None}}
+    assert parse(**dict.fromkeys(numbers, nothing), **nested) == parse()
+    assert parse(preset=None, motion=None, output=None, s3Config=None) == parse()
+
+
+@pytest.mark.parametrize(
+    ("field", "written", "meant"),
+    [
+        ("seed", 42.0, 42),
+        ("seed", "42", 42),
+        ("seed", " 42.0 ", 42),
+        ("seed", "9007199254740991", 2**53 - 1),
+        ("resolution", "512", 512),
+        ("resolution", 512.0, 512),
+        ("guidance_scale", "7.5", 7.5),
+        ("guidance_scale", 7, 7.0),
+        ("fps", "25", 25.0),
+        ("max_seconds", "1e1", 10.0),
+        ("face_box", ["1", 2.0, "3.5", 4], (1.0, 2.0, 3.5, 4.0)),
+        ("dry_run", "true", True),
+        ("dry_run", "False", False),
+        ("prompt", "42", "42"),
+        ("negative_prompt", "", ""),
+        ("user_data", "42", "42"),
+        ("user_data", {"a": None}, {"a": None}),
+    ],
+)
+def test_tools_without_code_may_write_values_their_way(
+    field: str, written: Any, meant: Any
+) -> None:
+    value = getattr(parse(**{field: written}), field)
+    assert (value, type(value)) == (meant, type(meant))
+
+
+def test_they_may_inside_objects_too() -> None:
+    params = parse(
+        motion={"pose": "30", "expression": None},
+        output={"url_expires_seconds": "60", "thumbnail": "true", "overwrite": ""},
+        s3Config={"endpointUrl": "https://s", "accessId": "a", "accessSecret": "7", "region": None},
+    )
+    assert (params.motion.pose, params.motion.expression) == (30.0, 30.0)
+    assert params.output.url_expires_seconds == 60
+    assert (params.output.thumbnail, params.output.overwrite) == (True, False)
+    assert params.s3_config is not None
+    assert params.s3_config.secret_access_key.get_secret_value() == "7"
 
 
 @pytest.mark.parametrize(
