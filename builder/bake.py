@@ -1,7 +1,7 @@
 """Makes a model directory that the worker serves, from nothing but the network.
 
     python -m builder.bake --variant bf16|fp8 --revision COMMIT --target MODEL_DIR [--work DIR]
-        [--token-file FILE]
+        [--token-file FILE] [--publish YOU/NAME]
 
 Folder by folder of the published checkpoint: download, convert, read back, delete the source; the
 disk holds the model and one source folder at most. The same command finishes an interrupted run.
@@ -41,6 +41,7 @@ from builder.download import (
     require_space,
     resolve,
 )
+from builder.publish import publish
 from worker import atomic_file
 from worker.loading import manifest
 
@@ -292,6 +293,11 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, help="where a folder for the sources is made; if not given, beside it"
     )
+    parser.add_argument(
+        "--publish",
+        metavar="YOU/NAME",
+        help="afterwards uploads the model to this repository of yours on the hub",
+    )
     arguments = parser.parse_args()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("builder").setLevel(logging.INFO)
@@ -300,6 +306,8 @@ def main() -> None:
     try:
         token = read_token(arguments.token_file)
         bake(arguments.variant, target, work, token, arguments.revision)
+        if arguments.publish:
+            publish(target, arguments.publish, token)
     except BuildError as error:
         parser.exit(error.exit_code, f"{error}\n")
 

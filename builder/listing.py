@@ -1,8 +1,9 @@
-"""Settings and request as users see them: `.runpod/hub.json` and the README's tables.
+"""Settings and request as users see them: the files in `.runpod` and the README's tables.
 
-python -m builder.listing    # rewrites both; a test says when that is due
+python -m builder.listing    # rewrites them; a test says when that is due
 """
 
+import base64
 import json
 import typing
 from pathlib import Path
@@ -15,28 +16,113 @@ from worker.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 HUB_PATH = ROOT / ".runpod" / "hub.json"
+TESTS_PATH = ROOT / ".runpod" / "tests.json"
 README_PATH = ROOT / "README.md"
+
+# What the hosts must offer: an exact list, not a floor. The first is what the torch wheel is built
+# for; the drivers of later releases run it too. An entry that RunPod does not have matches no host.
+CUDA_VERSIONS = ["13.0", "13.1", "13.2", "13.3"]
+
+# The largest model, should it be downloaded into the container, and room for jobs: 42.4 GB and 2.
+CONTAINER_DISK_GB = 60
+
+ICON_PATH = ROOT / ".runpod" / "icon.svg"
 
 HUB = {
     "title": "HunyuanVideo-Avatar",
     "description": "One portrait and one speech recording in, a talking-avatar video out.",
     "type": "serverless",
     "category": "video",
-    "config": {
-        "runsOn": "GPU",
-        "containerDiskInGb": 20,
-        "gpuCount": 1,
-        "gpuIds": "HOPPER_141,ADA_80_PRO,AMPERE_80",
-        "allowedCudaVersions": ["13.0"],  # an exact list, not a floor; what the torch wheel needs
+}
+CONFIG = {
+    "runsOn": "GPU",
+    "containerDiskInGb": CONTAINER_DISK_GB,
+    "gpuCount": 1,
+    "gpuIds": "HOPPER_141,ADA_80_PRO,AMPERE_80",
+    "allowedCudaVersions": CUDA_VERSIONS,
+}
+
+# The form asks for a model whatever is chosen above it. The demo reads none: the smallest will do.
+ANY_MODEL = "hf-internal-testing/tiny-random-bert"
+PRESETS = [
+    {
+        "name": "HunyuanVideo-Avatar, 16 bits (a repository of 42 GB)",
+        "defaults": {
+            "AVATAR_MODEL": "hunyuan-video-avatar",
+            "ALLOW_MODEL_DOWNLOAD": True,
+            "RUNPOD_INIT_TIMEOUT": 1800,
+        },
     },
+    {
+        "name": "HunyuanVideo-Avatar, 8 bits (a repository of 23 GB)",
+        "defaults": {
+            "AVATAR_MODEL": "hunyuan-video-avatar",
+            "ALLOW_MODEL_DOWNLOAD": True,
+            "RUNPOD_INIT_TIMEOUT": 1200,
+        },
+    },
+    {
+        "name": "Demo: drawn faces, nothing to download",
+        "defaults": {
+            "AVATAR_MODEL": "demo",
+            "MODEL_REPOSITORY": ANY_MODEL,
+            "ALLOW_MODEL_DOWNLOAD": False,
+            "RUNPOD_INIT_TIMEOUT": 800,
+        },
+    },
+]
+
+# Not the worker's own, but of whom it needs.
+PLATFORM_INPUTS = {
+    "RUNPOD_INIT_TIMEOUT": {
+        "name": "Init timeout",
+        "type": "number",
+        "description": "How long RunPod waits for a worker to start, in seconds. A model that the "
+        "worker downloads itself takes minutes.",
+        "required": False,
+        "advanced": True,
+        "default": 1800,
+    },
+    "HF_TOKEN": {
+        "name": "Hugging Face token",
+        "type": "string",
+        "description": "Token that may read the model's repository, if that is private.",
+        "required": False,
+        "advanced": False,
+    },
+}
+# Where the form's entry is another than a setting gives by itself.
+FORM: dict[str, dict[str, Any]] = {
+    "model_repository": {
+        "name": "Model",
+        "type": "huggingface",
+        "required": True,
+        "advanced": False,
+    },
+    # RunPod's cache is looked at first; without it nothing would start
+    "allow_model_download": {"default": True, "advanced": False},
+    "avatar_model": {"advanced": False},
 }
 
 
 def hub() -> dict[str, Any]:
     """The listing for RunPod's Hub."""
-    fields = Settings.model_fields.items()
-    env = [{"key": name.upper(), "input": _hub_input(name, info)} for name, info in fields]
-    return {**HUB, "config": {**HUB["config"], "env": env}}  # type: ignore[dict-item]
+    fields = Settings.model_fields
+    env = [
+        *({"key": name.upper(), "input": _hub_input(name, fields[name])} for name in FORM),
+        *({"key": name, "input": entry} for name, entry in PLATFORM_INPUTS.items()),
+        *(
+            {"key": name.upper(), "input": _hub_input(name, info)}
+            for name, info in fields.items()
+            if name not in FORM
+        ),
+    ]
+    icon = base64.b64encode(ICON_PATH.read_bytes()).decode()
+    return {
+        **HUB,
+        "iconUrl": f"data:image/svg+xml;base64,{icon}",  # no address of ours outlives a move
+        "config": {**CONFIG, "presets": PRESETS, "env": env},
+    }
 
 
 def _hub_input(name: str, info: FieldInfo) -> dict[str, Any]:
@@ -52,13 +138,19 @@ def _hub_input(name: str, info: FieldInfo) -> dict[str, Any]:
     if typing.get_origin(info.annotation) is typing.Literal:
         choices = typing.get_args(info.annotation)
         entry["options"] = [{"label": choice, "value": choice} for choice in choices]
-    return entry
+    return entry | FORM.get(name, {})
 
 
 def _hub_type(info: FieldInfo) -> str:
     if isinstance(info.default, bool):
         return "boolean"
     return "number" if isinstance(info.default, int | float) else "string"
+
+
+def hub_tests() -> dict[str, Any]:
+    """The Hub's own tests, where they must run on what the listing asks for."""
+    document: dict[str, Any] = json.loads(TESTS_PATH.read_text())
+    return document | {"config": document["config"] | {"allowedCudaVersions": CUDA_VERSIONS}}
 
 
 def settings_table() -> str:
@@ -111,8 +203,9 @@ def readme(text: str) -> str:
 
 
 def main() -> None:
-    """Rewrites both files."""
+    """Rewrites them."""
     HUB_PATH.write_text(json.dumps(hub(), indent=2) + "\n")
+    TESTS_PATH.write_text(json.dumps(hub_tests(), indent=2) + "\n")
     README_PATH.write_text(readme(README_PATH.read_text()))
 
 

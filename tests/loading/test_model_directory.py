@@ -6,8 +6,11 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -301,3 +304,73 @@ def test_a_download_that_is_not_what_its_manifest_says_is_refused(
         failed = find_with_download(hub, tmp_path)
     assert f"{name} was changed: its sha256 is not the manifest's" in failed.stderr
     assert not (tmp_path / model_directory.BAKED_DIR).exists()
+
+
+@contextmanager
+def as_an_ordinary_user(*own: Path) -> Iterator[None]:
+    """Inside, this process may write what `own` names and no other directory of the root user."""
+    if os.geteuid() != 0:
+        yield
+        return
+    for path in own:
+        os.chown(path, 1000, 1000)
+    os.seteuid(1000)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_a_download_goes_into_the_container_where_the_volume_is_another_user_s() -> None:
+    with tempfile.TemporaryDirectory() as name:  # tmp_path can be entered by its owner alone
+        root = Path(name)
+        volume, models = root / "runpod-volume", root / "models"
+        for path in (volume, models):
+            path.mkdir()
+        volume.chmod(0o555)
+        root.chmod(0o755)
+        with as_an_ordinary_user(models):
+            target = model_directory.download_target(root, 1)
+
+        assert target == root / model_directory.BAKED_DIR
+        volume.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("free_gb", "place"),
+    [
+        ({"runpod-volume": 50, "models": 50}, model_directory.VOLUME_DIR),
+        ({"runpod-volume": 40, "models": 50}, model_directory.BAKED_DIR),
+        ({"runpod-volume": 40, "models": 43}, None),
+    ],
+)
+def test_a_download_begins_only_where_it_has_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_gb: dict[str, int], place: Path | None
+) -> None:
+    (tmp_path / "runpod-volume").mkdir()
+
+    def disk_usage(path: Path) -> SimpleNamespace:
+        return SimpleNamespace(free=free_gb[path.relative_to(tmp_path).parts[0]] * 10**9)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    if place is not None:
+        assert model_directory.download_target(tmp_path, 42_400_000_000) == tmp_path / place
+        return
+    with pytest.raises(RuntimeError, match=r"it needs 42.4 GB; .*40.0 GB free; .*43.0 GB free"):
+        model_directory.download_target(tmp_path, 42_400_000_000)
+
+
+def test_what_another_worker_has_put_there_meanwhile_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch(repository: str, part: Path) -> None:
+        make_model(part)
+        make_model(tmp_path / model_directory.BAKED_DIR)
+
+    monkeypatch.setattr(model_directory, "_fetch", fetch)
+    monkeypatch.setattr(model_directory, "_published_bytes", lambda repository: 1)
+    settings = Settings(model_repository="a/b", allow_model_download=True)
+
+    found = model_directory.find(settings, tmp_path)
+
+    assert found.path == tmp_path / model_directory.BAKED_DIR

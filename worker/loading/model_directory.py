@@ -2,6 +2,10 @@
 
 import json
 import logging
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,8 @@ VOLUME_DIR = Path("runpod-volume/hunyuan-video-avatar")
 # needs neither a GPU nor a download, and only AVATAR_MODEL=demo selects it. Its card says more.
 DEMO_DIR = Path(__file__).parents[1] / "demo_model"
 CACHE_DIR = Path("runpod-volume/huggingface-cache/hub")  # RunPod's cached models
+
+SPARE_BYTES = 2 * 2**30  # left free on the disk of a download: for jobs, which may share it
 
 
 @dataclass(frozen=True)
@@ -125,33 +131,83 @@ def _on_volume(settings: Settings, root: Path) -> Path:
 
 
 def _downloaded(settings: Settings, root: Path) -> Path:
-    """The model, fetched to the network volume, or into the container where there is none."""
+    """The model, fetched to the network volume, or into the container where that cannot take it."""
     if not settings.allow_model_download:
         raise _NoModelError("ALLOW_MODEL_DOWNLOAD is not set")
     if settings.model_repository is None:
         raise _NoModelError("MODEL_REPOSITORY is not set")
-    volume = root / VOLUME_DIR
-    target = volume if volume.parent.is_dir() else root / BAKED_DIR
-    part = target.with_name(f"{target.name}.part")  # or a half would be taken for damaged
-    logger.info("downloading %s to %s", settings.model_repository, target)
+    repository = settings.model_repository
     try:
-        _fetch(settings.model_repository, part)
+        with _online():
+            target = download_target(root, _published_bytes(repository))
+            part = target.with_name(f"{target.name}.part")  # or a half would be taken for damaged
+            logger.info("downloading %s to %s", repository, target)
+            _fetch(repository, part)
     except Exception as error:  # the library's, and those of the HTTP library below it
-        raise RuntimeError(f"{settings.model_repository} was not downloaded: {error}") from error
+        raise RuntimeError(f"{repository} was not downloaded: {error}") from error
     require_whole(part, hashes=True)
-    part.rename(target)
+    try:
+        part.rename(target)
+    except OSError:  # another worker on the same volume was quicker
+        if not (target / "model_index.json").is_file():
+            raise
     return target
 
 
+def download_target(root: Path, num_bytes: int) -> Path:
+    """The first place that this user may write to and that has room for so much.
+
+    Raises:
+        RuntimeError: there is none; says why for each.
+    """
+    reasons = []
+    for target in (root / VOLUME_DIR, root / BAKED_DIR):
+        if target.is_relative_to(root / VOLUME_DIR.parent) and not target.parent.is_dir():
+            reasons.append(f"there is no {target.parent}")
+            continue
+        part = target.with_name(f"{target.name}.part")
+        try:
+            part.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=part):  # of another user, perhaps, or read-only
+                pass
+        except OSError as error:
+            reasons.append(f"{target.parent} cannot be written to ({error.strerror})")
+            continue
+        present = sum(path.stat().st_size for path in part.rglob("*") if path.is_file())
+        free = shutil.disk_usage(part).free
+        if free + present >= num_bytes + SPARE_BYTES:
+            return target
+        reasons.append(f"{target.parent} has {free / 1e9:.1f} GB free")
+        with suppress(OSError):  # it holds a part of an earlier download
+            part.rmdir()
+    raise RuntimeError(f"it needs {num_bytes / 1e9:.1f} GB; {'; '.join(reasons)}")
+
+
+def _published_bytes(repository: str) -> int:
+    """The size of all files of a repository."""
+    from huggingface_hub import HfApi
+
+    info = HfApi().model_info(repository, files_metadata=True)
+    return sum(sibling.size or 0 for sibling in info.siblings or ())
+
+
 def _fetch(repository: str, directory: Path) -> None:
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
+    snapshot_download(repository, local_dir=directory)
+
+
+@contextmanager
+def _online() -> Iterator[None]:
+    """Inside, the hub's library may ask the hub, which the image forbids it."""
+    from huggingface_hub import constants
+
     offline = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = False  # the image says True; this download alone was allowed
+    constants.HF_HUB_OFFLINE = False
     try:
-        snapshot_download(repository, local_dir=directory)
+        yield
     finally:
         constants.HF_HUB_OFFLINE = offline
 
