@@ -1,21 +1,31 @@
 # The worker: alone (the last stage, which is what `docker build` makes), or with the weights of one
 # variant inside (--target worker-bf16 or worker-fp8). See docs/image.md.
 
+# The tag and no digest: none could be read where this file was written. docs/image.md says how to pin one.
 FROM python:3.12-slim-bookworm AS packages
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/venv
 WORKDIR /build
-COPY pyproject.toml constraints.txt ./
 # The dependencies alone, so that a change of our code does not fetch them again. They are one layer, of
-# which registries take 10 GB; and the image of the code alone is to stay below that.
-RUN /opt/venv/bin/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*project['dependencies'], *project['optional-dependencies']['worker'], sep='\n')" > dependencies.txt \
-    && /opt/venv/bin/pip install --constraint constraints.txt --requirement dependencies.txt \
+# which registries take 10 GB; and the image of the code alone is to stay below that. Each file has the
+# hash that it had when `make lock` wrote the list, which is complete: pip check says so.
+COPY builder/requirements.txt ./
+RUN /opt/venv/bin/pip install --no-deps --require-hashes --requirement requirements.txt \
     && /opt/venv/bin/pip uninstall --yes torchvision torchaudio xformers \
     && /opt/venv/bin/pip check \
     && test -z "$(du --summarize --threshold=9GB /opt/venv)"
 # What the hosts must offer, as .runpod/hub.json asks of them.
 ARG CUDA_VERSION=13.0
 RUN /opt/venv/bin/python -c "import os, torch; assert str(torch.version.cuda) == os.environ['CUDA_VERSION'], torch.version.cuda; print(torch.__version__, 'cuDNN', torch.backends.cudnn.version())"
+
+
+# What the image consists of, as CycloneDX writes it: by a tool of which nothing stays.
+FROM packages AS sbom
+COPY builder/sbom-requirements.txt ./
+RUN python -m venv /opt/tools \
+    && /opt/tools/bin/pip install --no-deps --require-hashes --requirement sbom-requirements.txt \
+    && mkdir sbom \
+    && /opt/tools/bin/cyclonedx-py environment --output-file sbom/python-packages.cdx.json /opt/venv
 
 
 FROM python:3.12-slim-bookworm AS base
@@ -26,7 +36,11 @@ RUN apt-get update \
     && useradd --create-home --uid 1000 avatar \
     && install --directory --owner=avatar --group=avatar /models
 COPY --from=packages /opt/venv /opt/venv
+COPY --from=sbom /build/sbom /usr/share/sbom
+# Without the two of NVIDIA some container runtimes pass no GPU in; an image of nvidia/cuda sets them.
 ENV PATH=/opt/venv/bin:$PATH \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility,video \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \

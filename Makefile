@@ -7,7 +7,7 @@ PYTEST := $(BIN)/pytest -n 2 --dist worksteal
 
 STUDIO_VENV := .venv-studio
 
-.PHONY: demo studio test lint types unit slow talks packages browser image format clean
+.PHONY: demo studio test lint types unit slow talks packages browser image lock format clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m demo
@@ -50,6 +50,13 @@ browser: $(VENV)/ready $(STUDIO_VENV)/ready
 # Every command of the Dockerfile, in a fresh root: needs root's rights and debootstrap.
 image: $(VENV)/ready
 	$(BIN)/pytest -m image
+
+# The packages of the image, each with its hash. After a change of pyproject.toml or constraints.txt.
+LOCK := uv pip compile --quiet --generate-hashes --universal --python-version 3.11 --no-annotate \
+	--custom-compile-command "make lock"
+lock: $(VENV)/ready
+	$(BIN)/$(LOCK) --constraint constraints.txt --extra worker --output-file builder/requirements.txt pyproject.toml
+	echo cyclonedx-bom | $(BIN)/$(LOCK) --output-file builder/sbom-requirements.txt -
 
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix .

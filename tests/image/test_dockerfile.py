@@ -4,12 +4,15 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKLHunyuanVideo
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from torch import nn
 from transformers import (
     CLIPTextConfig,
@@ -69,6 +72,42 @@ def test_every_image_runs_the_worker_as_a_user_without_rights_and_offline(name: 
     assert settings(stage)["RUNPOD_LOG_LEVEL"] == "INFO"
 
 
+def locked(name: str) -> dict[str, list[str]]:
+    """The hashes of each package in a list, by its name and version."""
+    text = (ROOT / "builder" / name).read_text()
+    entries = re.split(r"\n(?=[^\s#])", text.partition("make lock\n")[2])
+    return {
+        entry.split()[0]: re.findall(r"--hash=(sha256:[0-9a-f]{64})", entry) for entry in entries
+    }
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "sbom-requirements.txt"])
+def test_every_package_of_the_image_has_its_hash(name: str) -> None:
+    assert all(locked(name).values())
+    installs = [
+        run for stage in STAGES.values() for run in stage.of("RUN") if "pip install" in run.value
+    ]
+    assert len(installs) == 2
+    assert all("pip install --require-hashes --requirement " in run.value for run in installs)
+
+
+def test_the_image_has_the_versions_that_the_tests_run_with_and_all_that_is_declared() -> None:
+    constraints: dict[str, str] = {
+        canonicalize_name(line.split("==")[0]): line.split("==")[1]
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
+    pinned = dict(name.split("==") for name in locked("requirements.txt"))
+    assert {
+        name: constraints.get(canonicalize_name(name), version) for name, version in pinned.items()
+    } == pinned
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = project["dependencies"] + project["optional-dependencies"]["worker"]
+    for requirement in map(Requirement, declared):
+        version = pinned[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), "run make lock"
+
+
 def test_no_secret_is_named_and_the_token_is_seen_by_the_bake_alone() -> None:
     for stage in STAGES.values():
         for instruction in stage.instructions:
@@ -98,7 +137,16 @@ def copied_from_here(stage: Stage) -> Iterator[str]:
 def test_the_hosts_are_asked_for_the_cuda_that_torch_is_built_for() -> None:
     hub = json.loads((ROOT / ".runpod" / "hub.json").read_text())
     [argument] = STAGES["packages"].of("ARG")
-    assert [argument.value.removeprefix("CUDA_VERSION=")] == hub["config"]["allowedCudaVersions"]
+    built_for, *later = hub["config"]["allowedCudaVersions"]
+    assert argument.value == f"CUDA_VERSION={built_for}"
+    assert later == sorted(later)
+    assert float(later[0]) > float(built_for)
+
+
+def test_the_gpu_is_passed_in_by_every_container_runtime() -> None:
+    told = settings(LAST)
+    assert told["NVIDIA_VISIBLE_DEVICES"] == "all"
+    assert set(told["NVIDIA_DRIVER_CAPABILITIES"].split(",")) >= {"compute", "utility"}
 
 
 @pytest.mark.parametrize("stage", BAKED.values(), ids=BAKED)

@@ -6,6 +6,8 @@ and the package index.
 """
 
 import base64
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -23,7 +25,7 @@ from builder.download import VARIANTS
 from local_endpoint import LocalEndpoint
 from tests.builder.hub_server import HubServer
 from tests.builder.toy_repository import ROOT, toy_repository
-from tests.image.dockerfile import Builder, Image, parse
+from tests.image.dockerfile import Builder, Image, context_files, parse
 from worker.loading.model_directory import BAKED_DIR
 
 pytestmark = [
@@ -37,6 +39,7 @@ BASE = "python:3.12-slim-bookworm"
 BASE_ROOT = ROOT / ".cache" / "bookworm-with-python"
 BASE_PACKAGES = "python3,python3-venv,ca-certificates"
 COMPILERS = ("cc", "gcc", "g++", "c++", "clang", "tcc", "nvcc", "rustc", "go")
+OF_CUDA = ("torch==", "triton==", "nvidia-", "cuda-toolkit==")
 MAX_CODE_BYTES = 10 * 10**9
 
 
@@ -73,6 +76,38 @@ def package_index() -> tuple[dict[str, str], list[Path]]:
     return options, sorted(set(paths))
 
 
+def build_context(directory: Path, network: Mapping[str, str]) -> Path:
+    """What the builder is sent, with this machine's torch in the list of packages.
+
+    Where torch is that of CUDA, it is the one that stands there already.
+    """
+    for name in (".dockerignore", "Dockerfile", *context_files(ROOT)):
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, directory / name)
+    if "+" in torch.__version__:
+        wheels = directory.with_name("torch")
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            str(wheels),
+        ]
+        subprocess.run([*pip, f"torch=={torch.__version__}"], check=True, env=os.environ | network)
+        [wheel] = wheels.iterdir()
+        with wheel.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        path = directory / "builder" / "requirements.txt"
+        entries = re.split(r"\n(?=\S)", path.read_text().rstrip("\n"))
+        kept = [entry for entry in entries if not entry.startswith(OF_CUDA)]
+        entry = f"torch=={torch.__version__} --hash=sha256:{sha256}"
+        path.write_text("\n".join([*kept, entry, ""]))
+    return directory
+
+
 @pytest.fixture(scope="module")
 def images(
     base_root: Path, tmp_path_factory: pytest.TempPathFactory
@@ -84,7 +119,7 @@ def images(
     network, shared = package_index()
     with HubServer(toy_repository(tmp_path_factory.mktemp("published")), token=TOKEN) as hub:
         builder = Builder(
-            context=ROOT,
+            context=build_context(scratch / "sources", network),
             images={BASE: base_root},
             scratch=scratch,
             arguments={
@@ -168,6 +203,19 @@ def test_the_weights_belong_to_the_user_that_reads_them(
     image = image_of(images, variant)
     for path in (image.root / BAKED_DIR).rglob("*"):
         assert str(path.stat().st_uid) == image.user == "1000"
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, "code alone"])
+def test_an_image_lists_its_packages_and_holds_no_tool_for_it(
+    images: Mapping[str, Image], variant: str
+) -> None:
+    root = image_of(images, variant).root
+    document = json.loads((root / "usr/share/sbom/python-packages.cdx.json").read_text())
+    listed = {component["name"].lower() for component in document["components"]}
+    assert document["bomFormat"] == "CycloneDX"
+    assert {"torch", "diffusers", "runpod", "av", "pillow"} <= listed
+    assert "cyclonedx-bom" not in listed
+    assert not (root / "opt/tools").exists()
 
 
 def test_the_image_of_the_code_alone_is_at_most_10_gb(images: Mapping[str, Image]) -> None:
