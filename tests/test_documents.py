@@ -73,6 +73,20 @@ def test_the_map_names_every_module_of_the_worker(package: Path) -> None:
     assert modules <= set(re.findall(r"\w+", entry))
 
 
+def test_every_fault_of_the_table_has_a_test() -> None:
+    rows = [
+        line.strip("| ").split(" | ")
+        for line in (ROOT / "docs" / "faults.md").read_text().splitlines()
+        if line.startswith("| ") and not line.startswith(("| Case |", "| --- |"))
+    ]
+    assert len(rows) > 30
+    for case, worker, client, named in rows:
+        assert all((case, worker, client))
+        [(path, name)] = re.findall(r"^`(tests/[\w/]+\.py)::(test_\w+)`$", named)
+        defined = re.findall(r"^(?:async )?def (\w+)\(", (ROOT / path).read_text(), re.MULTILINE)
+        assert name in defined, named
+
+
 def test_the_version_is_the_same_wherever_it_stands() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert project["project"]["dynamic"] == ["version"]
