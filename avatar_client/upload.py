@@ -24,18 +24,19 @@ def upload(content: Path | bytes, bucket: BucketSettings) -> str:
         UploadError: the bucket refused the content or did not answer.
     """
     try:
-        import boto3.session
         from boto3.s3.transfer import TransferConfig
         from botocore.config import Config
         from botocore.exceptions import BotoCoreError, ClientError
+
+        from avatar_client.contract.bucket_session import session
     except ModuleNotFoundError:
         raise EndpointError("an upload needs boto3: pip install 'avatar-client[uploads]'") from None
-    store = boto3.session.Session().client(
+    store = session().client(
         "s3", config=Config(**stores.client_config(bucket)), **stores.client_arguments(bucket)
     )
     name = stores.locate(bucket).name
     key = bucket.key("inputs", secrets.token_hex(16))
-    options = {"ContentType": "application/octet-stream"}
+    options = stores.upload_options(bucket, "application/octet-stream")
     transfer = TransferConfig(multipart_threshold=stores.MULTIPART_BYTES)
     with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
         try:

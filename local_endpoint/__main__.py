@@ -10,6 +10,7 @@ from pathlib import Path
 from local_endpoint.endpoint import LocalEndpoint
 from local_endpoint.fleet import Fleet
 from local_endpoint.settings import LocalSettings, worker_environment
+from worker.settings import Settings
 
 logger = logging.getLogger("local_endpoint")
 
@@ -22,7 +23,7 @@ def main() -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs whole addresses
     given_key = settings.runpod_api_key
     environment = worker_environment()
-    with_object_store = "BUCKET_ENDPOINT_URL" not in environment
+    with_object_store = Settings.from_env(environment).bucket is None
     endpoint = LocalEndpoint(
         arguments.state.absolute(),
         port=arguments.port,

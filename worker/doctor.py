@@ -27,6 +27,7 @@ from typing import Literal
 
 import psutil
 
+from avatar_client.environment import misspelt
 from avatar_client.version import __version__
 from worker import import_guard
 from worker.loading import disk, model_directory
@@ -206,14 +207,19 @@ def check_encoders() -> str:
 
 
 def check_storage() -> str:
-    bucket = Settings.from_env().bucket
+    settings = Settings.from_env()
+    if misspelt_names := [line for line in misspelt(Settings) if line.startswith("BUCKET_")]:
+        raise ValueError(" ".join(misspelt_names))
+    if missing := settings.missing_bucket_variables:
+        raise ValueError(f"a bucket is set up in part: {', '.join(missing)} missing")
+    bucket = settings.bucket
     if bucket is None:
-        raise NotApplicableError("BUCKET_ENDPOINT_URL, its key and its secret are not all set")
+        raise NotApplicableError("no bucket is set up: none of BUCKET_* names one")
     from worker.media.storage import Storage
 
     storage = Storage(bucket)
     storage.check()
-    return f"bucket {storage.bucket_name} answers"
+    return f"bucket {storage.bucket_name} takes objects and gives them out"
 
 
 def check_uptime() -> str:

@@ -5,7 +5,9 @@ and `.runpod/hub.json` list the names of `Settings`; a test compares the three.
 """
 
 import os
-from typing import Literal
+import urllib.request
+from typing import Any, Literal
+from urllib.parse import SplitResult, urlsplit
 
 from pydantic import Field
 
@@ -113,6 +115,27 @@ class PlatformSettings(FromEnvironment):
     """Variables of the RunPod SDK that the worker's own checks heed too."""
 
     runpod_skip_gpu_check: bool = False  # a worker without a GPU may start
+
+
+def proxy_for(host: str, port: int) -> SplitResult | None:
+    """The proxy by which a host is reached; None: no proxy.
+
+    It is that of `HTTPS_PROXY` or `ALL_PROXY`, unless `NO_PROXY` names the host. Both spellings of
+    the names count, the one in small letters first.
+
+    Raises:
+        ValueError: it is none that speaks plain HTTP; names the variable, not its value.
+    """
+    proxies = urllib.request.getproxies_environment()
+    address = proxies.get("https") or proxies.get("all")
+    # urllib's own rule, which typeshed has for macOS alone
+    bypass: Any = getattr(urllib.request, "proxy_bypass_environment")  # noqa: B009
+    if not address or bypass(f"{host}:{port}"):
+        return None
+    proxy = urlsplit(address if "://" in address else f"http://{address}")
+    if proxy.scheme != "http" or not proxy.hostname:
+        raise ValueError("HTTPS_PROXY: only proxies of the form http://host:port are spoken to")
+    return proxy
 
 
 def configure_collectives() -> None:

@@ -129,6 +129,12 @@ class UploadError(WorkerError):
     retryable = True
 
 
+class StoreRefusedError(UploadError):
+    """The object store refused, and would again."""
+
+    retryable = False
+
+
 class StorageNotConfiguredError(WorkerError):
     """Delivery to a bucket was asked for and none is set up."""
 

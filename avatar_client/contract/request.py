@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from urllib.parse import unquote
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -28,7 +29,13 @@ from pydantic import (
 )
 
 from avatar_client.contract import plain_values
-from avatar_client.contract.bucket import SEVEN_DAYS_SECONDS, BucketSettings
+from avatar_client.contract.bucket import (
+    SEVEN_DAYS_SECONDS,
+    AddressingStyle,
+    BucketSettings,
+    Checksums,
+    ServerSideEncryption,
+)
 from avatar_client.contract.job_errors import InputUrlBlockedError, InvalidInputError
 from avatar_client.contract.presets import PRESETS, computed_step_indices
 
@@ -37,6 +44,17 @@ MAX_PROMPT_CHARACTERS = 2000
 MAX_USER_DATA_CHARACTERS = 1000
 
 KEY_PATTERN = r"^[A-Za-z0-9!_.()=-]+(/[A-Za-z0-9!_.()=-]+)*$"
+
+
+def _key(value: str) -> str:
+    """A part of an object's key that needs no escape and stays below what stands before it."""
+    if re.fullmatch(KEY_PATTERN, value) is None:
+        raise ValueError(
+            "may hold the letters A to Z, digits and !_.()=- in folders divided by single slashes"
+        )
+    if {".", ".."} & set(value.split("/")):
+        raise ValueError("must not hold '.' or '..' as a folder")
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,10 +162,12 @@ class OutputOptions(_Frozen):
     delivery: Literal["auto", "s3", "inline"] = Field(
         "auto", description="`inline` is base64 in the reply; `auto`: the bucket if there is one."
     )
-    key: Annotated[str, Field(max_length=512, pattern=KEY_PATTERN)] | None = Field(
-        None, description="Name of the object, below the prefixes. Empty: `<job id>.mp4`."
+    key: Annotated[str, Field(max_length=512), AfterValidator(_key)] | None = Field(
+        None,
+        description="Name of the object, below `BUCKET_PREFIX`, the folder `chosen` and "
+        "`output.prefix`. Empty: `<job id>.mp4`, without that folder.",
     )
-    prefix: Annotated[str, Field(max_length=256, pattern=KEY_PATTERN)] | None = Field(
+    prefix: Annotated[str, Field(max_length=256), AfterValidator(_key)] | None = Field(
         None, description="Folder below `BUCKET_PREFIX`."
     )
     url_expires_seconds: Annotated[int, Field(ge=1, le=SEVEN_DAYS_SECONDS)] | None = Field(
@@ -160,26 +180,59 @@ class OutputOptions(_Frozen):
         "endpoint allows it. Else such a job is refused before anything is generated.",
     )
 
-    @field_validator("key", "prefix")
-    @classmethod
-    def _stay_below_the_prefix(cls, value: str | None) -> str | None:
-        if value is not None and {".", ".."} & set(value.split("/")):
-            raise ValueError("must not hold '.' or '..' as a folder")
-        return value
-
 
 class S3Config(_Frozen):
-    """RunPod's own form of a bucket that comes with a job."""
+    """RunPod's own form of a bucket that comes with a job, and what some stores need beside it."""
 
-    endpoint_url: Annotated[str, Field(alias="endpointUrl", max_length=2048)]
-    access_key_id: Annotated[str, Field(alias="accessId", min_length=1, max_length=256)]
-    secret_access_key: Annotated[SecretStr, Field(alias="accessSecret", min_length=1)]
-    name: Annotated[str | None, Field(alias="bucketName", max_length=255)] = None
+    endpoint_url: Annotated[str, Field(max_length=2048)] | None = Field(None, alias="endpointUrl")
+    access_key_id: Annotated[str, Field(alias="accessId", max_length=256)]
+    secret_access_key: Annotated[SecretStr, Field(alias="accessSecret")]
+    session_token: SecretStr | None = Field(None, alias="sessionToken")
+    name: Annotated[str, Field(max_length=255)] | None = Field(None, alias="bucketName")
     region: Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9-]+$")] | None = None
+    addressing_style: AddressingStyle = Field("auto", alias="addressingStyle")
+    server_side_encryption: ServerSideEncryption | None = Field(None, alias="serverSideEncryption")
+    kms_key_id: Annotated[str, Field(max_length=2048)] | None = Field(None, alias="kmsKeyId")
+    checksums: Checksums = "when_required"
+    object_path: Annotated[str, Field(max_length=512), AfterValidator(_key)] | None = Field(
+        None, alias="objectPath", description="A folder, or with `.mp4` at its end the whole key."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_is_none(cls, values: Any) -> Any:
+        """Without what is null or empty, and without the blanks around what was pasted."""
+        if not isinstance(values, dict):
+            return values
+        stripped = {k: v.strip() if isinstance(v, str) else v for k, v in values.items()}
+        if isinstance(path := stripped.get("objectPath"), str):
+            stripped["objectPath"] = path.strip("/")
+        return {name: value for name, value in stripped.items() if value not in (None, "")}
 
     def bucket(self) -> BucketSettings:
         """The bucket, marked as an address that the worker did not choose."""
-        return BucketSettings(**{**dict(self), "from_client": True})
+        values = {**dict(self), "prefix": self._path[0], "from_client": True}
+        del values["object_path"]
+        return BucketSettings(**values)
+
+    @property
+    def object_name(self) -> str | None:
+        """The video's name in the bucket's folder, if the object's path ends with one."""
+        return self._path[1]
+
+    @property
+    def _path(self) -> tuple[str, str | None]:
+        path = self.object_path or ""
+        if not path.lower().endswith(".mp4"):
+            return path, None
+        folder, _, name = path.rpartition("/")
+        return folder, name
+
+
+def no_bucket_if_empty(value: Any) -> Any:
+    """None for an `s3Config` that holds nothing: some clients always send one."""
+    is_empty = isinstance(value, dict) and all(item in (None, "") for item in value.values())
+    return None if is_empty else value
 
 
 class GenerationParams(_Frozen):
@@ -265,11 +318,13 @@ class JobInput(GenerationParams):
         description="Checks everything, fetches and probes the media, answers the plan, an "
         "estimate and the warnings.",
     )
-    s3_config: S3Config | None = Field(
+    s3_config: Annotated[S3Config | None, BeforeValidator(no_bucket_if_empty)] = Field(
         default=None,
         alias="s3Config",
         description="A bucket of the client's own: `endpointUrl`, `accessId`, `accessSecret`, "
-        "`bucketName`, `region`; also at the job's top level.",
+        "`bucketName`, and where its store needs them `region`, `sessionToken`, `addressingStyle`, "
+        "`serverSideEncryption`, `kmsKeyId`, `checksums`; `objectPath` is a folder or a key in it. "
+        "Also at the job's top level.",
     )
 
     @field_validator("user_data")

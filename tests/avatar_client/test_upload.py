@@ -90,7 +90,7 @@ def test_a_file_that_went_away_is_named(
 def test_a_bucket_that_refuses_is_named_by_its_code_alone(bucket: BucketSettings) -> None:
     with pytest.raises(UploadError, match="NoSuchBucket") as caught:
         upload(b"sound", bucket.model_copy(update={"name": "no-such-bucket"}))
-    assert bucket.endpoint_url not in str(caught.value)
+    assert "127.0.0.1" not in str(caught.value)
 
 
 def test_a_store_that_is_not_there_is_an_upload_error(

@@ -250,7 +250,7 @@ def test_a_store_ends_with_its_endpoint_however_that_ends(
 ) -> None:
     served = serve()
     [process] = psutil.Process(served.process.pid).children()
-    url = served.bucket().endpoint_url
+    url = served.bucket().endpoint_url or ""
     assert httpx.get(url).status_code == 403
 
     served.process.send_signal(number)
@@ -272,7 +272,7 @@ def test_after_a_kill_the_store_has_its_address_again_and_is_empty(
     Storage(bucket).put(path, "1.mp4", content_type="video/mp4")
     killed.process.kill()
     killed.process.wait()
-    wait_until_refused(bucket.endpoint_url)
+    wait_until_refused(bucket.endpoint_url or "")
 
     later = serve().bucket()
 

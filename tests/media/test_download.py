@@ -447,10 +447,9 @@ def test_no_thread_and_no_socket_outlives_a_download(
 def test_a_store_must_be_public_and_https_if_a_client_chose_it(localhost_is_public: None) -> None:
     for url in ("http://93.184.216.34", "https://169.254.169.254", "https://10.1.2.3:9000"):
         with pytest.raises(InputUrlBlockedError) as caught:
-            download.check_endpoint(url, field="s3Config.endpointUrl", allow_private=False)
+            download.check_endpoint(url, field="s3Config.endpointUrl")
         assert caught.value.field == "s3Config.endpointUrl"
-    download.check_endpoint("https://127.0.0.1:9000", field="x", allow_private=False)
-    download.check_endpoint("http://10.1.2.3:9000", field="x", allow_private=True)
+    download.check_endpoint("https://127.0.0.1:9000", field="x")
 
 
 # Addresses as they are given

@@ -25,8 +25,11 @@ from avatar_client.contract.job_errors import (
     UploadError,
 )
 from avatar_client.contract.request import KEY_PATTERN, OutputOptions
+from avatar_client.upload import upload
 from tests.conftest import BucketServer, MediaServer
-from worker.media.storage import Patience, Storage, thumbnail_key
+from tests.support.scripted_server import Answer, ScriptedServer
+from worker.media import storage, store_http
+from worker.media.storage import ObjectExistsError, ObjectKeys, Patience, Storage
 
 
 def bucket_at(endpoint_url: Any, **options: Any) -> BucketSettings:
@@ -76,7 +79,7 @@ class Proxy:
                     )
                     headers: Mapping[str, str] = {}
                 else:
-                    time.sleep(failure)
+                    time.sleep(failure or 0)
                     answer = requests.request(
                         self.command, target + self.path, headers=dict(self.headers), data=body
                     )
@@ -118,10 +121,8 @@ def proxy(object_store: BucketServer) -> Iterator[Proxy]:
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """No waiting between attempts, and short ones."""
-    monkeypatch.setattr(stores, "READ_TIMEOUT_SECONDS", 0.3)
-    monkeypatch.setattr(stores, "CONNECT_TIMEOUT_SECONDS", 0.3)
-    monkeypatch.setattr(stores, "ATTEMPTS", 3)
-    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0)
+    monkeypatch.setattr(store_http, "ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(storage, "FIRST_PAUSE_SECONDS", 0.0)
 
 
 # What is stored
@@ -415,7 +416,7 @@ def test_a_bucket_that_does_not_exist_is_found_by_the_check(bucket: Callable[...
         Storage(bucket(name="no-such-bucket")).check()
 
 
-def test_the_check_passes_and_writes_nothing(
+def test_the_check_passes_and_leaves_nothing(
     bucket: Callable[..., Any], object_store: BucketServer
 ) -> None:
     before = object_store.keys()
@@ -423,6 +424,274 @@ def test_the_check_passes_and_writes_nothing(
     Storage(bucket(prefix="avatar")).check()
 
     assert object_store.keys() == before
+
+
+# What a store demands
+
+
+def headers_of(proxy: Proxy) -> list[dict[str, str]]:
+    return [{name.lower(): value for name, value in seen[2].items()} for seen in proxy.seen]
+
+
+def test_encryption_and_a_session_are_told_with_each_upload(proxy: Proxy, video: Path) -> None:
+    store = Storage(
+        bucket_at(
+            proxy.url,
+            name="avatars",
+            server_side_encryption="aws:kms",
+            kms_key_id="alias/videos",
+            session_token="the-session",
+        )
+    )
+
+    store.prove("avatar/1.mp4")
+    store.put(video, "avatar/1.mp4", content_type="video/mp4")
+
+    uploads = [
+        told for told, seen in zip(headers_of(proxy), proxy.seen, strict=True) if seen[0] == "PUT"
+    ]
+    assert len(uploads) == 2
+    for told in uploads:
+        assert told["x-amz-server-side-encryption"] == "aws:kms"
+        assert told["x-amz-server-side-encryption-aws-kms-key-id"] == "alias/videos"
+    assert {
+        told["x-amz-security-token"] for told in headers_of(proxy) if "authorization" in told
+    } == {"the-session"}
+    assert not [name for told in headers_of(proxy) for name in told if "acl" in name]
+
+
+def test_a_key_of_kms_alone_means_its_kind_of_encryption(proxy: Proxy, video: Path) -> None:
+    Storage(bucket_at(proxy.url, name="avatars", kms_key_id="k")).put(
+        video, "1.mp4", content_type="video/mp4"
+    )
+    assert headers_of(proxy)[0]["x-amz-server-side-encryption"] == "aws:kms"
+
+
+@pytest.mark.parametrize("threshold", [2**26, 2**10])
+def test_checksums_are_sent_where_they_are_asked_for(
+    proxy: Proxy, video: Path, monkeypatch: pytest.MonkeyPatch, threshold: int
+) -> None:
+    monkeypatch.setattr(stores, "MULTIPART_BYTES", threshold)
+    store = Storage(bucket_at(proxy.url, name="avatars", checksums="when_supported"))
+
+    store.put(video, "summed.mp4", content_type="video/mp4")
+
+    sent = [
+        told for told, seen in zip(headers_of(proxy), proxy.seen, strict=True) if seen[0] == "PUT"
+    ]
+    assert all(
+        [name for name in told if "checksum-crc32" in name] or "x-amz-trailer" in told
+        for told in sent
+    )
+    assert requests.get(store.url("summed.mp4", 60)).content == video.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"AWS_PROFILE": "not-there"},
+        {"AWS_MAX_ATTEMPTS": "many", "AWS_REQUEST_CHECKSUM_CALCULATION": "when_supported"},
+        {"AWS_USE_FIPS_ENDPOINT": "true", "AWS_USE_DUALSTACK_ENDPOINT": "true"},
+        {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9", "AWS_SESSION_TOKEN": "another's"},
+        {"AWS_S3_US_EAST_1_REGIONAL_ENDPOINT": "odd", "AWS_CA_BUNDLE": "/not/there"},
+        {"AWS_CONFIG_FILE": "{file}", "AWS_SHARED_CREDENTIALS_FILE": "{file}"},
+    ],
+    ids=lambda environment: next(iter(environment)),
+)
+def test_what_is_set_for_other_tools_of_aws_changes_nothing(
+    bucket: Callable[..., Any],
+    video: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    environment: dict[str, str],
+) -> None:
+    file = tmp_path / "config"
+    file.write_text("[default]\ns3 =\n  addressing_style = virtual\nregion = x\n[broken")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value.format(file=file))
+    storage.shared_session.cache_clear()
+    try:
+        Storage(bucket()).put(video, "plain.mp4", content_type="video/mp4")
+        assert upload(b"sound", bucket()).startswith(bucket().endpoint_url)
+    finally:
+        storage.shared_session.cache_clear()
+
+
+# What is proven before anything is made
+
+
+@pytest.fixture
+def no_proofs() -> Iterator[None]:
+    """Nothing is believed of any store, before and after."""
+    storage.proofs.clear()
+    storage.read_stores.clear()
+    yield
+    storage.proofs.clear()
+    storage.read_stores.clear()
+
+
+def calls_of(proxy: Proxy) -> list[str]:
+    return [method for method, path, _ in proxy.seen if "object-lock" not in path]
+
+
+def test_a_store_takes_an_object_and_gives_it_out_once_in_some_minutes(
+    proxy: Proxy, object_store: BucketServer, no_proofs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = object_store.keys()
+    for _ in range(3):  # a job each
+        Storage(bucket_at(proxy.url, name="avatars")).prove("avatar/7/1.mp4")
+    assert calls_of(proxy) == ["PUT", "GET", "DELETE"]
+    assert {path.partition("/.write-test-")[0] for _, path, _ in proxy.seen} >= {
+        "/avatars/avatar/7"
+    }
+    assert proxy.seen[-2][2]["Range"] == "bytes=0-0"
+    assert object_store.keys() == before
+
+    Storage(bucket_at(proxy.url, name="avatars")).prove("avatar/8/1.mp4")
+    Storage(bucket_at(proxy.url, name="avatars", secret_access_key="x")).prove("avatar/7/1.mp4")
+    assert calls_of(proxy) == ["PUT", "GET", "DELETE"] * 3
+    monkeypatch.setattr(storage, "PROOF_SECONDS", -1.0)
+    Storage(bucket_at(proxy.url, name="avatars")).prove("b/1.mp4")
+    Storage(bucket_at(proxy.url, name="avatars")).prove("b/1.mp4")
+    assert calls_of(proxy) == ["PUT", "GET", "DELETE"] * 5
+
+
+def test_a_store_that_takes_no_object_is_refused_before_anything_is_made(
+    guarded_store: tuple[str, dict[str, Any]], no_proofs: None
+) -> None:
+    url, keys = guarded_store
+    key_id, secret = keys["nobody"]
+    store = Storage(bucket_at(url, name="guarded", access_key_id=key_id, secret_access_key=secret))
+    for act in (lambda: store.prove("avatar/1.mp4"), store.check):
+        with pytest.raises(UploadError, match="AccessDenied") as caught:
+            act()
+        assert not caught.value.retryable
+
+
+def test_a_test_that_may_not_be_removed_is_written_once_in_a_workers_life(
+    guarded_store: tuple[str, dict[str, Any]], no_proofs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, keys = guarded_store
+    key_id, secret = keys["writer"]  # to put and to get, not to delete
+    monkeypatch.setattr(storage, "PROOF_SECONDS", -1.0)
+    bucket = bucket_at(url, name="guarded", access_key_id=key_id, secret_access_key=secret)
+    for _ in range(3):
+        Storage(bucket).prove("kept/1.mp4")
+    root: Any = {"aws_access_key_id": "a", "aws_secret_access_key": "b", "region_name": "us-east-1"}
+    requests.post(f"{url}/moto-api/reset-auth", data=b"inf")
+    listed = boto3.client("s3", endpoint_url=url, **root).list_objects_v2(
+        Bucket="guarded", Prefix="kept/"
+    )
+    assert len(listed["Contents"]) == 1
+
+
+def test_nothing_is_left_in_a_bucket_that_keeps_everything(
+    object_store: BucketServer, bucket: Callable[..., Any], no_proofs: None, video: Path
+) -> None:
+    client = object_store.client
+    client.create_bucket(Bucket="locked", ObjectLockEnabledForBucket=True)
+    retention = {"DefaultRetention": {"Mode": "COMPLIANCE", "Days": 1}}
+    client.put_object_lock_configuration(
+        Bucket="locked",
+        ObjectLockConfiguration={"ObjectLockEnabled": "Enabled", "Rule": retention},
+    )
+
+    store = Storage(bucket(name="locked", checksums="when_supported"))
+    store.check()
+
+    assert "Versions" not in client.list_object_versions(Bucket="locked")
+    assert not client.list_multipart_uploads(Bucket="locked").get("Uploads")
+    store.put(video, "1.mp4", content_type="video/mp4")
+
+
+def test_of_a_bucket_with_versions_the_version_is_removed(
+    object_store: BucketServer, bucket: Callable[..., Any], no_proofs: None
+) -> None:
+    client = object_store.client
+    client.create_bucket(Bucket="versioned")
+    client.put_bucket_versioning(Bucket="versioned", VersioningConfiguration={"Status": "Enabled"})
+
+    Storage(bucket(name="versioned")).check()
+
+    listed = client.list_object_versions(Bucket="versioned")
+    assert not {"Versions", "DeleteMarkers"} & set(listed)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_an_address_that_cannot_be_read_is_an_error_with_its_cause(
+    proxy: Proxy, no_proofs: None, status: int
+) -> None:
+    store = Storage(bucket_at(proxy.url, name="avatars"))
+    proxy.failures = [(404, "NoSuchBucketConfiguration"), None, (status, "AccessDenied")]
+
+    with pytest.raises(UploadError, match=f"cannot be read .* HTTP {status}") as caught:
+        store.prove("avatar/1.mp4")
+
+    assert not caught.value.retryable
+    assert calls_of(proxy) == ["PUT", "GET", "DELETE"]  # removed all the same
+
+
+def test_an_address_that_keeps_stumbling_says_nothing_against_the_bucket(
+    proxy: Proxy, no_proofs: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Storage(bucket_at(proxy.url, name="avatars"))
+    proxy.failures = [(404, "NoSuchBucketConfiguration"), None, (503, "SlowDown")]
+    store.prove("avatar/1.mp4")
+    assert "not known whether addresses can be read" in caplog.text
+    assert calls_of(proxy) == ["PUT", "GET", "DELETE"]
+
+
+def test_an_address_that_stumbles_is_asked_again(proxy: Proxy, no_proofs: None) -> None:
+    store = Storage(bucket_at(proxy.url, name="avatars"))
+    proxy.failures = [(404, "NoSuchBucketConfiguration"), None, (503, "SlowDown")]
+    store.prove("avatar/1.mp4", Patience(60.0))
+    assert calls_of(proxy) == ["PUT", "GET", "GET", "DELETE"]
+
+
+def test_the_first_video_of_a_store_is_read_back_and_the_others_are_not(
+    proxy: Proxy, no_proofs: None, video: Path
+) -> None:
+    for number in range(3):
+        store = Storage(bucket_at(proxy.url, name="avatars"))
+        store.put(video, f"{number}.mp4", content_type="video/mp4")
+        store.read_back(f"{number}.mp4")
+    assert calls_of(proxy) == ["PUT", "GET", "PUT", "PUT"]
+
+
+# What is there already
+
+
+def test_an_object_that_must_not_be_replaced_stays(bucket: Callable[..., Any], video: Path) -> None:
+    store = Storage(bucket())
+    store.put(video, "mine.mp4", content_type="video/mp4", metadata={"job": 1})
+    with pytest.raises(ObjectExistsError) as caught:
+        store.put(
+            video, "mine.mp4", content_type="video/mp4", metadata={"job": 2}, only_if_absent=True
+        )
+    assert caught.value.field == "output.key"
+    found = store.head("mine.mp4")
+    assert found is not None
+    assert found.metadata == {"job": 1}
+    store.put(video, "mine.mp4", content_type="video/mp4", metadata={"job": 3})
+
+
+def test_an_upload_whose_answer_was_lost_is_not_anothers(
+    bucket: Callable[..., Any], video: Path
+) -> None:
+    store = Storage(bucket())
+    for _ in range(2):
+        store.put(
+            video, "lost.mp4", content_type="video/mp4", metadata={"job": 1}, only_if_absent=True
+        )
+
+
+def test_a_store_that_does_not_know_the_condition_is_asked_without(
+    proxy: Proxy, video: Path
+) -> None:
+    store = Storage(bucket_at(proxy.url, name="avatars"))
+    proxy.failures = [(501, "NotImplemented")]
+    store.put(video, "old-store.mp4", content_type="video/mp4", only_if_absent=True)
+    assert [told.get("if-none-match") for told in headers_of(proxy)] == ["*", None]
 
 
 # Where a bucket is
@@ -459,6 +728,18 @@ def test_the_check_passes_and_writes_nothing(
         ("https://videos.storage.googleapis.com", "storage.googleapis.com", "auto"),
         ("https://s3.fr-par.scw.cloud", "s3.fr-par.scw.cloud", "fr-par"),
         ("https://fsn1.your-objectstorage.com", "fsn1.your-objectstorage.com", "fsn1"),
+        ("https://videos.fra1.cdn.digitaloceanspaces.com", "fra1.digitaloceanspaces.com", "fra1"),
+        ("https://s3.gra.io.cloud.ovh.net", "s3.gra.io.cloud.ovh.net", "gra"),
+        ("https://videos.s3.gra.perf.cloud.ovh.net", "s3.gra.perf.cloud.ovh.net", "gra"),
+        ("https://s3.us-east-va.io.cloud.ovh.us", "s3.us-east-va.io.cloud.ovh.us", "us-east-va"),
+        ("https://s3.eu-central-1.ionoscloud.com", "s3.eu-central-1.ionoscloud.com", "de"),
+        (
+            "https://s3-eu-central-2.ionoscloud.com",
+            "s3-eu-central-2.ionoscloud.com",
+            "eu-central-2",
+        ),
+        ("https://sos-ch-gva-2.exo.io", "sos-ch-gva-2.exo.io", "ch-gva-2"),
+        ("https://videos.sos-de-fra-1.exo.io", "sos-de-fra-1.exo.io", "de-fra-1"),
         ("https://minio.example.com:9000", "minio.example.com:9000", "us-east-1"),
         ("https://s3.example.com", "s3.example.com", "us-east-1"),
     ],
@@ -481,6 +762,62 @@ def test_region_and_bucket_are_read_from_the_endpoint(
     )
     assert parse_qs(url.query)["X-Amz-Credential"][0].split("/")[2] == region
     assert store.bucket_name == "videos"
+
+
+@pytest.mark.parametrize("endpoint", ["https://s3-accelerate", "https://videos.s3-accelerate"])
+def test_the_accelerated_host_of_aws_has_the_bucket_in_front(endpoint: str) -> None:
+    settings = bucket_at(f"{endpoint}.amazonaws.com", name="videos", region="eu-west-1")
+
+    url = urlsplit(Storage(settings).url("k/1.mp4", 60))
+
+    assert (url.netloc, url.path) == ("videos.s3-accelerate.amazonaws.com", "/k/1.mp4")
+    assert "eu-west-1" in url.query
+
+
+@pytest.mark.parametrize(
+    ("region", "host"),
+    [
+        ("eu-west-1", "s3.eu-west-1.amazonaws.com"),
+        ("cn-north-1", "s3.cn-north-1.amazonaws.com.cn"),
+    ],
+)
+def test_aws_needs_a_region_and_no_endpoint(region: str, host: str) -> None:
+    url = urlsplit(Storage(bucket_at(None, name="videos", region=region)).url("k", 60))
+    assert (url.netloc, url.path) == (host, "/videos/k")
+    assert f"%2F{region}%2F" in url.query
+
+
+@pytest.mark.parametrize("style", ["auto", "virtual"])
+@pytest.mark.parametrize("port", ["", ":9000"])
+def test_a_bucket_in_the_host_of_an_unknown_store_stays_there(style: str, port: str) -> None:
+    endpoint = f"https://videos.s3.example.com{port}"
+    url = urlsplit(Storage(bucket_at(endpoint, name="videos", addressing_style=style)).url("k", 60))
+    assert (url.netloc, url.path) == (f"videos.s3.example.com{port}", "/k")
+
+
+def test_a_store_whose_host_begins_like_the_bucket_is_named_by_the_style() -> None:
+    settings = bucket_at("https://videos.example.com", name="videos", addressing_style="path")
+    url = urlsplit(Storage(settings).url("k", 60))
+    assert (url.netloc, url.path) == ("videos.example.com", "/videos/k")
+
+
+def test_a_host_that_stands_for_a_bucket_unseen_is_found_out() -> None:
+    with ScriptedServer() as server:
+        body = "<Error><Code>NoSuchKey</Code><Key>videos/avatar/1.mp4</Key></Error>"
+        server.on("GET /videos/avatar/1.mp4", Answer(status=404, body=body.encode()))
+        with pytest.raises(UploadError, match="stands for the bucket") as caught:
+            Storage(bucket_at(server.origin, name="videos")).head("avatar/1.mp4")
+    assert not caught.value.retryable
+
+
+@pytest.mark.parametrize("region", ["eu-ro-1", "us-ks-2"])
+def test_runpods_network_volumes_are_refused_with_the_reason(region: str) -> None:
+    endpoint = f"https://s3api-{region}.runpod.io"
+    with pytest.raises(StorageNotConfiguredError, match="no presigned URLs"):
+        Storage(bucket_at(endpoint, name="abc"))
+    with pytest.raises(InvalidInputError, match="no presigned URLs") as caught:
+        Storage(bucket_at(endpoint, name="abc", from_client=True))
+    assert caught.value.field == "s3Config.endpointUrl"
 
 
 def test_a_region_that_is_set_counts() -> None:
@@ -526,7 +863,7 @@ def test_a_bucket_that_cannot_be_told_is_refused_at_once(endpoint: Any, name: An
         )
         with pytest.raises(InvalidInputError) as caught:
             Storage(client, allow_private=True)
-        assert caught.value.field == "s3Config"
+        assert (caught.value.field or "").startswith("s3Config.")
 
 
 def test_a_clients_store_must_be_public_and_https(bucket: Callable[..., Any]) -> None:
@@ -541,15 +878,32 @@ def test_a_clients_store_must_be_public_and_https(bucket: Callable[..., Any]) ->
 # Where a video lies in a bucket
 
 
-def test_the_key_is_the_jobs_id_below_the_prefixes(bucket: Callable[..., Any]) -> None:
-    store = Storage(bucket(prefix="avatar"))
+@pytest.mark.parametrize(
+    ("prefix", "asked", "video", "others"),
+    [
+        ("avatar", {}, "avatar/job-1.mp4", "avatar/job-1"),
+        ("avatar", {"prefix": "user/7"}, "avatar/user/7/job-1.mp4", "avatar/user/7/job-1"),
+        ("avatar", {"key": "a/b.mp4"}, "avatar/chosen/a/b.mp4", "avatar/job-1"),
+        ("avatar", {"prefix": "p", "key": "k"}, "avatar/chosen/p/k", "avatar/p/job-1"),
+        ("", {}, "job-1.mp4", "job-1"),
+        ("/a/b/", {}, "a/b/job-1.mp4", "a/b/job-1"),
+    ],
+)
+def test_what_clients_name_lies_apart_from_what_bears_a_jobs_id(
+    bucket: Callable[..., Any], prefix: str, asked: dict[str, Any], video: str, others: str
+) -> None:
+    store = Storage(bucket(prefix=prefix))
 
-    assert store.key(OutputOptions(), "job-1") == "avatar/job-1.mp4"
-    assert store.key(OutputOptions(prefix="user/7"), "job-1") == "avatar/user/7/job-1.mp4"
-    assert store.key(OutputOptions(key="a/b.mp4"), "job-1") == "avatar/a/b.mp4"
-    assert store.key(OutputOptions(prefix="p", key="k"), "job-1") == "avatar/p/k"
-    assert Storage(bucket()).key(OutputOptions(), "job-1") == "job-1.mp4"
-    assert Storage(bucket(prefix="/a/b/")).key(OutputOptions(), "job-1") == "a/b/job-1.mp4"
+    keys = store.keys(OutputOptions(**asked), "job-1")
+
+    assert keys == ObjectKeys(video, f"{others}.jpg", f"{others}.mp4.json")
+
+
+def test_in_a_clients_own_bucket_all_lies_where_the_client_says(bucket: Callable[..., Any]) -> None:
+    store = Storage(bucket(prefix="mine", from_client=True), allow_private=True)
+
+    assert store.keys(OutputOptions(key="a.mp4"), "job-1").video == "mine/a.mp4"
+    assert store.keys(OutputOptions(prefix="chosen"), "job-1").video == "mine/chosen/job-1.mp4"
 
 
 KEYS = st.from_regex(KEY_PATTERN, fullmatch=True).filter(
@@ -559,20 +913,26 @@ KEYS = st.from_regex(KEY_PATTERN, fullmatch=True).filter(
 
 @given(prefix=st.none() | KEYS, key=st.none() | KEYS)
 def test_no_key_leaves_the_operators_prefix(prefix: Any, key: Any) -> None:
+    assume((prefix or "").split("/")[0] != "chosen")
     store = PREFIXED
 
-    full = store.key(OutputOptions(prefix=prefix, key=key), "job-1")
+    keys = store.keys(OutputOptions(prefix=prefix, key=key), "job-1")
 
-    assert full.startswith("avatar/")
-    assert "//" not in full
-    assert not {"", ".", ".."} & set(full.split("/"))
-    assert unquote(urlsplit(store.url(full, 60)).path) == f"/videos/{full}"
-    assert thumbnail_key(full) != full
+    for full in (keys.video, keys.thumbnail, keys.result):
+        assert full.startswith("avatar/")
+        assert "//" not in full
+        assert not {"", ".", ".."} & set(full.split("/"))
+        assert unquote(urlsplit(store.url(full, 60)).path) == f"/videos/{full}"
+    assert len({keys.video, keys.thumbnail, keys.result}) == 3
+    assert keys.video.startswith("avatar/chosen/") == (key is not None)
 
 
 PREFIXED = Storage(bucket_at("https://minio.example.com", name="videos", prefix="avatar"))
 
 
-def test_the_thumbnail_lies_beside_the_video() -> None:
-    assert thumbnail_key("avatar/job-1.mp4") == "avatar/job-1.jpg"
-    assert thumbnail_key("avatar/face.jpg") == "avatar/face.jpg.jpg"
+def test_no_prefix_leads_into_the_folder_of_chosen_keys() -> None:
+    for prefix in ("chosen", "chosen/a"):
+        with pytest.raises(InvalidInputError) as caught:
+            PREFIXED.keys(OutputOptions(prefix=prefix), "job-1")
+        assert caught.value.field == "output.prefix"
+    assert PREFIXED.keys(OutputOptions(prefix="chosen-one"), "job-1")

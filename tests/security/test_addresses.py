@@ -197,6 +197,4 @@ def test_no_spelling_of_a_private_host_is_dialled(host: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("host", SPELLINGS)
 def test_no_spelling_of_a_private_host_is_a_clients_store(host: str) -> None:
     with pytest.raises((InputUrlBlockedError, InvalidInputError, InputDownloadError)):
-        download.check_endpoint(
-            f"https://{host}:9", field="s3Config.endpointUrl", allow_private=False
-        )
+        download.check_endpoint(f"https://{host}:9", field="s3Config.endpointUrl")

@@ -29,7 +29,17 @@ from worker.service import job_request
 from worker.service.delivery import Delivery
 from worker.settings import Settings
 
-METADATA = {"sha256": "0" * 64, "seed": 7, "fps": 12.5, "warnings": ['zwei  "Räume"']}
+METADATA = {
+    "sha256": "0" * 64,
+    "size_bytes": 18_000,
+    "duration_seconds": 0.4,
+    "num_frames": 10,
+    "fps": 25.0,
+    "width": 256,
+    "height": 320,
+    "seed": 7,
+    "warnings": ['zwei  "Räume"'],
+}
 THUMBNAIL = b"\xff\xd8\xff not really a picture"
 
 
@@ -123,7 +133,7 @@ def test_a_clients_bucket_goes_before_the_operators(
     delivery = make_delivery(bucket, s3_config=own)
     assert delivery.storage is not None
     assert delivery.storage.bucket_name == "own"
-    assert delivery.key == "job-1.mp4"  # without the operator's prefix
+    assert delivery.keys.video == "job-1.mp4"  # without the operator's prefix
 
 
 def test_a_clients_bucket_must_not_lie_at_a_private_address_unless_the_operator_says_so(
@@ -148,8 +158,9 @@ def test_a_clients_bucket_must_not_lie_at_a_private_address_unless_the_operator_
 def test_key_and_prefix_of_the_request_lie_below_the_operators_prefix(
     make_delivery: Callable[..., Delivery], bucket: Settings
 ) -> None:
-    assert make_delivery(bucket).key == "avatar/job-1.mp4"
-    assert make_delivery(bucket, prefix="a/b", key="c.mp4").key == "avatar/a/b/c.mp4"
+    assert make_delivery(bucket).keys.video == "avatar/job-1.mp4"
+    chosen = make_delivery(bucket, prefix="a/b", key="c.mp4").keys.video
+    assert chosen == "avatar/chosen/a/b/c.mp4"
 
 
 def test_the_life_of_the_url_is_the_requests_or_else_the_operators(
@@ -224,13 +235,13 @@ def test_a_reply_has_the_same_fields_however_the_video_was_delivered(
 
 
 def test_of_a_public_bucket_the_address_is_plain_and_does_not_end(
-    make_delivery: Callable[..., Delivery], object_store: BucketServer, video: VideoFile
+    make_delivery: Callable[..., Delivery], store: ScriptedServer, video: VideoFile
 ) -> None:
-    settings = with_bucket(
-        object_store.endpoint_url, bucket_public_base_url="https://cdn.example.com"
-    )
+    settings = with_bucket(store.origin, bucket_public_base_url=f"{store.origin}/cdn/")
+    store.on("PUT /avatars/avatar/public-1.mp4", Answer())
+    url = store.on("GET /cdn/avatar/public-1.mp4", Answer(body=b"x"))
     told = make_delivery(settings, job_id="public-1").deliver(video, None, "f", METADATA)
-    assert told["video_url"] == "https://cdn.example.com/avatar/public-1.mp4"
+    assert told["video_url"] == url
     assert told["expires_at"] is None
 
 
@@ -274,7 +285,7 @@ def test_an_object_of_other_origin_is_not_taken_for_an_earlier_run(
     make_delivery: Callable[..., Delivery], bucket: Settings, object_store: BucketServer
 ) -> None:
     delivery = make_delivery(bucket, job_id="foreign-1")
-    object_store.client.put_object(Bucket=object_store.bucket, Key=delivery.key, Body=b"x")
+    object_store.client.put_object(Bucket=object_store.bucket, Key=delivery.keys.video, Body=b"x")
     assert delivery.find_existing("f") is None
 
 
@@ -343,6 +354,7 @@ def test_a_store_that_stumbles_is_asked_until_it_stands(
 ) -> None:
     monkeypatch.setattr(storage, "FIRST_PAUSE_SECONDS", 0.02)
     store.on("PUT /avatars/avatar/job-1.mp4", *[fault] * 6, Answer())
+    store.on("GET /avatars/avatar/job-1.mp4", Answer(body=b"x"))
     waits = []
     settings = with_bucket(store.origin)
     delivery = dataclasses.replace(
@@ -443,6 +455,51 @@ def test_it_is_replaced_if_both_the_job_and_the_operator_say_so(
             delivery.find_existing("g")
 
 
+@pytest.mark.parametrize("asked", ["auto", "s3"])
+def test_a_key_that_is_taken_meanwhile_stays_anothers(
+    make_delivery: Callable[..., Delivery],
+    bucket: Settings,
+    object_store: BucketServer,
+    video: VideoFile,
+    asked: str,
+) -> None:
+    key = f"meanwhile-{asked}.mp4"
+    late = make_delivery(bucket, job_id="late", key=key, delivery=asked)
+    assert late.find_existing("late") is None
+    make_delivery(bucket, job_id="first", key=key).deliver(video, None, "first", METADATA)
+
+    if asked == "s3":
+        with pytest.raises(UploadError) as caught:
+            late.deliver(video, None, "late", METADATA)
+        assert (caught.value.field, caught.value.retryable) == ("output.key", False)
+    else:
+        told = late.deliver(video, None, "late", METADATA)
+        assert base64.b64decode(told["video_base64"]) == video.path.read_bytes()
+    stored = object_store.client.head_object(Bucket="avatars", Key=f"avatar/chosen/{key}")
+    assert json.loads(stored["Metadata"][storage.METADATA_NAME])["fingerprint"] == "first"
+
+
+def test_the_record_of_a_chosen_key_lies_where_no_client_can_choose(
+    make_delivery: Callable[..., Delivery],
+    bucket: Settings,
+    object_store: BucketServer,
+    video: VideoFile,
+    thumbnail_path: Path,
+) -> None:
+    delivery = make_delivery(bucket, job_id="job-7", key="by-a-client.mp4")
+    told = delivery.deliver(video, thumbnail_path, "f", METADATA)
+    delivery.keep_result({"output": {}})
+
+    keys = object_store.keys()
+    assert {key for key in keys if "by-a-client" in key or "job-7" in key} == {
+        "avatar/chosen/by-a-client.mp4",
+        "avatar/job-7.jpg",
+        "avatar/job-7.mp4.json",
+    }
+    assert told["key"] == "avatar/chosen/by-a-client.mp4"
+    assert requests.get(told["thumbnail_url"], timeout=10).content == THUMBNAIL
+
+
 def test_the_same_request_of_another_job_is_another_video(
     make_input: Callable[..., dict[str, Any]],
 ) -> None:
@@ -460,7 +517,7 @@ def test_a_result_is_kept_beside_its_video_and_removed_again(
     make_delivery: Callable[..., Delivery], bucket: Settings, object_store: BucketServer
 ) -> None:
     delivery = make_delivery(bucket, job_id="kept-1")
-    payload = {"output": {"key": delivery.key}}
+    payload = {"output": {"key": delivery.keys.video}}
 
     where = delivery.keep_result(payload)
 

@@ -39,6 +39,84 @@ def test_a_bucket_without_keys_is_named_where_it_stands() -> None:
     assert caught.value.field == "s3Config.accessId"
 
 
+EMPTY = {"endpointUrl": None, "accessId": "", "accessSecret": None, "bucketName": ""}
+
+
+@pytest.mark.parametrize("empty", [None, {}, EMPTY, {"objectPath": ""}])
+def test_a_bucket_without_anything_is_none(empty: Any) -> None:
+    assert parse({"s3Config": empty}).bucket is None
+    assert parse(s3Config=empty).bucket is None
+    request = parse({"s3Config": empty}, s3Config={**S3, "bucketName": "input"})
+    assert request.bucket is not None
+    assert request.bucket.name == "input"
+
+
+def test_all_that_a_store_may_need_is_taken_from_the_job() -> None:
+    own = {
+        **{name: f" {value}\n" for name, value in S3.items()},  # as it was pasted
+        "bucketName": "videos",
+        "region": "eu-west-1",
+        "sessionToken": "session-token",
+        "addressingStyle": "virtual",
+        "serverSideEncryption": "aws:kms",
+        "kmsKeyId": "k",
+        "checksums": "when_supported",
+    }
+    bucket = parse({"s3Config": own}).bucket
+    assert bucket is not None
+    assert bucket.endpoint_url == S3["endpointUrl"]
+    assert bucket.secret_access_key.get_secret_value() == "hush-hush"
+    assert bucket.session_token is not None
+    assert bucket.session_token.get_secret_value() == "session-token"
+    assert (bucket.region, bucket.addressing_style) == ("eu-west-1", "virtual")
+    assert (bucket.server_side_encryption, bucket.kms_key_id) == ("aws:kms", "k")
+    assert bucket.checksums == "when_supported"
+    assert "session-token" not in repr(bucket)
+
+
+@pytest.mark.parametrize(
+    ("path", "prefix", "key"),
+    [
+        ("videos/a", "videos/a", None),
+        ("/videos/a/", "videos/a", None),
+        ("videos/a.mp4", "videos", "a.mp4"),
+        ("a.MP4", "", "a.MP4"),
+        ("/", "", None),
+    ],
+)
+def test_the_object_path_of_runpods_sdk_is_a_folder_or_a_key(
+    path: str, prefix: str, key: str | None
+) -> None:
+    request = parse({"s3Config": {**S3, "objectPath": path}})
+    assert request.bucket is not None
+    assert request.bucket.prefix == prefix
+    assert request.input.output.key == key
+    asked = parse({"s3Config": {**S3, "objectPath": path}}, output={"key": "mine.mp4"})
+    assert asked.input.output.key == "mine.mp4"
+
+
+def test_aws_needs_no_endpoint_in_a_job_either() -> None:
+    own = {"accessId": "id", "accessSecret": "s", "region": "eu-west-1", "bucketName": "b"}
+    bucket = parse({"s3Config": own}).bucket
+    assert bucket is not None
+    assert bucket.endpoint_url is None
+
+
+@pytest.mark.parametrize("key", ["a b.mp4", "/a.mp4", "a/", "a//b", "ü.mp4", "a?b", "a\nb", "a\n"])
+@pytest.mark.parametrize("field", ["key", "prefix"])
+def test_a_key_that_cannot_be_is_told_in_words(field: str, key: str) -> None:
+    with pytest.raises(InvalidInputError, match="letters") as caught:
+        parse(output={field: key})
+    assert caught.value.field == f"output.{field}"
+    assert "pattern" not in caught.value.message
+    for folder in ("..", "a/../b", "."):
+        with pytest.raises(InvalidInputError, match="as a folder"):
+            parse(output={field: folder})
+    with pytest.raises(InvalidInputError) as caught:
+        parse({"s3Config": {**S3, "objectPath": "a b"}})
+    assert caught.value.field == "s3Config.objectPath"
+
+
 def test_no_secret_and_no_content_stands_in_a_requests_text() -> None:
     text = repr(parse(s3Config=S3, image=base64.b64encode(b"face" * 100).decode()))
     assert "hush-hush" not in text

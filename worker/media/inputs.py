@@ -24,7 +24,7 @@ from avatar_client.contract.job_errors import (
     UnsupportedMediaError,
 )
 from avatar_client.contract.request import MediaSource
-from worker.media import download, file_kind, picture, recording, speech_check
+from worker.media import connection, download, file_kind, picture, recording, speech_check
 from worker.settings import Settings
 from worker.shapes import SAMPLE_RATE_HZ
 
@@ -75,7 +75,7 @@ def load_portrait(
     directory: Path,
     settings: Settings,
     *,
-    check: Callable[[], None] = download.nothing_to_check,
+    check: Callable[[], None] = connection.nothing_to_check,
 ) -> Image.Image:
     """The portrait as an upright RGB image: alpha laid on white, the first frame of an animation.
 
@@ -115,7 +115,7 @@ def load_speech(
     *,
     start_seconds: float = 0.0,
     max_seconds: float | None = None,
-    check: Callable[[], None] = download.nothing_to_check,
+    check: Callable[[], None] = connection.nothing_to_check,
 ) -> Speech:
     """The recording from `start_seconds` on, `max_seconds` of it at most.
 

@@ -11,7 +11,9 @@ import logging
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from avatar_client.contract.job_errors import (
     InvalidInputError,
@@ -19,7 +21,8 @@ from avatar_client.contract.job_errors import (
     StorageNotConfiguredError,
     UploadError,
 )
-from worker.media.storage import NO_PATIENCE, Patience, Storage, thumbnail_key
+from avatar_client.contract.request import MAX_SEED
+from worker.media.storage import NO_PATIENCE, ObjectKeys, Patience, Storage
 from worker.media.video import VideoFile
 from worker.own_directory import own_directory
 from worker.service.job_request import JobRequest
@@ -28,7 +31,6 @@ from worker.settings import Settings
 logger = logging.getLogger(__name__)
 
 MIN_BYTES_PER_SECOND = 60_000  # of video inside a reply; below it a face falls apart
-OWN_METADATA = ("fingerprint", "thumbnail")  # stored beside the metadata of the reply
 NO_ADDRESS = dict.fromkeys(
     (
         "video_url",
@@ -42,12 +44,33 @@ NO_ADDRESS = dict.fromkeys(
 )
 
 
+class _StoredRecord(BaseModel):
+    """What a video's object says of it: the metadata of its reply, and whose it is.
+
+    Whoever can write to the bucket can write one, so nothing else of an object enters a reply.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    fingerprint: str
+    thumbnail: bool
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    size_bytes: Annotated[int, Field(ge=1)]
+    duration_seconds: Annotated[float, Field(gt=0)]
+    num_frames: Annotated[int, Field(ge=1)]
+    fps: Annotated[float, Field(gt=0)]
+    width: Annotated[int, Field(ge=1)]
+    height: Annotated[int, Field(ge=1)]
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)]
+    warnings: list[str]
+
+
 @dataclass(frozen=True, slots=True)
 class Delivery:
     """Where the video of one job goes. Without storage it goes into the reply."""
 
     storage: Storage | None
-    key: str
+    keys: ObjectKeys
     expires_seconds: int
     max_inline_characters: int
     is_key_chosen: bool = False  # by the client; else it follows from the job's id
@@ -66,7 +89,7 @@ class Delivery:
         Raises:
             StorageNotConfiguredError: a bucket was asked for and none is set up.
             InputUrlBlockedError: the client's bucket lies at an address that must not be contacted.
-            InputDownloadError, InvalidInputError: as `Storage`.
+            InvalidInputError: as `Storage` and its `keys`.
         """
         options = request.input.output
         bucket = request.bucket or settings.bucket
@@ -81,7 +104,7 @@ class Delivery:
             storage = Storage(bucket, allow_private=allow_private)
         return cls(
             storage=storage,
-            key=storage.key(options, request.job_id) if storage else "",
+            keys=storage.keys(options, request.job_id) if storage else ObjectKeys("", "", ""),
             expires_seconds=options.url_expires_seconds or settings.bucket_url_expires_seconds,
             max_inline_characters=request.max_inline_characters,
             is_key_chosen=options.key is not None,
@@ -109,7 +132,18 @@ class Delivery:
 
     def describe(self) -> dict[str, Any]:
         """For a dry run."""
-        return {"delivery": "s3", "key": self.key} if self.storage else {"delivery": "inline"}
+        return (
+            {"delivery": "s3", "key": self.keys.video} if self.storage else {"delivery": "inline"}
+        )
+
+    def prove(self) -> None:
+        """Returns if the bucket takes objects and gives them out again.
+
+        Raises:
+            UploadError: it does not, or did not answer.
+        """
+        if self.storage is not None:
+            self.storage.prove(self.keys.video, self.patience)
 
     def find_existing(self, fingerprint: str) -> dict[str, Any] | None:
         """The video of an earlier run of this very job, as its reply told it; None: there is none.
@@ -119,21 +153,27 @@ class Delivery:
                 replace.
             UploadError: the store refused the credentials or did not answer.
         """
-        stored = self.storage.head(self.key, self.patience) if self.storage else None
+        stored = self.storage.head(self.keys.video, self.patience) if self.storage else None
         if stored is None:
             return None
-        if stored.metadata.get("fingerprint") != fingerprint:
-            if self.is_key_chosen and not self.may_overwrite:
-                raise InvalidInputError(
-                    "another object lies there already; choose another key, or let "
-                    "output.overwrite be true where the endpoint allows it",
-                    field="output.key",
-                )
-            return None
-        metadata = {
-            name: value for name, value in stored.metadata.items() if name not in OWN_METADATA
-        }
-        return metadata | self._addresses(has_thumbnail=stored.metadata["thumbnail"])
+        try:
+            record = _StoredRecord.model_validate(stored.metadata)
+        except ValidationError:
+            record = None
+        if (
+            record is not None
+            and record.fingerprint == fingerprint
+            and record.size_bytes == stored.size_bytes
+        ):
+            metadata = record.model_dump(exclude={"fingerprint", "thumbnail"})
+            return metadata | self._addresses(has_thumbnail=record.thumbnail)
+        if self.is_key_chosen and not self.may_overwrite:
+            raise InvalidInputError(
+                "another object lies there already; choose another key, or let "
+                "output.overwrite be true where the endpoint allows it",
+                field="output.key",
+            )
+        return None
 
     def deliver(
         self,
@@ -172,49 +212,55 @@ class Delivery:
     ) -> dict[str, Any]:
         has_thumbnail = thumbnail_path is not None
         if thumbnail_path is not None:
-            key = thumbnail_key(self.key)
-            storage.put(thumbnail_path, key, content_type="image/jpeg", patience=self.patience)
+            storage.put(
+                thumbnail_path,
+                self.keys.thumbnail,
+                content_type="image/jpeg",
+                patience=self.patience,
+            )
         # the video last: whoever finds it finds the whole result
         stored = metadata | {"fingerprint": fingerprint, "thumbnail": has_thumbnail}
         storage.put(
             video.path,
-            self.key,
+            self.keys.video,
             content_type="video/mp4",
             metadata=stored,
             patience=self.patience,
+            only_if_absent=self.is_key_chosen and not self.may_overwrite,
         )
+        storage.read_back(self.keys.video, self.patience)
         return self._addresses(has_thumbnail=has_thumbnail)
 
     def keep_result(self, payload: dict[str, Any]) -> str | None:
-        """Where the result lies beside its video from now on; None: it could not be put there."""
+        """Where the result lies in the bucket from now on; None: it could not be put there."""
         if self.storage is None:
             return None
         with own_directory("job") as directory:
             path = directory / "result.json"
             path.write_text(json.dumps(payload))
             try:
-                self.storage.put(path, result_key(self.key), content_type="application/json")
+                self.storage.put(path, self.keys.result, content_type="application/json")
             except UploadError as error:
                 logger.warning("the result was not kept either: %s", error)
                 return None
-        return f"in the bucket {self.storage.bucket_name} under {result_key(self.key)}"
+        return f"in the bucket {self.storage.bucket_name} under {self.keys.result}"
 
     def drop_kept_result(self) -> None:
         """Removes what `keep_result` has put there; what cannot be removed stays."""
         if self.storage is not None:
             with suppress(UploadError):
-                self.storage.delete(result_key(self.key))
+                self.storage.delete(self.keys.result)
 
     def _addresses(self, *, has_thumbnail: bool) -> dict[str, Any]:
         assert self.storage is not None
         expires_at = self.storage.expires_at(self.expires_seconds)
-        thumbnail_url = self.storage.url(thumbnail_key(self.key), self.expires_seconds)
+        thumbnail_url = self.storage.url(self.keys.thumbnail, self.expires_seconds)
         return NO_ADDRESS | {
             "delivery": "s3",
-            "video_url": self.storage.url(self.key, self.expires_seconds),
+            "video_url": self.storage.url(self.keys.video, self.expires_seconds),
             "thumbnail_url": thumbnail_url if has_thumbnail else None,
             "bucket": self.storage.bucket_name,
-            "key": self.key,
+            "key": self.keys.video,
             "expires_at": f"{expires_at:%Y-%m-%dT%H:%M:%SZ}" if expires_at else None,
         }
 
@@ -228,8 +274,3 @@ class Delivery:
 
 def _base64_of(path: Path) -> str:
     return base64.b64encode(path.read_bytes()).decode()
-
-
-def result_key(key: str) -> str:
-    """Where a result lies that the control plane did not take: beside the video under `key`."""
-    return f"{key}.json"

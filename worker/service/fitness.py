@@ -3,18 +3,22 @@
 A failed check ends the worker with its reason, so that RunPod replaces it instead of losing jobs.
 """
 
+import logging
 import tempfile
 from collections.abc import Callable
 
 import psutil
 
+from avatar_client.environment import misspelt
 from worker import import_guard
 from worker.media.storage import Patience, Storage
 from worker.media.video import check_encoders
 from worker.service.estimate import room_for_video
 from worker.service.worker import Worker
-from worker.settings import PlatformSettings, Settings
+from worker.settings import PlatformSettings, Settings, proxy_for
 from worker.shapes import LONG_SIDE, SAMPLE_RATE_HZ, count_frames
+
+logger = logging.getLogger(__name__)
 
 MIN_FREE_DISK_BYTES = 2 * 2**30  # of the largest job by default three times what it needs
 DISK_TO_SPARE_BYTES = 2**29  # beside the largest job that other settings allow
@@ -64,16 +68,23 @@ def checks(worker: Worker) -> list[Check]:
     def storage() -> None:
         if missing := settings.missing_bucket_variables:
             raise RuntimeError(
-                f"a bucket is set up in part: {', '.join(missing)} missing. AWS_* variables are "
-                "not read; without a bucket none of BUCKET_* may be set"
+                f"a bucket is set up in part: {', '.join(missing)} missing; without a bucket none "
+                "of BUCKET_* may be set"
             )
         if settings.bucket is not None:
             # a store that stumbles must not end a worker with a loaded model
             patience = Patience(settings.store_retry_seconds)
             Storage(settings.bucket).check(patience)
 
+    def variables() -> None:
+        for sentence in misspelt(Settings):
+            if sentence.startswith("BUCKET_"):  # videos would go elsewhere than is thought
+                raise RuntimeError(sentence)
+            logger.warning("%s", sentence)
+        proxy_for("example.com", 443)  # raises if it is of a kind that is not spoken to
+
     def model() -> None:
         if worker.load_error is not None:
             raise RuntimeError(f"the model was not loaded: {worker.load_error}")
 
-    return [imports, gpu, memory, disk, encoders, storage, model]
+    return [imports, variables, gpu, memory, disk, encoders, storage, model]

@@ -127,12 +127,11 @@ class JobRun:
         delivery = self._delivery = self._abandonably(
             lambda: Delivery.from_request(self.request, self.settings, patience)
         )
-        existing = None
-        if not params.dry_run:
-            existing = self._abandonably(lambda: delivery.find_existing(fingerprint))
-        if existing is not None:
+        existing = self._abandonably(lambda: delivery.find_existing(fingerprint))
+        if existing is not None and not params.dry_run:
             logger.info("already in the bucket: nothing is generated")
             return self._output(engine, existing | {"reused": True})
+        self._abandonably(delivery.prove)
         machine.require_room(self._largest_inputs_bytes())
         with own_directory("job") as directory:
             self._directory = directory

@@ -9,7 +9,13 @@ from typing import Any
 
 from avatar_client.contract.bucket import BucketSettings
 from avatar_client.contract.job_errors import InvalidInputError
-from avatar_client.contract.request import GenerationParams, JobInput, S3Config, validated
+from avatar_client.contract.request import (
+    GenerationParams,
+    JobInput,
+    S3Config,
+    no_bucket_if_empty,
+    validated,
+)
 
 # 10 MB on /run and 20 MB on /runsync, less room for the rest of the reply (RunPod's limits).
 MAX_INLINE_CHARACTERS = {"run": 9_500_000, "runsync": 19_000_000}
@@ -48,8 +54,11 @@ def parse(job: dict[str, Any]) -> JobRequest:
     if not isinstance(raw, dict):
         raise InvalidInputError("must be an object", field="input")
     checked = validated(JobInput, raw)
-    top_level = job.get("s3Config")
+    top_level = no_bucket_if_empty(job.get("s3Config"))
     s3 = checked.s3_config if top_level is None else validated(S3Config, top_level, "s3Config.")
+    if s3 is not None and s3.object_name is not None and checked.output.key is None:
+        output = checked.output.model_copy(update={"key": s3.object_name})
+        checked = checked.model_copy(update={"output": output})
     return JobRequest(safe_id(job.get("id")), checked, s3.bucket() if s3 else None)
 
 
