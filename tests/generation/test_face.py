@@ -1,15 +1,18 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 
+from training import world
 from worker.generation.face import (
     TorchScriptFaceDetector,
-    detect_by_cascade,
+    detect_by_dlib,
     largest_face,
     non_maximum_suppression,
 )
+from worker.shapes import Box
 
 # The published detector is TorchScript, which torch no longer recommends.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -54,19 +57,67 @@ def picture_with_a_red_square(width: int, height: int, box: tuple[int, ...]) -> 
     return image
 
 
-def test_the_cascade_finds_the_face_in_a_photo(photo: Image.Image) -> None:
-    face = largest_face(photo, None)
-    assert face is not None
-    x, y, width, height = face
-    assert x < 95 < x + width  # between the eyes
-    assert y < 65 < y + height
-    assert 40 < width < 90
+FACE = (69.0, 42.0, 56.0, 72.0)  # in the photo, from the hairline to the chin, by eye
 
 
-def test_the_cascade_finds_no_face_where_there_is_none(photo: Image.Image) -> None:
-    upside_down = photo.rotate(180)
-    assert detect_by_cascade(upside_down) == []
+def require_found(image: Image.Image, face: Box) -> None:
+    """The largest box of the fallback is that of the face."""
+    box = largest_face(image, None)
+    assert box is not None
+    for found, right, length in zip(box, face, face[2:] * 2, strict=True):
+        assert found == pytest.approx(right, abs=0.25 * length)
+
+
+@pytest.mark.parametrize("side", [140, 200, 1600])
+def test_the_fallback_finds_the_face_in_a_photo_of_any_size(photo: Image.Image, side: int) -> None:
+    scale = side / photo.width
+    x, y, width, height = (scale * value for value in FACE)
+    require_found(photo.resize((side, side)), (x, y, width, height))
+
+
+@pytest.mark.parametrize("share", [0.15, 0.3, 0.45])
+def test_the_fallback_finds_a_face_that_the_border_cuts(photo: Image.Image, share: float) -> None:
+    x, y, width, height = FACE
+    left, top = round(x + share * width), round(y + 0.5 * share * height)
+    require_found(photo.crop((left, 0, 200, 200)), (x - left, y, width, height))
+    require_found(photo.crop((0, 0, round(x + (1 - share) * width), 200)), FACE)
+    require_found(photo.crop((0, top, 200, 200)), (x, y - top, width, height))
+
+
+def test_the_fallback_finds_a_face_that_is_dark_grey_turned_or_one_of_two(
+    photo: Image.Image,
+) -> None:
+    x, y, width, height = FACE
+    require_found(ImageEnhance.Brightness(photo).enhance(0.25), FACE)
+    require_found(photo.convert("L").convert("RGB"), FACE)
+    require_found(ImageOps.mirror(photo), (200 - x - width, y, width, height))
+    middle = (x + width / 2, y + height / 2)
+    for degrees in (-20, 20):
+        require_found(photo.rotate(degrees, Image.Resampling.BICUBIC, center=middle), FACE)
+    both = Image.new("RGB", (350, 200))
+    both.paste(photo.resize((150, 150)))
+    both.paste(photo, (150, 0))
+    assert len(detect_by_dlib(both)) == 2
+    require_found(both, (x + 150, y, width, height))
+
+
+def test_the_fallback_finds_most_drawn_faces_where_they_are() -> None:
+    num_found = 0
+    for seed in range(900, 908):
+        face = world.random_face(np.random.default_rng(seed))
+        pixels = (world.portrait(face, 256, 256) * 255).byte().permute(1, 2, 0).numpy()
+        if detect_by_dlib(Image.fromarray(pixels)):
+            require_found(Image.fromarray(pixels), face.box(256, 256))
+            num_found += 1
+    assert num_found >= 5
+
+
+def test_the_fallback_finds_no_face_where_there_is_none(photo: Image.Image) -> None:
+    assert detect_by_dlib(photo.rotate(180)) == []
     assert largest_face(Image.new("RGB", (300, 200), (90, 120, 60)), None) is None
+    assert detect_by_dlib(Image.new("RGB", (3000, 2))) == []
+    noise = np.random.default_rng(0).integers(0, 256, (60, 60, 3), np.uint8)
+    assert detect_by_dlib(Image.fromarray(noise).resize((600, 600))) == []
 
 
 def test_the_checkpoint_s_detector_gives_boxes_in_the_picture_s_pixels(

@@ -67,8 +67,8 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
     """Talking-avatar video from a portrait, speech and a prompt.
 
     The default arguments and the bfloat16 latent state are the reference's; `docs/reference.md`
-    names each deviation. Each component runs in its own dtype. Without `face_detector` a frontal
-    face is found by OpenCV.
+    names each deviation. Each component runs in its own dtype. Without `face_detector` dlib
+    finds the face.
     """
 
     # By component: on the GPU only while they are in use.
