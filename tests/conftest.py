@@ -12,6 +12,7 @@ from threading import Thread
 from typing import Any
 
 import boto3
+import hypothesis
 import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
@@ -25,6 +26,12 @@ from worker.settings import Settings
 # Of torch, in this process and in those that it starts: the tests run in a process for each core.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 os.environ |= ONE_THREAD
+
+# An example takes as long as a busy machine makes it take.
+hypothesis.settings.register_profile(
+    "busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("busy")
 
 START_SECONDS = 300.0  # far more than a worker takes to start
 

@@ -179,7 +179,7 @@ def test_a_stored_object_tells_its_metadata(bucket: Callable[..., Any], video: P
     assert store.head("other.mp4") is None
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.dictionaries(st.text(max_size=20), st.integers() | st.text(max_size=40), max_size=8))
 def test_any_metadata_survives_as_a_header(object_store: BucketServer, metadata: Any) -> None:
     assume(len(json.dumps(metadata)) < 1800)
