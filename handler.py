@@ -12,7 +12,7 @@ from typing import Any
 
 from worker import import_guard, logs
 from worker.service.worker import Worker
-from worker.settings import Settings
+from worker.settings import Settings, secret_values
 
 
 @functools.cache
@@ -30,6 +30,7 @@ def main() -> None:
     gc.disable()  # imports leave next to no garbage, and the search for it is a fifth of the start
     worker = _worker()
     logs.configure(worker.settings.runpod_log_level)
+    logs.hide(secret_values())
     import_guard.ensure()
     with ThreadPoolExecutor(max_workers=1) as beside:
         # the SDK, whose import waits a second for a process that asks for the processor's name

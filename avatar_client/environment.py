@@ -20,7 +20,7 @@ from avatar_client.contract.bucket import (
 class FromEnvironment(BaseModel):
     """Settings whose fields are environment variables."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
     may_be_empty: ClassVar[tuple[str, ...]] = ()  # fields whose empty variable counts
 
     @classmethod

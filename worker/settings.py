@@ -5,6 +5,7 @@ and `.runpod/hub.json` list the names of `Settings`; a test compares the three.
 """
 
 import os
+import re
 import urllib.request
 from typing import Any, Literal
 from urllib.parse import SplitResult, urlsplit
@@ -12,6 +13,8 @@ from urllib.parse import SplitResult, urlsplit
 from pydantic import Field
 
 from avatar_client.environment import BucketVariables, FromEnvironment
+
+SECRET_NAMES = re.compile(r"SECRET|TOKEN|PASSWORD|API_KEY|ACCESS_KEY|CREDENTIAL")
 
 
 class _JobSettings(FromEnvironment):
@@ -136,6 +139,11 @@ def proxy_for(host: str, port: int) -> SplitResult | None:
     if proxy.scheme != "http" or not proxy.hostname:
         raise ValueError("HTTPS_PROXY: only proxies of the form http://host:port are spoken to")
     return proxy
+
+
+def secret_values() -> list[str]:
+    """What stands in the environment under names of secrets; some are of RunPod or the Hub."""
+    return [value for name, value in os.environ.items() if SECRET_NAMES.search(name)]
 
 
 def configure_collectives() -> None:

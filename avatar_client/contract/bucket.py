@@ -57,7 +57,7 @@ _OTHER_HOSTS = re.compile(r".*--[a-z]+-s3")
 class BucketSettings(BaseModel):
     """Where objects go: one bucket of an S3-compatible store, and the keys to it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     endpoint_url: str | None = None  # None: AWS, in the region
     access_key_id: str

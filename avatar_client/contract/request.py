@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 from urllib.parse import unquote
 
 from pydantic import (
@@ -28,7 +28,7 @@ from pydantic import (
     model_validator,
 )
 
-from avatar_client.contract import plain_values
+from avatar_client.contract import plain_json, plain_values
 from avatar_client.contract.bucket import (
     SEVEN_DAYS_SECONDS,
     AddressingStyle,
@@ -134,7 +134,11 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        arbitrary_types_allowed=True,
+        hide_input_in_errors=True,  # which may be a secret under a mistyped key
     )
 
     @model_validator(mode="before")
@@ -295,7 +299,7 @@ class GenerationParams(_Frozen):
     def _box_with_an_area(
         cls, value: tuple[float, float, float, float] | None
     ) -> tuple[float, float, float, float] | None:
-        if value is not None and (min(value) < 0 or value[2] <= 0 or value[3] <= 0):
+        if value is not None and (min(value) < 0 or min(value[2:]) < 1):
             raise ValueError("must be [x, y, width, height] in pixels of the image")
         return value
 
@@ -330,11 +334,7 @@ class JobInput(GenerationParams):
     @field_validator("user_data")
     @classmethod
     def _small_json(cls, value: Any) -> Any:
-        try:
-            text = json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError):
-            raise ValueError("must be plain JSON, without NaN") from None
-        if len(text) > MAX_USER_DATA_CHARACTERS:
+        if len(json.dumps(value)) > MAX_USER_DATA_CHARACTERS:
             raise ValueError(f"must be at most {MAX_USER_DATA_CHARACTERS} characters of JSON")
         return value
 
@@ -379,9 +379,10 @@ def validated(model: type[Model], raw: Any, prefix: str = "") -> Model:
     """The checked values.
 
     Raises:
-        InvalidInputError: a value cannot be served; names the field, below `prefix`.
+        InvalidInputError: a value cannot be served, or sent on; names the field, below `prefix`.
         InputUrlBlockedError: an input names an address that is never fetched.
     """
+    plain_json.require_plain(raw, prefix)
     try:
         return model.model_validate(raw)
     except ValidationError as failure:
@@ -390,18 +391,24 @@ def validated(model: type[Model], raw: Any, prefix: str = "") -> Model:
             message = _unknown_key(model, error["loc"])
         else:
             message = error["msg"].removeprefix("Value error, ").replace("Input should", "must")
-        path = prefix + ".".join(str(part) for part in error["loc"])
-        # a key is the client's own text: kept short and printable
         raise InvalidInputError(
-            message[:1].lower() + message[1:], field=ascii(path)[1:-1][:80] or None
+            message[:1].lower() + message[1:], field=plain_json.field_name(prefix, error["loc"])
         ) from None
 
 
 def _unknown_key(model: type[BaseModel], location: tuple[int | str, ...]) -> str:
     for name in location[:-1]:
-        annotation = model.model_fields[str(name)].annotation
-        assert isinstance(annotation, type)
-        model = annotation
+        [annotation] = (
+            info.annotation
+            for own_name, info in model.model_fields.items()
+            if name == (info.alias or own_name)
+        )
+        [model] = (  # the model itself, or the model in "model or None"
+            choice
+            for choice in (annotation, *get_args(annotation))
+            if isinstance(choice, type) and issubclass(choice, BaseModel)
+        )
     known = [info.alias or name for name, info in model.model_fields.items()]
-    near = difflib.get_close_matches(str(location[-1]), known, n=1)
+    given = str(location[-1])[: plain_json.MAX_FIELD_CHARACTERS]
+    near = difflib.get_close_matches(given, known, n=1)
     return f"unknown key; did you mean {near[0]!r}?" if near else f"unknown key; known: {known}"

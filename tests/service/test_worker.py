@@ -66,6 +66,8 @@ HOSTILE: list[tuple[dict[str, Any], str, str]] = [
     ({"audio": ""}, "INVALID_INPUT", "audio"),
     ({"audio_start_seconds": 60.0}, "INVALID_INPUT", "audio_start_seconds"),
     ({"face_box": [300, 300, 100, 100]}, "INVALID_INPUT", "face_box"),
+    ({"face_box": [100, 100, 1e-9, 1e-9]}, "INVALID_INPUT", "face_box"),
+    ({"face_box": [100, 100, 5, 50]}, "INVALID_INPUT", "face_box"),
     ({"guidance_scale": math.nan}, "INVALID_INPUT", "guidance_scale"),
     ({"seed": 10**30}, "INVALID_INPUT", "seed"),
     ({"prompt": "\ud800"}, "INVALID_INPUT", "prompt"),

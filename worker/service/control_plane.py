@@ -20,6 +20,8 @@ import aiohttp
 from runpod.http_client import ClientSession, TooManyRequests
 from runpod.serverless.modules import rp_http, rp_job
 
+from avatar_client.contract import plain_json
+
 logger = logging.getLogger(__name__)
 
 # A result
@@ -131,7 +133,7 @@ async def _ask_for_jobs(session: ClientSession) -> list[dict[str, Any]] | None:
             raise TooManyRequests(response.request_info, response.history, status=429)
         response.raise_for_status()
         try:
-            answer = json.loads(await response.read())
+            answer = plain_json.read(await response.read())
         except ValueError:  # empty, or a proxy's page
             return None
     jobs = answer if isinstance(answer, list) else [answer]

@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+MIN_FACE_SHARE = 0.02  # of the image's short side: a smaller face has no latent of its own
 CHECK_SECONDS = 0.25  # between two looks whether a job that waits was stopped
 
 
@@ -217,6 +218,11 @@ class JobRun:
             if x + width > portrait.width or y + height > portrait.height:
                 raise InvalidInputError(
                     f"reaches over the image's {portrait.width} x {portrait.height} pixels",
+                    field="face_box",
+                )
+            if min(width, height) < MIN_FACE_SHARE * min(portrait.size):
+                raise InvalidInputError(
+                    f"must be at least {MIN_FACE_SHARE:.0%} of the image's short side",
                     field="face_box",
                 )
         return portrait, speech

@@ -4,8 +4,10 @@ import hashlib
 import json
 import re
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 from avatar_client.contract.bucket import BucketSettings
 from avatar_client.contract.job_errors import InvalidInputError
@@ -19,6 +21,13 @@ from avatar_client.contract.request import (
 
 # 10 MB on /run and 20 MB on /runsync, less room for the rest of the reply (RunPod's limits).
 MAX_INLINE_CHARACTERS = {"run": 9_500_000, "runsync": 19_000_000}
+MAX_ADDRESS_CHARACTERS = 8192
+MAX_SECRETS = 1000  # values of a bucket's settings that are looked at
+MIN_SECRET_CHARACTERS = 8  # of a part of an address
+PLACE_OF_BUCKET = (
+    *("bucketName", "region", "objectPath"),
+    *("addressingStyle", "serverSideEncryption", "checksums"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +56,7 @@ def parse(job: dict[str, Any]) -> JobRequest:
     """A job of the queue as checked values.
 
     Raises:
-        InvalidInputError: a value cannot be served; names the field.
+        InvalidInputError: a value cannot be served, or not be sent back; names the field.
         InputUrlBlockedError: an input names an address that is never fetched.
     """
     raw = job.get("input")
@@ -62,6 +71,57 @@ def parse(job: dict[str, Any]) -> JobRequest:
     return JobRequest(safe_id(job.get("id")), checked, s3.bucket() if s3 else None)
 
 
+def secret_values(job: Any) -> set[str]:
+    """What of a job no log may show, whatever its keys are called.
+
+    That is all that stands in a bucket's settings but for the bucket's place, and what stands in
+    the addresses of the job beside theirs: signatures, names and passwords.
+    """
+    top: dict[str, Any] = job if isinstance(job, dict) else {}
+    given = top.get("input")
+    if not isinstance(given, dict):
+        given = {}
+    buckets = [
+        value
+        for values in (top, given)
+        for name, value in values.items()
+        if isinstance(name, str) and re.search("s3|bucket", name, re.IGNORECASE)
+    ]
+    found = set()
+    for text in _texts(buckets):
+        found |= _secrets_of_address(text) if text.startswith(("https://", "http://")) else {text}
+    for address in (given.get("image"), given.get("audio"), top.get("webhook")):
+        if isinstance(address, str) and len(address) <= MAX_ADDRESS_CHARACTERS:
+            found |= _secrets_of_address(address)
+    return found
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Each text and number in a value of any shape, but for those that name a bucket's place."""
+    waiting = [value]
+    for _ in range(MAX_SECRETS):
+        if not waiting:
+            return
+        inner = waiting.pop()
+        if isinstance(inner, dict):
+            waiting += [each for name, each in inner.items() if name not in PLACE_OF_BUCKET]
+        elif isinstance(inner, list):
+            waiting += inner
+        elif isinstance(inner, str):
+            yield inner.strip()[:MAX_ADDRESS_CHARACTERS]
+        elif isinstance(inner, int) and abs(inner) < 10**MIN_SECRET_CHARACTERS**2:
+            yield str(inner)  # a password of digits; longer ones are refused
+
+
+def _secrets_of_address(text: str) -> set[str]:
+    """The query, and what stands before an `@`, as it was meant and as it may be misread."""
+    query = text.partition("?")[2]
+    user = text.partition("://")[2].rpartition("@")[0]
+    found = {query, user, *re.split("[&=]", query), *re.split("[:/?#@&=]", user)}
+    found |= set(map(unquote, found))
+    return {part for part in found if len(part) >= MIN_SECRET_CHARACTERS}
+
+
 def draw_seed() -> int:
     """A seed for a request that names none."""
     return secrets.randbelow(2**31)
@@ -69,7 +129,7 @@ def draw_seed() -> int:
 
 def safe_id(job_id: Any) -> str:
     """The job's id if it can stand in a key and a log line, else a fingerprint of it."""
-    text = str(job_id)
+    text = job_id if isinstance(job_id, str) else f"{job_id:x}" if isinstance(job_id, int) else ""
     if re.fullmatch(r"[A-Za-z0-9_-]{1,128}", text):
         return text
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:32]

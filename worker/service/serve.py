@@ -22,10 +22,10 @@ from runpod.http_client import AsyncClientSession, ClientSession
 from runpod.serverless.modules import rp_job, rp_logger, rp_scale
 from runpod.serverless.modules.worker_state import IS_LOCAL_TEST
 
-from worker import own_directory
+from worker import logs, own_directory
 from worker.service import control_plane, fitness
 from worker.service.progress import PostProgress
-from worker.service.worker import Worker
+from worker.service.worker import Worker, unforeseen
 
 WATCH_SECONDS = 1.0  # between two looks whether the worker is still whole
 LAST_POLL_SECONDS = 1.0  # on shutdown: for an answer that is already on its way
@@ -39,6 +39,8 @@ def serve(worker: Worker) -> None:
     # the SDK's own default is DEBUG, and its debug lines hold whole results, signed URLs included
     rp_logger.RunPodLogger().level = "INFO" if level in ("TRACE", "DEBUG") else level
     own_directory.remove_leftovers()
+    rp_logger.RunPodLogger.log = without_secrets(rp_logger.RunPodLogger.log)
+    logs.take_over()
     for check in fitness.checks(worker):
         runpod.serverless.register_fitness_check(check)
     rp_scale.JobScaler = functools.partial(Scaler, worker)
@@ -51,10 +53,23 @@ def make_handler(worker: Worker) -> Callable[[dict[str, Any]], Awaitable[dict[st
     """The SDK's handler: the worker's, with a session of its own for the job's progress."""
 
     async def handler(job: dict[str, Any]) -> dict[str, Any]:
-        async with AsyncClientSession() as session:
-            return await worker.handle(job, post=None if IS_LOCAL_TEST else _poster(session, job))
+        try:
+            async with AsyncClientSession() as session:
+                post = None if IS_LOCAL_TEST else _poster(session, job)
+                return await worker.handle(job, post=post)
+        except Exception:  # the SDK would send the traceback to the client
+            return unforeseen().to_output()
 
     return handler
+
+
+def without_secrets(log: Callable[..., None]) -> Callable[..., None]:
+    """The SDK's own log, which is no logger but prints."""
+
+    def clean(self: rp_logger.RunPodLogger, message: object, *rest: Any, **named: Any) -> None:
+        log(self, logs.clean(str(message)), *rest, **named)
+
+    return clean
 
 
 def make_sender(worker: Worker) -> Callable[..., Awaitable[bool]]:

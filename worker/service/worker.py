@@ -19,6 +19,7 @@ from worker import logs
 from worker.service import job_request, machine, process
 from worker.service.estimate import ThroughputEstimator
 from worker.service.job import JobRun, JobStoppedError
+from worker.service.job_request import JobRequest
 from worker.service.progress import PostProgress, ProgressReporter
 from worker.settings import Settings
 
@@ -103,12 +104,17 @@ class Worker:
             asyncio.CancelledError: the job was stopped; its thread has ended by then, unless it
                 waits for another rank in vain.
         """
-        logs.job_id.set(job_request.safe_id(job.get("id")))
-        try:
-            request = job_request.parse(job)
-        except WorkerError as error:
-            logger.warning("refused: %s", error)
-            return error.to_output(stage="parse")
+        with logs.hiding(job_request.secret_values(job)):
+            try:
+                logs.job_id.set(job_request.safe_id(job.get("id")))
+                return await self._handle(job_request.parse(job), post)
+            except WorkerError as error:
+                logger.warning("refused: %s", error)
+                return error.to_output(stage="parse")
+            except Exception:  # raised, it would reach the client with its traceback
+                return unforeseen().to_output()
+
+    async def _handle(self, request: JobRequest, post: PostProgress | None) -> dict[str, Any]:
         async with ProgressReporter(post) as progress:
             run = self._last_run = JobRun(request, self.settings, progress)
             context = contextvars.copy_context()  # the job's id, for the thread's log lines
@@ -170,7 +176,8 @@ class Worker:
         """The output of a job, whatever happens in it. Runs in the worker's thread."""
         try:
             output = run.execute(self._load_once(), self._throughput)
-            json.dumps(output, allow_nan=False)  # the SDK drops what is not JSON without a word
+            # the SDK drops what cannot be sent without a word
+            json.dumps(output, allow_nan=False, ensure_ascii=False).encode()
             logger.info("done in %.1f s", run.elapsed_seconds)
             return output
         except JobStoppedError:
@@ -180,15 +187,19 @@ class Worker:
             cause = error if failure is not error else error.__cause__
             logger.warning("failed in %s: %s", run.progress.stage, failure, exc_info=cause)
         except Exception as error:
-            reference = secrets.token_hex(4)
-            logger.exception("unforeseen failure, reference %s", reference)
-            failure = machine.as_own_fault(error) or InternalError(
-                f"something unforeseen went wrong; reference {reference}"
-            )
+            internal = unforeseen()
+            failure = machine.as_own_fault(error) or internal
         finally:
             process.trim_memory()
         self._damaged |= failure.refresh_worker
         return failure.to_output(stage=run.progress.stage)
+
+
+def unforeseen() -> InternalError:
+    """What the client is told of the exception that is handled now, which goes to the log."""
+    reference = secrets.token_hex(4)
+    logger.exception("unforeseen failure, reference %s", reference)
+    return InternalError(f"something unforeseen went wrong; reference {reference}")
 
 
 def _estimator(engine: "Engine") -> ThroughputEstimator:
