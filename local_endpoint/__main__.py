@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import signal
 import sys
 import threading
@@ -17,6 +18,7 @@ logger = logging.getLogger("local_endpoint")
 
 def main() -> int:
     """Serves until it is told to stop."""
+    os.umask(0o077)  # what it and its workers write is this user's alone
     settings = LocalSettings.from_env()
     arguments = _arguments(settings.fastapi_port)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)

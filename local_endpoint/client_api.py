@@ -34,7 +34,7 @@ BEARER = HTTPBearer(auto_error=False, description="The endpoint's API key.")
 class Policy(BaseModel):
     """Limits of one job, in milliseconds."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(extra="allow", strict=True, hide_input_in_errors=True)
 
     executionTimeout: int = Field(600_000, ge=5_000, le=604_800_000)  # noqa: N815  # RunPod's name
     ttl: int = Field(86_400_000, ge=10_000, le=604_800_000)
@@ -43,7 +43,7 @@ class Policy(BaseModel):
 class JobSubmission(BaseModel):
     """A new job. Keys beside these reach the worker as they are."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(extra="allow", strict=True, hide_input_in_errors=True)
 
     input: dict[str, Any]
     webhook: str | None = Field(None, max_length=4096, json_schema_extra={"format": "uri"})
@@ -55,7 +55,10 @@ class JobSubmission(BaseModel):
         if value is not None:
             if not value.isascii() or not value.isprintable():
                 raise ValueError("must be an http or https URL")
-            TypeAdapter(HttpUrl).validate_python(value)
+            try:
+                TypeAdapter(HttpUrl).validate_python(value)
+            except ValueError:  # whose text holds the address, and with it a token
+                raise ValueError("must be an http or https URL") from None
         return value
 
 
@@ -332,7 +335,7 @@ class ClientApi:
         credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)],
     ) -> None:
         given = credentials.credentials if credentials else request.headers.get("authorization", "")
-        if not hmac.compare_digest(given.encode(), self._api_key):
+        if not self._api_key or not hmac.compare_digest(given.encode(), self._api_key):
             raise HTTPException(401, "the API key is missing or wrong")
 
     def _find(self, job_id: str) -> Job:

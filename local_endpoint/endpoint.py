@@ -8,7 +8,6 @@ import asyncio
 import fcntl
 import json
 import logging
-import secrets
 import shutil
 import socket
 import tempfile
@@ -23,19 +22,19 @@ from urllib.parse import urlsplit
 import uvicorn
 from fastapi import FastAPI
 
-from local_endpoint import webhooks
+from local_endpoint import private_files, webhooks
 from local_endpoint.changes import Changes
 from local_endpoint.client_api import ClientApi, answer_failures_alike
 from local_endpoint.job_queue import JobQueue, JobRecord, Webhook
 from local_endpoint.object_store import ObjectStore
 from local_endpoint.worker_api import Heartbeat, WorkerApi
-from worker.atomic_file import write_text
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 ENDPOINT_ID = "local"
 SWEEP_SECONDS = 0.5
+MAX_CALLS = 8  # of webhooks at the same time; each holds its job's request and result
 FORGOTTEN_SECONDS = 60.0  # after this a silent worker is no longer counted
 
 
@@ -67,9 +66,9 @@ class LocalEndpoint:
     ) -> None:
         self._is_temporary = directory is None
         self.directory = directory or Path(tempfile.mkdtemp(prefix="avatar-endpoint-"))
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self.api_key = api_key or kept_secret(self.directory / "api-key")
-        self._worker_key = kept_secret(self.directory / "worker-key")
+        private_files.make_directory(self.directory, own_files=("api-key", "queue.sqlite"))
+        self.api_key = api_key or private_files.kept_secret(self.directory / "api-key")
+        self._worker_key = private_files.kept_secret(self.directory / "worker-key")
         self._with_object_store = with_object_store
         self._port = port
         self._hold_seconds = hold_seconds
@@ -198,9 +197,8 @@ class LocalEndpoint:
             if now - record.last_heartbeat_seconds > FORGOTTEN_SECONDS:
                 del workers[worker_id]
                 self._queue.forget(worker_id)
-        for webhook in self._queue.due_webhooks():
-            if webhook.job_id not in self._calls:
-                self._calls[webhook.job_id] = asyncio.create_task(self._call(webhook))
+        for webhook in self._queue.claim_webhooks(MAX_CALLS, self._calls):
+            self._calls[webhook.job_id] = asyncio.create_task(self._call(webhook))
         return changed
 
     async def _call(self, webhook: Webhook) -> None:
@@ -230,7 +228,7 @@ class LocalEndpoint:
         self._bucket_path.unlink(missing_ok=True)
         if not self._with_object_store:
             return None
-        key = kept_secret(self.directory / "bucket-key")
+        key = private_files.kept_secret(self.directory / "bucket-key")
         store = ObjectStore(
             self.directory,
             access_key_id=key,
@@ -238,7 +236,7 @@ class LocalEndpoint:
             port=urlsplit(earlier).port or 0,
         )
         store.start()
-        write_private(self._bucket_path, json.dumps(store.settings))
+        private_files.write(self._bucket_path, json.dumps(store.settings))
         return store
 
     # What a program does with it
@@ -377,6 +375,7 @@ def lock(path: Path) -> TextIO:
     Raises:
         OSError: another one holds it.
     """
+    private_files.make_file(path)
     file = path.open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -384,15 +383,3 @@ def lock(path: Path) -> TextIO:
         file.close()
         raise OSError(f"another endpoint uses {path.parent}") from error
     return file
-
-
-def kept_secret(path: Path) -> str:
-    """The secret in the file, which is made if it is not there."""
-    if not path.exists():
-        write_private(path, secrets.token_urlsafe(32) + "\n")
-    return path.read_text().strip()
-
-
-def write_private(path: Path, text: str) -> None:
-    """Writes a file that this user alone can read."""
-    write_text(path, text, mode=0o600)

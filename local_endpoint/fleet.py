@@ -16,9 +16,9 @@ from typing import Self
 
 import psutil
 
+from local_endpoint import private_files
 from local_endpoint.endpoint import LocalEndpoint
 from local_endpoint.worker_process import REPOSITORY, WorkerProcess, kill_group, new_worker_id
-from worker.atomic_file import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Fleet:
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Self:
-        self._directory.mkdir(exist_ok=True)
+        private_files.make_directory(self._directory)
         self._adopt()
         self._thread.start()
         return self
@@ -156,7 +156,7 @@ class Fleet:
             }
             for worker_id, process in self._processes.items()
         ]
-        write_text(self._notes_path, json.dumps(notes))
+        private_files.write(self._notes_path, json.dumps(notes))
 
     def _urls(self) -> list[str | None]:
         """What the workers call: the endpoint, and the store of their videos."""

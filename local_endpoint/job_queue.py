@@ -13,10 +13,12 @@ import sqlite3
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
+
+from local_endpoint import private_files
 
 Status = Literal["IN_QUEUE", "IN_PROGRESS", "COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"]
 FINAL: tuple[Status, ...] = ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT")
@@ -153,15 +155,17 @@ class JobQueue:
     """The queue in the file at `path`, which is made if it is not there."""
 
     def __init__(self, path: Path) -> None:
+        private_files.make_file(path)  # SQLite gives its other files the same rights
         # autocommit: `with self._database` below opens and ends each transaction by name
         self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         self._database.row_factory = sqlite3.Row
         # a killed process loses nothing; a machine that loses power may lose the last moments
         self._database.executescript(
             "PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; PRAGMA foreign_keys = ON;"
-            + SCHEMA
+            "PRAGMA secure_delete = ON;" + SCHEMA
         )
         self._stops: defaultdict[str, set[str]] = defaultdict(set)  # job ids by worker
+        self._has_forgotten = False  # something that is still in SQLite's log
 
     def close(self) -> None:
         self._database.close()
@@ -231,6 +235,7 @@ class JobQueue:
 
     def purge(self) -> int:
         """How many waiting jobs were removed: all."""
+        self._has_forgotten = True
         with self._transaction():
             return self._execute("DELETE FROM jobs WHERE status = 'IN_QUEUE'")
 
@@ -399,20 +404,34 @@ class JobQueue:
                 if row["status"] == "IN_PROGRESS":
                     self._stops[row["worker_id"]].add(row["id"])
                 self._execute("DELETE FROM jobs WHERE id = ?", row["id"])
+        if self._has_forgotten or old:  # the log that SQLite writes first keeps earlier content
+            self._execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self._has_forgotten = False
         return bool(late or old)
 
     # Webhooks
 
-    def due_webhooks(self) -> list[Webhook]:
-        """The calls to make now."""
-        due = self._all("SELECT job, url FROM webhooks WHERE due_at <= ?", time.time())
-        return [Webhook(row["job"], row["url"], self._webhook_body(row["job"])) for row in due]
+    def claim_webhooks(self, max_calls: int, under_way: Collection[str]) -> list[Webhook]:
+        """Calls to make now, so many that `max_calls` are under way then; each is an attempt.
+
+        One counts from its beginning, so that it is not made for ever where it ends this process.
+        """
+        due = self._all(
+            "SELECT job, url FROM webhooks WHERE due_at <= ? AND attempts < ?"
+            " ORDER BY due_at LIMIT ?",
+            *(time.time(), WEBHOOK_ATTEMPTS, max_calls),
+        )
+        room = max_calls - len(under_way)
+        chosen = [row for row in due if row["job"] not in under_way][:room]
+        for row in chosen:
+            self._execute("UPDATE webhooks SET attempts = attempts + 1 WHERE job = ?", row["job"])
+        return [Webhook(row["job"], row["url"], self._webhook_body(row["job"])) for row in chosen]
 
     def webhook_answered(self, job_id: str, *, taken: bool, retry_seconds: float) -> None:
         """Forgets a call that was taken, and one that never will be; puts off the others."""
         with self._transaction():
             self._execute(
-                "UPDATE webhooks SET attempts = attempts + 1, due_at = ? WHERE job = ?",
+                "UPDATE webhooks SET due_at = ? WHERE job = ?",
                 *(time.time() + retry_seconds, job_id),
             )
             self._execute(
@@ -458,7 +477,17 @@ class JobQueue:
             " SELECT id, webhook, ? FROM jobs WHERE id = ? AND webhook IS NOT NULL",
             *(now, job_id),
         )
+        if status in ("COMPLETED", "CANCELLED"):  # the others may be tried again
+            self._forget_secrets(job_id)
         self._count(status)
+
+    def _forget_secrets(self, job_id: str) -> None:
+        row = self._one("SELECT request FROM jobs WHERE id = ?", job_id)
+        assert row is not None
+        request = json.loads(row["request"])
+        if (kept := _without_secrets(request)) != request:
+            self._execute("UPDATE jobs SET request = ? WHERE id = ?", json.dumps(kept), job_id)
+            self._has_forgotten = True
 
     def _record(self, job_id: str, post: Post) -> int:
         cursor = self._database.execute(
@@ -483,7 +512,7 @@ class JobQueue:
         job, row = self.get(job_id), self._one("SELECT request FROM jobs WHERE id = ?", job_id)
         assert job is not None
         assert row is not None
-        request = json.loads(row["request"])
+        request = _without_secrets(json.loads(row["request"]))
         return {**job.state(), "input": request["input"], "webhook": request["webhook"]}
 
     def _one(self, query: str, *values: Any) -> sqlite3.Row | None:
@@ -520,6 +549,19 @@ def _milliseconds(seconds: float) -> int:
 
 def _text(error: Any) -> str:
     return error if isinstance(error, str) else json.dumps(error)
+
+
+def _without_secrets(request: dict[str, Any]) -> dict[str, Any]:
+    """The request without a bucket of the client's own, however that is spelled."""
+    kept = {name: value for name, value in request.items() if not _names_bucket(name)}
+    given = kept.get("input")
+    if isinstance(given, dict):
+        kept["input"] = {name: value for name, value in given.items() if not _names_bucket(name)}
+    return kept
+
+
+def _names_bucket(name: str) -> bool:
+    return "s3" in name.lower() or "bucket" in name.lower()
 
 
 def _policy_seconds(request: dict[str, Any], name: str, default: float) -> float:

@@ -62,6 +62,7 @@ class ObjectStore:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 pass_fds=[listener.fileno()],
+                umask=0o077,
                 start_new_session=True,  # Ctrl-C is for the endpoint, whose workers still deliver
             )
             self.endpoint_url = f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -13,6 +13,7 @@ from typing import Self
 
 import psutil
 
+from local_endpoint import private_files
 from local_endpoint.endpoint import LocalEndpoint
 
 REPOSITORY = Path(__file__).parents[1]
@@ -44,8 +45,8 @@ class WorkerProcess:
         self._endpoint = endpoint
         self._command = [sys.executable, str(script)]
         home = directory / "home"
-        home.mkdir(parents=True)
-        self.temporary_directory.mkdir()
+        private_files.make_directory(home)
+        private_files.make_directory(self.temporary_directory)
         self._environment = {
             "PATH": os.defpath,
             "TMPDIR": str(self.temporary_directory),
@@ -62,6 +63,7 @@ class WorkerProcess:
 
     def start(self) -> None:
         """Starts the process. It needs a while until it takes jobs: see `wait_until_polling`."""
+        private_files.make_file(self.log_path)
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(  # noqa: S603  # our own script
                 self._command,
@@ -70,6 +72,7 @@ class WorkerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                umask=0o077,  # its log and files tell of jobs
                 start_new_session=True,  # so that `kill` reaches its heartbeat process too
             )
 
