@@ -21,6 +21,7 @@ from avatar_client.environment import ClientSettings
 from avatar_client.responses import JobStatus, checked_id, plain
 from avatar_client.terminal import progress_bar
 
+MAX_WARNINGS = 20  # that are shown
 DONE, FAILED, BAD_ARGUMENTS, INTERRUPTED = 0, 1, 2, 130
 
 Option = tuple[str, dict[str, Any]]  # a value's dotted name in `input`, its JSON schema
@@ -89,7 +90,8 @@ def _wait_and_download(job: AvatarJob, target: Path) -> int:
     if output.get("dry_run"):
         print(json.dumps(output, indent=2))  # noqa: T201
         return DONE
-    for warning in output.get("warnings") or []:
+    warnings = output.get("warnings")
+    for warning in warnings[:MAX_WARNINGS] if isinstance(warnings, list) else ():
         _say(f"warning: {plain(warning)}")
     print(job.download(target))  # noqa: T201
     return DONE

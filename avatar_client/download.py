@@ -1,7 +1,6 @@
 """The finished video on its way to a file: the whole one that the worker made, or none at all."""
 
 import base64
-import binascii
 import hashlib
 import os
 import re
@@ -17,6 +16,7 @@ import httpx
 from avatar_client.endpoint_errors import DownloadError
 
 ATTEMPTS = 5
+MAX_VIDEO_BYTES = 4 * 2**30  # some minutes are some 100 MB: more is no video of a worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +37,15 @@ class Video:
         """
         output = output or {}
         size_bytes, sha256 = output.get("size_bytes"), output.get("sha256")
-        if not isinstance(size_bytes, int) or not isinstance(sha256, str):
+        if type(size_bytes) is not int or not isinstance(sha256, str):  # no bool
             raise DownloadError("the result holds no video")
+        if not 0 < size_bytes <= MAX_VIDEO_BYTES or not re.fullmatch("[0-9a-f]{64}", sha256):
+            raise DownloadError("the result holds no video that a worker can have made")
         url, encoded = output.get("video_url"), output.get("video_base64")
         if isinstance(encoded, str):
             try:
                 return cls(size_bytes, sha256, content=base64.b64decode(encoded, validate=True))
-            except binascii.Error:
+            except ValueError:  # binascii.Error, or characters that are not ASCII
                 raise DownloadError("the video in the result is no base64") from None
         if not isinstance(url, str) or not _is_web_address(url):
             raise DownloadError("the address of the video is no URL")

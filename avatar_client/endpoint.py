@@ -19,7 +19,7 @@ from avatar_client import protocol
 from avatar_client.contract.bucket import BucketSettings
 from avatar_client.download import Video, VideoDownload, hide_query, hide_query_async
 from avatar_client.endpoint_errors import DownloadError, JobNotFoundError
-from avatar_client.protocol import Call, Outcome, Pace, Pause
+from avatar_client.protocol import Answer, Call, Outcome, Pace, Pause
 from avatar_client.request_body import Media, build_request
 from avatar_client.responses import JobStatus, checked_id
 from avatar_client.version import __version__
@@ -211,7 +211,11 @@ class AvatarEndpoint(_Endpoint):
 
     def _send(self, call: Call) -> Outcome:
         try:
-            return self._api.request(call.method, call.path, **call.options)
+            with self._api.stream(call.method, call.path, **call.options) as response:
+                answer = Answer(response)
+                for chunk in response.iter_bytes():
+                    answer.add(chunk)
+                return answer.whole()
         except httpx.RequestError as error:
             return error
 
@@ -377,7 +381,11 @@ class AsyncAvatarEndpoint(_Endpoint):
 
     async def _send(self, call: Call) -> Outcome:
         try:
-            return await self._api.request(call.method, call.path, **call.options)
+            async with self._api.stream(call.method, call.path, **call.options) as response:
+                answer = Answer(response)
+                async for chunk in response.aiter_bytes():
+                    answer.add(chunk)
+                return answer.whole()
         except httpx.RequestError as error:
             return error
 

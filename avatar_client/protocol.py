@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 
 from avatar_client import request_body
+from avatar_client.contract import plain_json
 from avatar_client.endpoint_errors import (
     AuthenticationError,
     EndpointError,
@@ -30,6 +31,8 @@ PLATFORM_URL = "https://api.runpod.ai/v2"
 ATTEMPTS = 5  # of one call
 MAX_RETRY_AFTER_SECONDS = 60.0
 SLOWEST_POLL = 5  # times the shortest pause
+MAX_ANSWER_BYTES = 32 * 2**20  # of which the platform's own limit is 20 MB
+MAX_ANSWER_SECONDS = 300.0  # for all of one; those below are for the next part of it
 NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)
 
 Outcome = httpx.Response | httpx.RequestError
@@ -52,6 +55,39 @@ class Call:
         headers = {"Content-Type": "application/json"} if self.content is not None else {}
         timeout = httpx.Timeout(self.answer_seconds, connect=10.0, write=60.0)
         return {"content": self.content, "headers": headers, "timeout": timeout}
+
+
+class Answer:
+    """An answer as it arrives: no more of it than any endpoint has to say, however it is packed."""
+
+    def __init__(self, response: httpx.Response) -> None:
+        self._response = response
+        self._content = bytearray()
+        self._deadline = time.monotonic() + MAX_ANSWER_SECONDS
+
+    def add(self, chunk: bytes) -> None:
+        """Takes the next part of the body.
+
+        Raises:
+            EndpointUnavailableError: there is too much of it, or it takes too long.
+        """
+        self._content += chunk
+        if len(self._content) > MAX_ANSWER_BYTES or time.monotonic() > self._deadline:
+            raise EndpointUnavailableError(
+                f"the endpoint's answer is over {MAX_ANSWER_BYTES >> 20} MiB or "
+                f"{MAX_ANSWER_SECONDS:g} s: check its URL"
+            )
+
+    def whole(self) -> httpx.Response:
+        """The answer with all of its body."""
+        headers = [
+            (name, value)
+            for name, value in self._response.headers.multi_items()
+            if name not in ("content-encoding", "content-length", "transfer-encoding")
+        ]
+        return httpx.Response(
+            self._response.status_code, headers=headers, content=bytes(self._content)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +238,7 @@ class Pace:
 
 def _json(response: httpx.Response) -> dict[str, Any]:
     try:
-        answer = response.json()
+        answer = plain_json.read(response.content)
     except ValueError:
         answer = None
     if not isinstance(answer, dict):
@@ -231,7 +267,7 @@ def _failure(call: Call, response: httpx.Response) -> EndpointError:
 def _said(response: httpx.Response) -> str:
     """What an endpoint says about its refusal, with a colon in front; often nothing."""
     try:
-        body = response.json()
+        body = plain_json.read(response.content)
     except ValueError:
         return ""
     text = body.get("error") or body.get("detail") if isinstance(body, dict) else None

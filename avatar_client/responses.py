@@ -5,29 +5,35 @@ no queries of URLs.
 """
 
 import contextlib
-import json
 import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
+from avatar_client.contract import plain_json
 from avatar_client.contract.job_errors import WorkerError
 from avatar_client.contract.redaction import redact
 from avatar_client.contract.request import JobInput
 
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT")
 MAX_TEXT_CHARACTERS = 1000
+MAX_READ_CHARACTERS = 16 * MAX_TEXT_CHARACTERS
 
 
 def plain(text: Any) -> str:
     """Text of others in one line that can be shown and logged."""
-    words = redact(str(text)).split()
+    if not isinstance(text, str):  # whose text may be as large and as deep as an answer
+        is_number = isinstance(text, int | float) and abs(text) < 1e18
+        text = str(text) if is_number else type(text).__name__
+    words = redact(text[:MAX_READ_CHARACTERS]).split()
     line = " ".join(words)[:MAX_TEXT_CHARACTERS]
     return "".join(character for character in line if character.isprintable())
 
 
 Text = Annotated[str, AfterValidator(plain)]
+Count = Annotated[int, Field(ge=0, le=10**9)]
+Seconds = Annotated[float, Field(ge=0, le=10**9, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +43,12 @@ class Progress:
     stage: Text
     progress: Annotated[float, Field(ge=0, le=1)]  # never decreasing
     message: Text
-    stage_index: int | None = None
-    stage_count: int | None = None
-    step: int | None = None
-    total_steps: int | None = None
-    elapsed_seconds: float | None = None
-    eta_seconds: float | None = None
+    stage_index: Count | None = None
+    stage_count: Count | None = None
+    step: Count | None = None
+    total_steps: Count | None = None
+    elapsed_seconds: Seconds | None = None
+    eta_seconds: Seconds | None = None
 
     @staticmethod
     def parse(output: Any) -> "Progress | None":
@@ -54,6 +60,7 @@ class Progress:
 
 
 _PROGRESS = TypeAdapter(Progress)
+_SECONDS = TypeAdapter(Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,14 +151,17 @@ def _reason(error: Any) -> str:
     """The text of a failure. What the SDK makes of an exception holds its traceback as well."""
     if isinstance(error, str) and error.startswith("{"):
         with contextlib.suppress(ValueError):
-            error = json.loads(error)
+            error = plain_json.read(error.encode())
     if isinstance(error, dict):
         error = error.get("error_message") or error.get("message") or ""
     return plain(error or "")
 
 
 def _seconds(milliseconds: Any) -> float | None:
-    return milliseconds / 1000 if isinstance(milliseconds, int | float) else None
+    try:
+        return _SECONDS.validate_python(milliseconds) / 1000
+    except ValidationError:
+        return None
 
 
 def _codes(kind: type[WorkerError]) -> dict[str, bool]:
