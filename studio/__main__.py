@@ -17,6 +17,7 @@ from studio.tracker import JobTracker
 def main() -> int:
     """Serves the page until it is told to stop."""
     arguments = _arguments()
+    os.umask(0o077)  # what it keeps of people is its user's alone
     directory = arguments.directory.absolute()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit(0))  # so that the endpoint ends as well

@@ -10,6 +10,7 @@ from pydantic import SecretStr
 from avatar_client import AsyncAvatarEndpoint
 from avatar_client.contract.bucket import BucketSettings
 
+MAX_COUNT = 10**9
 POLL_SECONDS = 0.4  # between two questions about a job, at first; somebody watches
 
 
@@ -42,7 +43,13 @@ class Connection:
         """
         async with self.open() as endpoint:
             health = await endpoint.health()
-        workers, jobs = health.get("workers", {}), health.get("jobs", {})
-        busy, idle = workers.get("running", 0), workers.get("idle", 0)
-        waiting = jobs.get("inQueue", 0)
+        idle, busy = (_count(health, "workers", name) for name in ("idle", "running"))
+        waiting = _count(health, "jobs", "inQueue")
         return f"Connected. Workers: {idle} idle, {busy} busy. Jobs waiting: {waiting}."
+
+
+def _count(health: Mapping[str, Any], of: str, name: str) -> int:
+    """A number of the answer; 0 where the endpoint says something else."""
+    counts = health.get(of)
+    value = counts.get(name) if isinstance(counts, Mapping) else None
+    return value if isinstance(value, int) and 0 <= value < MAX_COUNT else 0

@@ -11,12 +11,13 @@ import secrets
 import shutil
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from PIL import Image, ImageOps
+from pydantic import Field, TypeAdapter, ValidationError
 
 from worker.atomic_file import write_text
 
@@ -24,19 +25,29 @@ MAX_JOBS = 24
 THUMBNAIL_SIDE = 240  # px
 FINAL_STATUSES = ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT")
 
-# Of a result; its addresses and the video itself are not stored.
-STORED_OUTPUT_FIELDS = (
-    "duration_seconds",
-    "num_frames",
-    "fps",
-    "width",
-    "height",
-    "seed",
-    "warnings",
-    "parameters",
-    "size_bytes",
-    "metrics",
-)
+IMAGE_SUFFIXES = "jpg jpeg png webp gif tif tiff bmp avif jp2 ppm"
+SOUND_SUFFIXES = "wav mp3 m4a ogg oga opus flac webm mp4 mov aac amr"
+MEDIA_SUFFIXES = frozenset(f".{name}" for name in f"{IMAGE_SUFFIXES} {SOUND_SUFFIXES}".split())
+
+Number = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False, strict=True)]
+Whole = Annotated[int, Field(ge=0, le=2**53, strict=True)]
+Line = Annotated[str, Field(max_length=1000)]
+# Of a result, each as a page can show it; its addresses and the video itself are not stored.
+STORED_OUTPUT: Mapping[str, TypeAdapter[Any]] = {
+    "duration_seconds": TypeAdapter(Number),
+    "num_frames": TypeAdapter(Whole),
+    "fps": TypeAdapter(Number),
+    "width": TypeAdapter(Whole),
+    "height": TypeAdapter(Whole),
+    "seed": TypeAdapter(Whole),
+    "warnings": TypeAdapter(Annotated[list[Line], Field(max_length=20)]),
+    "size_bytes": TypeAdapter(Whole),
+    "total_seconds": TypeAdapter(Number),  # of its metrics
+}
+Status = Literal[
+    "SENDING", "IN_QUEUE", "IN_PROGRESS", "COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"
+]
+Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=100)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,11 +57,11 @@ class Record:
     id: str  # the studio's own; the endpoint's is `job_id`
     created_at: str
     endpoint: str
-    portrait: str  # file names in the job's directory
-    speech: str
+    portrait: Name  # file names in the job's directory
+    speech: Name
     fields: dict[str, Any]  # of `input`, without the media
     job_id: str | None = None  # None: not sent yet
-    status: str = "SENDING"
+    status: Status = "SENDING"
     error: dict[str, Any] | None = None  # code, message, field, retryable
     output: dict[str, Any] = field(default_factory=dict)
 
@@ -60,13 +71,17 @@ class Record:
         return self.status in FINAL_STATUSES
 
 
+_RECORD = TypeAdapter(Record)
+
+
 class History:
     """The newest jobs under one directory."""
 
     def __init__(self, directory: Path, *, max_jobs: int = MAX_JOBS) -> None:
         self.directory = directory
         self._max_jobs = max_jobs
-        directory.mkdir(parents=True, exist_ok=True)
+        if not directory.exists():
+            directory.mkdir(parents=True, mode=0o700)  # portraits and voices of people
 
     def add(
         self,
@@ -98,8 +113,7 @@ class History:
 
     def save(self, record: Record) -> None:
         """Replaces what is known of the job, in one step."""
-        stored = {key: record.output[key] for key in STORED_OUTPUT_FIELDS if key in record.output}
-        text = json.dumps({**asdict(record), "output": stored}, indent=1)
+        text = json.dumps({**asdict(record), "output": stored_output(record.output)}, indent=1)
         path = self.directory / record.id / "record.json"
         write_text(path, text, mode=0o600, shared=True)
 
@@ -109,10 +123,10 @@ class History:
             return None
         path = self.directory / record_id / "record.json"
         try:
-            content = json.loads(path.read_text())
-            return Record(**{each.name: content[each.name] for each in fields(Record)})
-        except (OSError, ValueError, KeyError, TypeError):
+            record = _RECORD.validate_json(path.read_bytes())
+        except (OSError, ValueError):
             return None
+        return replace(record, output=stored_output(record.output))
 
     def all(self) -> list[Record]:
         """Every job, newest first."""
@@ -145,8 +159,21 @@ class History:
                 self.remove(record)
 
 
+def stored_output(output: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a result can be shown; what is of another kind than a worker's is left out."""
+    metrics = output.get("metrics")
+    given = {**(metrics if isinstance(metrics, Mapping) else {}), **output}
+    stored = {}
+    for name, kind in STORED_OUTPUT.items():
+        with suppress(ValidationError):
+            stored[name] = kind.validate_python(given.get(name))
+    return stored
+
+
 def _suffix(path: Path) -> str:
-    return path.suffix.lower() if re.fullmatch(r"\.\w{1,8}", path.suffix) else ""
+    """What a browser knows the kind of media by; none for other kinds, as a page."""
+    suffix = path.suffix.lower()
+    return suffix if suffix in MEDIA_SUFFIXES else ""
 
 
 def _make_thumbnail(portrait: Path, target: Path) -> None:

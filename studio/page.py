@@ -368,7 +368,7 @@ class Page:
                 self._clear_errors() | {self._connected: ""} | self._error(error, self._connected)
             )
         self._tracker.resume(connection)
-        return self._clear_errors() | used | {self._connected: f'<p role="status">{health}</p>'}
+        return self._clear_errors() | used | {self._connected: views.connected(health)}
 
     async def _write_snippets(self, entered: dict[Component, Any]) -> Updates:
         # a coroutine and so in no thread: the answers come in the order of the questions

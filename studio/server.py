@@ -10,41 +10,13 @@ from pathlib import Path
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
-from starlette.datastructures import MutableHeaders
-from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from studio.connection import Connection
+from studio.guard import GuardMiddleware
 from studio.page import MAX_FILE_BYTES, Page, theme
 from studio.tracker import JobTracker
 
-LOOPBACK = ("127.0.0.1", "localhost")
 STYLE = Path(__file__).with_name("style.css")
-
-# gradio's page runs scripts and styles that stand in it; recordings and previews are blobs
-POLICY = (
-    "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
-    "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
-)
-
-
-class SecurityHeadersMiddleware:
-    """Adds the policy's headers to every response."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serves one request."""
-
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                headers["Content-Security-Policy"] = POLICY
-                headers["Referrer-Policy"] = "same-origin"
-            await send(message)
-
-        await self._app(scope, receive, send_with_headers)
 
 
 def is_not_stream_cancellation(record: logging.LogRecord) -> bool:
@@ -76,10 +48,7 @@ def serve(
         await tracker.close()
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    if host in LOOPBACK:  # a name that somebody points to this machine is not answered
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK))
-
-    app.add_middleware(SecurityHeadersMiddleware)
+    app.add_middleware(GuardMiddleware, host=host)
     gr.mount_gradio_app(
         app,
         page.blocks,
@@ -89,7 +58,7 @@ def serve(
         footer_links=[],
         run_history=False,  # it keeps inputs in the browser, keys too
         max_file_size=MAX_FILE_BYTES,
-        show_error=True,
+        show_error=False,  # what the page has to say it says itself, without others' text
         enable_monitoring=False,
         ssr_mode=False,
         mcp_server=False,

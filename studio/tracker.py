@@ -19,7 +19,7 @@ from avatar_client import (
 from avatar_client.contract.job_errors import InvalidInputError
 from avatar_client.request_body import MAX_BODY_BYTES
 from studio.connection import Connection
-from studio.history import History, Record
+from studio.history import History, Record, stored_output
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +178,8 @@ class JobTracker:
             tracked.note = "Fetching the video"
             await job.download(self.history.video(tracked.record))
         error = asdict(status.error) if status.error else None
-        self._save(tracked, status=status.status, output=status.output or {}, error=error)
+        output = stored_output(status.output or {})
+        self._save(tracked, status=status.status, output=output, error=error)
 
     def _note(self, tracked: TrackedJob, status: JobStatus) -> None:
         tracked.note = "" if tracked.note != "Cancelling" else tracked.note

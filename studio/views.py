@@ -3,6 +3,7 @@
 from datetime import datetime
 from html import escape
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from avatar_client.contract.job_errors import WorkerError
@@ -64,7 +65,7 @@ def headline(state: JobState | None) -> str:
     record = state.record
     if record.status == "COMPLETED":
         return "The video is ready."
-    return FINAL_LABELS[record.status] if record.is_over else _stage(state)
+    return escape(FINAL_LABELS[record.status] if record.is_over else _stage(state))
 
 
 def video(path: Path) -> str:
@@ -78,15 +79,23 @@ def caption(record: Record) -> str:
     if record.status != "COMPLETED":
         return ""
     output = record.output
-    facts = [
-        f"{output['duration_seconds']:.1f} s",
-        f"{output['width']} × {output['height']}",  # noqa: RUF001
-        f"{output['fps']:g} frames a second",
-        f"seed {output['seed']}",
-        f"made in {duration(output['metrics']['total_seconds'])}",
+    total_seconds = output.get("total_seconds")
+    made_in = None if total_seconds is None else duration(total_seconds)
+    known: list[tuple[str, tuple[Any, ...]]] = [
+        ("{:.1f} s", (output.get("duration_seconds"),)),
+        ("{} × {}", (output.get("width"), output.get("height"))),  # noqa: RUF001
+        ("{:g} frames a second", (output.get("fps"),)),
+        ("seed {}", (output.get("seed"),)),
+        ("made in {}", (made_in,)),
     ]
-    warnings = "".join(f"<p>{escape(str(text))}</p>" for text in output.get("warnings", []))
+    facts = [form.format(*values) for form, values in known if None not in values]
+    warnings = "".join(f"<p>{escape(text)}</p>" for text in output.get("warnings", []))
     return f'<div class="caption"><p>{escape(" · ".join(facts))}</p>{warnings}</div>'
+
+
+def connected(words: str) -> str:
+    """What the endpoint says about itself."""
+    return f'<p role="status">{escape(words)}</p>'
 
 
 def title(state: JobState) -> str:
