@@ -383,6 +383,11 @@ class _Fetcher:
             for chunk in response.iter_bytes():  # as they come: nothing is lost in a cut
                 if self.stop.is_set():
                     raise _StoppedError
+                if content.tell() + len(chunk) > file.size_bytes:
+                    raise WrongContentError(
+                        f"{file.path} goes on after its {file.size_bytes} bytes: the hub, or a "
+                        "proxy before it, serves another file; try again later, or without it"
+                    )
                 content.write(chunk)
         if part.stat().st_size < file.size_bytes:
             raise _CutError("the answer ended early")

@@ -44,6 +44,7 @@ VAE_SETTINGS = {
 }
 UNUSED_LLAVA_LAYERS = 2  # the transformer gets the states before the last two, hidden_states[-3]
 BUFFERS = re.compile(r"\.position_ids$|\.rotary_emb\.inv_freq$")  # saved by older versions
+SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors")
 DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
@@ -177,8 +178,15 @@ def _weight_files(source: Path) -> list[Path]:
     index = source / "model.safetensors.index.json"
     if not index.is_file():
         return [source / "model.safetensors"]
-    weight_map = json.loads(index.read_text())["weight_map"]
-    return [source / name for name in sorted(set(weight_map.values()))]
+    content = json.loads(index.read_text())
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) and SHARD.fullmatch(name) for name in names):
+        raise ValueError(f"{index} names something else than files beside it")
+    paths = [source / name for name in sorted(set(names))]
+    if any(path.resolve().parent != source.resolve() for path in paths):
+        raise ValueError(f"{index} names a link that leads out of {source}: put the file there")
+    return paths
 
 
 def _read(path: Path, name: str, new_name: str, dtype: torch.dtype) -> Mapping[str, Tensor]:

@@ -24,6 +24,7 @@ from worker.generation.face import TorchScriptFaceDetector
 from worker.generation.options import DenoiseOptions
 from worker.generation.pipeline import HunyuanVideoAvatarPipeline, OnStep
 from worker.generation.prefetch import prefetch
+from worker.generation.torchscript import NoArithmeticError
 from worker.loading import loader, model_directory
 from worker.loading.offload import (
     DECODER_SCRATCH_BYTES,
@@ -375,7 +376,12 @@ def load_pipeline(
         directory = model_dir / "face_detector"
         if not directory.is_dir():
             return {}
-        return {"face_detector": TorchScriptFaceDetector.from_pretrained(directory).to(device)}
+        try:
+            detector = TorchScriptFaceDetector.from_pretrained(directory).to(device)
+        except NoArithmeticError as error:
+            logger.warning("the checkpoint's face detector is not used: %s", error)
+            return {}
+        return {"face_detector": detector}
 
     components, report = loader.load(model_dir, device, dtypes, placement, load_others=load_others)
     return HunyuanVideoAvatarPipeline(**components), report

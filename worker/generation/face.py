@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from worker.generation import torchscript
 from worker.shapes import Box
 
 SHORT_SIDE = 416  # px, of the picture that the TorchScript detector gets
@@ -46,11 +47,15 @@ class TorchScriptFaceDetector(ModelMixin):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, **_: Any) -> Self:
-        """The detector in the directory; it stays float32, whatever the others are loaded as."""
+        """The detector in the directory; it stays float32, whatever the others are loaded as.
+
+        Raises:
+            NoArithmeticError: the file is a program that does more than a detector has to.
+        """
         path = Path(directory) / cls.FILE_NAME
         with warnings.catch_warnings():  # TorchScript is old, but it is what was published
             warnings.simplefilter("ignore", DeprecationWarning)
-            return cls(torch.jit.load(str(path), map_location="cpu")).eval()
+            return cls(torchscript.load(path)).eval()
 
     def save_pretrained(self, directory: str | Path, **_: Any) -> None:
         """Writes the TorchScript file."""
@@ -65,7 +70,8 @@ class TorchScriptFaceDetector(ModelMixin):
         """Candidates, in pixels of the input."""
         grids = [_grid(pixels, stride) for stride in STRIDES]
         takes_grids = len(self.script.forward.schema.arguments) > 2  # beside self and the picture
-        candidates = self.script(pixels, grids) if takes_grids else self.script(pixels)
+        forward = self.script.forward  # what was examined; a call would run hooks as well
+        candidates = forward(pixels, grids) if takes_grids else forward(pixels)
         return candidates[0]
 
     @torch.no_grad()
