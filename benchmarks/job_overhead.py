@@ -1,0 +1,85 @@
+"""What a job costs beside generation: the way to the worker and back, its inputs, the store.
+
+    python -m benchmarks.job_overhead [--jobs 20]
+
+Jobs one after the other, through the local endpoint and its object store to a worker as RunPod runs
+it, whose model draws at once. Of the time between the hand-over and the result, that of encoding,
+denoising and decoding (which writes the mp4) is taken away. The first job stands apart: a worker
+tries its store once. Exit code 1 if the median is over the limit.
+"""
+
+import argparse
+import base64
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+from local_endpoint import JobRecord, LocalEndpoint, WorkerProcess
+
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "demo"
+WORKER = ROOT / "benchmarks" / "drawing_worker.py"
+GENERATION = ("preprocess_seconds", "denoise_seconds", "decode_seconds")
+LIMIT_SECONDS = 0.5
+JOB_SECONDS = 300.0
+
+
+def overhead_seconds(job: JobRecord) -> float:
+    """What of the job's time was not generation."""
+    assert job.status == "COMPLETED", job.error
+    assert job.ended_at_seconds is not None
+    assert job.claimed_at_seconds is not None
+    metrics = job.output["metrics"]
+    generation = sum(metrics[name] for name in GENERATION)
+    return float(job.ended_at_seconds - job.claimed_at_seconds - generation)
+
+
+def main() -> int:
+    """Prints the table; 1 if a job costs too much."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.job_overhead")
+    parser.add_argument("--jobs", type=int, default=20)
+    arguments = parser.parse_args()
+    job = {
+        "input": {
+            "image": base64.b64encode((DEMO / "portrait.png").read_bytes()).decode(),
+            "audio": base64.b64encode((DEMO / "speech.wav").read_bytes()).decode(),
+            "resolution": 256,
+        }
+    }
+    with (
+        tempfile.TemporaryDirectory() as name,
+        LocalEndpoint(Path(name, "state"), with_object_store=True) as endpoint,
+    ):
+        environment = {
+            "PYTHONPATH": str(ROOT),
+            "RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS": "true",
+            **endpoint.object_store.environment,
+        }
+        with WorkerProcess(
+            endpoint, Path(name, "worker"), script=WORKER, environment=environment
+        ) as worker:
+            worker.wait_until_polling(timeout_seconds=120)
+            jobs = [
+                endpoint.wait(endpoint.submit(job), JOB_SECONDS) for _ in range(arguments.jobs + 1)
+            ]
+    first, *others = [overhead_seconds(job) for job in jobs]
+    median = statistics.median(others)
+    uploads = [job.output["metrics"]["upload_seconds"] for job in jobs[1:]]
+    downloads = [job.output["metrics"]["download_seconds"] for job in jobs[1:]]
+    rows = {
+        "processors": os.cpu_count(),
+        "jobs": len(others),
+        "overhead of the first job": f"{first:.3f} s",
+        "overhead of the others": f"{median:.3f} s median, {max(others):.3f} at most",
+        "of it inputs": f"{statistics.median(downloads):.3f} s median",
+        "of it upload": f"{statistics.median(uploads):.3f} s median",
+    }
+    for row, value in rows.items():
+        sys.stdout.write(f"{row:28} {value}\n")
+    return int(median > LIMIT_SECONDS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
