@@ -8,10 +8,10 @@ import sys
 import threading
 from pathlib import Path
 
+from avatar_client.environment import BucketVariables
 from local_endpoint.endpoint import LocalEndpoint
 from local_endpoint.fleet import Fleet
 from local_endpoint.settings import LocalSettings, worker_environment
-from worker.settings import Settings
 
 logger = logging.getLogger("local_endpoint")
 
@@ -25,7 +25,8 @@ def main() -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs whole addresses
     given_key = settings.runpod_api_key
     environment = worker_environment()
-    with_object_store = Settings.from_env(environment).bucket is None
+    variables = BucketVariables.from_env(environment)
+    with_object_store = variables.bucket is None and not variables.missing_bucket_variables
     endpoint = LocalEndpoint(
         arguments.state.absolute(),
         port=arguments.port,
