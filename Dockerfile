@@ -34,7 +34,7 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends tini \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 1000 avatar \
-    && install --directory --owner=avatar --group=avatar /models
+    && install --directory --owner=avatar --group=avatar /models /opt/kernels
 COPY --from=packages /opt/venv /opt/venv
 COPY --from=sbom /build/sbom /usr/share/sbom
 # Without the two of NVIDIA some container runtimes pass no GPU in; an image of nvidia/cuda sets them.
@@ -43,6 +43,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility,video \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
+    FLASH_ATTENTION_CUTE_DSL_CACHE_DIR=/opt/kernels \
     PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
     HF_HUB_OFFLINE=1 \
     IMPORT_GUARD=block \
@@ -62,6 +63,8 @@ COPY worker worker
 COPY builder builder
 # Proves that the classes load and run in this very environment; "require" does not hide, it fails.
 RUN IMPORT_GUARD=require python -m worker doctor --imports
+# No start is to wait for a compiler. Needs no GPU.
+RUN python -m builder.kernels
 
 
 # What the builder needs and no more, so that few changes of our code make the weights again.
@@ -98,6 +101,7 @@ COPY --chown=1000:1000 --from=weights-bf16 /layers/4 /models/hunyuan-video-avata
 COPY --chown=1000:1000 --from=weights-bf16 /layers/5 /models/hunyuan-video-avatar/
 COPY --chown=1000:1000 --from=weights-bf16 /layers/6 /models/hunyuan-video-avatar/
 COPY --from=worker /app ./
+COPY --chown=1000:1000 --from=worker /opt/kernels /opt/kernels
 RUN python -m builder.verify /models/hunyuan-video-avatar
 
 
@@ -107,6 +111,7 @@ COPY --chown=1000:1000 --from=weights-fp8 /layers/2 /models/hunyuan-video-avatar
 COPY --chown=1000:1000 --from=weights-fp8 /layers/3 /models/hunyuan-video-avatar/
 COPY --chown=1000:1000 --from=weights-fp8 /layers/4 /models/hunyuan-video-avatar/
 COPY --from=worker /app ./
+COPY --chown=1000:1000 --from=worker /opt/kernels /opt/kernels
 RUN python -m builder.verify /models/hunyuan-video-avatar
 
 

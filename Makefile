@@ -55,7 +55,7 @@ image: $(VENV)/ready
 LOCK := uv pip compile --quiet --generate-hashes --universal --python-version 3.11 --no-annotate \
 	--custom-compile-command "make lock"
 lock: $(VENV)/ready
-	$(BIN)/$(LOCK) --constraint constraints.txt --extra worker --output-file builder/requirements.txt pyproject.toml
+	$(BIN)/$(LOCK) --constraint constraints.txt --extra worker --extra gpu --output-file builder/requirements.txt pyproject.toml
 	echo cyclonedx-bom | $(BIN)/$(LOCK) --output-file builder/sbom-requirements.txt -
 
 format: $(VENV)/ready

@@ -4,14 +4,16 @@
     python -m benchmarks.generation --toy --device cpu
 
 Random weights of the published size. Each time is of one call if that is long, else the median of
-three; a whole job is put together from them by the schedule of its preset. Beside it stand the
-published arithmetic (`benchmarks/reference.py`) in the same run, and the roofline: the operations
-of a step at the rates that this GPU shows for a matrix product and for attention alone. Text
-encoding, the same for all and below a second, is left out.
+three; a whole job is put together from them by the schedule of its preset. The attention of random
+weights is flat, so no key could be left out: sparse steps choose blocks of `--density` whatever
+that costs. Beside it stand the published arithmetic (`benchmarks/reference.py`) in the same run,
+and the roofline: the operations of a step at the rates that this GPU shows for a matrix product and
+for attention alone. Text encoding, the same for all and below a second, is left out.
 """
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -33,12 +35,15 @@ from benchmarks.random_model import (
     synchronize,
 )
 from worker.generation.cfg import PROMPT_GUIDED_STEPS
+from worker.generation.denoiser import DENSE_STEPS
 from worker.model import autoencoder
 from worker.model.attention import attend, fastest_backend
+from worker.model.sparse_attention import SparseAttention
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
 from worker.shapes import WINDOW_FRAMES, WINDOW_LATENTS, FrameSize, window_tokens
 
 STEPS = 50
+FACE_SHARE = 0.25  # of the picture's height and width, inside the face mask
 LONG_SECONDS = 4.0  # a call of more is measured once
 TEXT_POSITIONS, TEXT_LENGTH = 831, 700
 GIB = 2**30
@@ -68,6 +73,8 @@ def step_kinds(
     """What the forward of each kind of step is given: both CFG branches."""
     grid = (num_latents, *size.latent)
     both = random_inputs(model, 2, grid, TEXT_POSITIONS, TEXT_LENGTH)
+    rows, columns = (round(FACE_SHARE * side) for side in grid[1:])
+    both["face_mask"].zero_()[..., rows : 2 * rows, columns : 2 * columns] = 1
     for name in set(both) - {"audio_embeds"}:
         both[name] = both[name][:1].expand_as(both[name])
     early = both | {"encoder_attention_mask": both["encoder_attention_mask"].clone()}
@@ -79,7 +86,7 @@ def step_kinds(
 
 
 def measure_steps(
-    model: HunyuanVideoAvatarTransformer3DModel, size: FrameSize, num_latents: int
+    model: HunyuanVideoAvatarTransformer3DModel, size: FrameSize, num_latents: int, density: float
 ) -> dict[str, Any]:
     """Seconds and peak memory of each kind of step, and how far the results are apart."""
     device, kinds = model.device, step_kinds(model, size, num_latents)
@@ -107,6 +114,7 @@ def measure_steps(
         del output
         record(f"{name}, cached step", partial(forward, call))
         del call
+    found |= measure_sparse(kinds, density, record, forward, late)
     if device.type == "cuda":
         model.set_attention_backend(reference.FLASH_ATTENTION)
     both = kinds["both"]
@@ -115,7 +123,31 @@ def measure_steps(
     )
     record("published, cached step", lambda: reference.forward(model, both, cached_tokens))
     found["difference_from_published"] = relative_difference(late["quality"], published)
+    found["difference_of_sparse"] = relative_difference(late["sparse"], late["8 bits"])
     found["difference_of_8_bits"] = relative_difference(late["8 bits"], late["quality"])
+    return found
+
+
+def measure_sparse(
+    kinds: dict[str, dict[str, Any]],
+    density: float,
+    record: Callable[[str, Callable[[], Any]], Any],
+    forward: Callable[[dict[str, Any]], Any],
+    late: dict[str, Any],
+) -> dict[str, Any]:
+    """The steps of `draft` whose attention leaves blocks out, and how many it left out."""
+    device = kinds["late"]["hidden_states"].device
+    found = {}
+    for kind in ("early", "late"):
+        mass = density
+        for _ in range(2):  # of flat attention the blocks' share is their mass, nearly
+            sparsity = SparseAttention(math.inf, 0, device, fixed_mass=mass)
+            forward(kinds[kind] | {"float8": True, "sparsity": sparsity})
+            mass *= density / sparsity.report().density
+        sparsity = SparseAttention(math.inf, 0, device, fixed_mass=mass)
+        call = kinds[kind] | {"float8": True, "return_cached_tokens": True, "sparsity": sparsity}
+        late["sparse"] = record(f"sparse, {kind} step", partial(forward, call)).sample
+        found[f"density, {kind} step"] = sparsity.report().density
     return found
 
 
@@ -176,8 +208,11 @@ def jobs(steps: dict[str, float], stages: dict[str, float]) -> dict[str, dict[st
         computed = computed_step_indices(STEPS, preset.step_cache_schedule)
         early = sum(index < PROMPT_GUIDED_STEPS for index in computed)
         arithmetic = "8 bits" if preset.float8 else "quality"
-        denoise = early * steps[f"{arithmetic}, early step"]
-        denoise += (len(computed) - early) * steps[f"{arithmetic}, late step"]
+        sparse = arithmetic if preset.attention_tolerance is None else "sparse"
+        dense = min(early, DENSE_STEPS)
+        denoise = dense * steps[f"{arithmetic}, early step"]
+        denoise += (early - dense) * steps[f"{sparse}, early step"]
+        denoise += (len(computed) - early) * steps[f"{sparse}, late step"]
         denoise += (STEPS - len(computed)) * steps[f"{arithmetic}, cached step"]
         found[name] = {"denoise": denoise, "whole": denoise + stages["encode"] + stages["decode"]}
     num_computed = len(computed_step_indices(STEPS))
@@ -218,6 +253,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--toy", action="store_true", help="a model and a video that a CPU can make"
     )
+    parser.add_argument("--density", type=float, default=0.25, help="of sparse attention's blocks")
     parser.add_argument("--json", type=Path, help="where the figures go as one file")
     return parser.parse_args()
 
@@ -238,13 +274,13 @@ def main() -> None:
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     machine = {"gpu": gpu, "torch": torch.__version__, "parameters": model.num_parameters()}
     report(**machine)
-    measure_steps(model, FrameSize(64, 64), 2)  # the libraries get ready
+    measure_steps(model, FrameSize(64, 64), 2, 0.9)  # the libraries get ready
     results = []
     for size in sizes:
         model.set_attention_backend(backend_of(device))
         bound = roofline(model, size, num_latents)
         report(size=size, roofline=bound)
-        steps = measure_steps(model, size, num_latents)
+        steps = measure_steps(model, size, num_latents, arguments.density)
         stages = measure_autoencoder(vae, size, num_latents)
         result = {
             "size": size,

@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--plans", nargs="+", default=PLANS, help="GiB:HxW")
     arguments = parser.parse_args()
     device = torch.device("cuda")
-    dtypes = loader.component_dtypes(device)
+    dtypes = loader.component_dtypes(device, arguments.directory)
     sizes = loader.network_sizes(arguments.directory, dtypes)
     total = torch.cuda.get_device_properties(device).total_memory
     placement: dict[str, Place] = {"default": "host", "audio_encoder": "device"}

@@ -1,24 +1,27 @@
 """Times denoising steps of the full-size transformer on one GPU, and on several that share them.
 
-    python -m benchmarks.two_gpus
+    python -m benchmarks.two_gpus [--drafts 704x768]
     python -m benchmarks.two_gpus --device cpu --sizes 64x32 --backend native --num-layers 2 \
         --num-single-layers 2 --num-attention-heads 2
 
 The rank processes are the worker's own, and so is the loop; the weights are random, from the same
-seed on each rank. Prints one JSON object a size: the median seconds of a computed step with both
-CFG branches, alone and together, their ratio, and how far apart the latents are.
+seed on each rank. Prints one JSON object a run: seconds with both CFG branches, alone and together,
+of a computed step (median) and of all steps, their ratio, and how far apart the latents are. A
+draft has all its 50 steps; two steps see all keys, the other computed ones the given density.
 """
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -30,15 +33,20 @@ from benchmarks.random_model import (
     synchronize,
 )
 from worker.generation.conditioning import Conditioning
+from worker.generation.denoiser import DENSE_STEPS, Denoiser, Step
 from worker.generation.engine import Engine
 from worker.generation.pipeline import HunyuanVideoAvatarPipeline
 from worker.loading import loader
 from worker.loading.model_directory import DEMO_DIR
+from worker.model.attention import fastest_backend
+from worker.model.linear import float8_works
+from worker.model.sparse_attention import SparseAttention
 from worker.multi_gpu.controller import RankController
 from worker.settings import Settings
 from worker.shapes import SPATIAL_COMPRESSION, WINDOW_FRAMES
 
 TEXT_POSITIONS, TEXT_LENGTH = 831, 400
+FACE_SHARE = 0.25  # of the picture's height and width, inside the face mask
 LOAD = "benchmarks.two_gpus:load"  # for the rank processes
 LOAD_TIMEOUT_SECONDS = 120.0
 
@@ -51,11 +59,41 @@ def load(settings: Settings, device: torch.device) -> Engine:
         torch.cuda.set_device(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     transformer = build_transformer(device, dtype, **model["transformer"])
-    transformer.set_attention_backend(model["backend"])
+    backend = model["backend"] or (fastest_backend(device) if device.type == "cuda" else "native")
+    transformer.set_attention_backend(backend)
     components, report_of_load = loader.load(DEMO_DIR, device, {"default": torch.float32})
     pipeline = HunyuanVideoAvatarPipeline(**components | {"transformer": transformer})
     pipeline.set_progress_bar_config(disable=True)
-    return Engine(pipeline, device, time.monotonic() - started, report_of_load)
+
+    class DenoiserOfDensity(DraftDenoiser):
+        density = model["density"]
+
+    pipeline.denoiser_class = DenoiserOfDensity
+    has_float8 = device.type == "cuda" and float8_works(device)
+    return Engine(
+        pipeline, device, time.monotonic() - started, report_of_load, has_float8=has_float8
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftDenoiser(Denoiser):
+    """Its attention leaves blocks out as `draft` does, but always so many, whatever that costs.
+
+    The attention of random weights is flat: within a tolerance nothing could be left out.
+    """
+
+    density: ClassVar[float]
+    found_densities: ClassVar[list[float]] = []
+
+    def velocities(self, window: torch.Tensor, start: int, step: Step) -> list[torch.Tensor]:
+        sparsity = None
+        if self.options.float8 and step.index >= DENSE_STEPS and not step.reads_cache:
+            mass = 0.95 * self.density  # of flat attention the blocks' share is that, nearly
+            sparsity = SparseAttention(math.inf, 0, window.device, fixed_mass=mass)
+        velocities = Denoiser.velocities(replace(self, sparsity=sparsity), window, start, step)
+        if sparsity is not None:
+            self.found_densities.append(sparsity.report().density)
+        return velocities
 
 
 def random_conditioning(engine: Engine, height: int, width: int) -> Conditioning:
@@ -66,13 +104,18 @@ def random_conditioning(engine: Engine, height: int, width: int) -> Conditioning
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device=engine.device)
 
+    face_mask = torch.zeros(
+        1, 1, 1, height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION, device=engine.device
+    )
+    rows, columns = (round(FACE_SHARE * side) for side in face_mask.shape[-2:])
+    face_mask[..., rows : 2 * rows, columns : 2 * columns] = 1
     latent = (1, config.in_channels, 1, height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION)
     return Conditioning(
         prompt_embeds=normal(2, TEXT_POSITIONS, config.text_embed_dim),
         prompt_mask=(torch.arange(TEXT_POSITIONS) < TEXT_LENGTH).long().expand(2, -1),
         pooled_prompt_embeds=normal(2, config.pooled_projection_dim),
         audio_embeds=normal(1, WINDOW_FRAMES, *config.audio_window_shape),
-        face_mask=torch.ones(1, 1, 1, *latent[-2:], device=engine.device),
+        face_mask=face_mask,
         reference_mean=normal(*latent),
         reference_std=torch.ones(latent, device=engine.device),
         motion_pose=25.0,
@@ -87,19 +130,24 @@ def random_conditioning(engine: Engine, height: int, width: int) -> Conditioning
 
 
 def time_steps(
-    engine: Engine, conditioning: Conditioning, num_steps: int
-) -> tuple[float, torch.Tensor]:
-    """The median seconds of a step, and the latents."""
+    engine: Engine, conditioning: Conditioning, params: GenerationParams
+) -> tuple[list[float], torch.Tensor]:
+    """The seconds of each step, and the latents."""
     times = [time.perf_counter()]
 
     def on_step(step: int, num_steps: int) -> None:
         synchronize(engine.device)
         times.append(time.perf_counter())
 
-    params = GenerationParams(num_inference_steps=num_steps)
     latents = engine.denoise(conditioning, params, 0, on_step)
-    steps = [after - before for before, after in pairwise(times)]
-    return statistics.median(steps), latents
+    return [after - before for before, after in pairwise(times)], latents
+
+
+def density_of(params: GenerationParams) -> float | None:
+    """The mean density of this rank's attention in the drafts so far; None: no draft."""
+    if params.preset != "draft" or not DraftDenoiser.found_densities:
+        return None
+    return round(statistics.mean(DraftDenoiser.found_densities), 3)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -108,7 +156,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num-gpus", type=int, default=2)
     parser.add_argument("--sizes", nargs="+", default=["384x384", "704x768"], help="height x width")
     parser.add_argument("--num-steps", type=int, default=3, help="up to 3 all are computed steps")
-    parser.add_argument("--backend", default="_native_cudnn")
+    parser.add_argument("--drafts", nargs="*", default=[], help="sizes of whole drafts")
+    parser.add_argument("--density", type=float, default=0.25, help="of a draft's attention")
+    parser.add_argument("--backend", help="of attention; else the fastest")
     parser.add_argument("--num-layers", type=int, default=20)
     parser.add_argument("--num-single-layers", type=int, default=40)
     parser.add_argument("--num-attention-heads", type=int, default=24)
@@ -127,6 +177,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         model = {
             "backend": arguments.backend,
+            "density": arguments.density,
             "transformer": {
                 "num_layers": arguments.num_layers,
                 "num_single_layers": arguments.num_single_layers,
@@ -138,18 +189,30 @@ def main() -> None:
         ranks = RankController(settings, devices, LOAD)
         engine = load(settings, devices[0])
         report(torch=torch.__version__, gpu=engine.gpu_name, num_gpus=arguments.num_gpus)
-        sizes = [tuple(map(int, size.split("x"))) for size in arguments.sizes]
-        jobs = [random_conditioning(engine, *size) for size in sizes]
-        alone = [time_steps(engine, job, arguments.num_steps) for job in jobs]
+        runs = [
+            (size, GenerationParams(num_inference_steps=arguments.num_steps))
+            for size in arguments.sizes
+        ]
+        runs += [(size, GenerationParams(preset="draft")) for size in arguments.drafts]
+        jobs = [
+            (random_conditioning(engine, *map(int, size.split("x"))), params)
+            for size, params in runs
+        ]
+        alone = [time_steps(engine, *job) for job in jobs]
         ranks.join(engine.pipeline.transformer, LOAD_TIMEOUT_SECONDS)
         engine = replace(engine, ranks=ranks)
-    for size, job, (seconds_alone, expected) in zip(arguments.sizes, jobs, alone, strict=True):
-        seconds, latents = time_steps(engine, job, arguments.num_steps)
+    for (size, params), job, (seconds_alone, expected) in zip(runs, jobs, alone, strict=True):
+        seconds, latents = time_steps(engine, *job)
         report(
             size=size,
-            seconds_per_step_alone=round(seconds_alone, 4),
-            seconds_per_step=round(seconds, 4),
-            ratio=round(seconds_alone / seconds, 3),
+            preset=params.preset,
+            steps=params.num_inference_steps,
+            seconds_per_step_alone=round(statistics.median(seconds_alone), 4),
+            seconds_per_step=round(statistics.median(seconds), 4),
+            seconds_alone=round(sum(seconds_alone), 2),
+            seconds=round(sum(seconds), 2),
+            ratio=round(sum(seconds_alone) / sum(seconds), 3),
+            density=density_of(params),
             relative_difference=relative_difference(latents, expected),
             peak_gib=engine.peak_memory_gib,
         )

@@ -187,7 +187,8 @@ def train_autoencoder(
     with torch.no_grad():
         spread = vae.encode(pixels.float() / 127.5 - 1).latent_dist.mean.std().item()
     stored = with_library_convolutions(vae.state_dict(), architecture.autoencoder())
-    stored.register_to_config(scaling_factor=1 / spread)
+    # float16 has not the range for what the encoder computes
+    stored.register_to_config(scaling_factor=1 / spread, force_upcast=True)
     with torch.no_grad():  # nothing has trained the half that gives the logarithm of the variance
         half = len(stored.quant_conv.weight) // 2
         stored.quant_conv.weight[half:] = 0

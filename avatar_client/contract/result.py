@@ -36,6 +36,11 @@ class Metrics(TypedDict):
     peak_memory_gib: float | None  # None without a GPU
     gpu: str | None
     num_gpus: int | None  # that worked on this job
+    # of presets whose attention may leave keys out: the share that was computed (1: all), the
+    # largest error (relative norm) that was measured and kept, and how often all had to be computed
+    attention_density: NotRequired[float]
+    attention_error: NotRequired[float]
+    attention_fallbacks: NotRequired[int]
     model_load_seconds: float | None  # of this worker's start
     model_load_bytes: int | None
     model_load_gigabytes_per_second: float | None

@@ -39,7 +39,14 @@ BASE = "python:3.12-slim-bookworm"
 BASE_ROOT = ROOT / ".cache" / "bookworm-with-python"
 BASE_PACKAGES = "python3,python3-venv,ca-certificates"
 COMPILERS = ("cc", "gcc", "g++", "c++", "clang", "tcc", "nvcc", "rustc", "go")
-OF_CUDA = ("torch==", "triton==", "nvidia-", "cuda-toolkit==")
+OF_CUDA = (
+    "torch==",
+    "triton==",
+    "nvidia-",
+    "cuda-toolkit==",
+    "flash-attn-4==",
+    "quack-kernels==",
+)
 MAX_CODE_BYTES = 10 * 10**9
 
 

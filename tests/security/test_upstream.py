@@ -275,7 +275,7 @@ def test_a_worker_starts_without_such_a_detector(
         if part.name != "face_detector":
             (model_dir / part.name).symlink_to(part)
 
-    pipeline, _ = load_pipeline(model_dir, cpu, loader.component_dtypes(cpu))
+    pipeline, _ = load_pipeline(model_dir, cpu, loader.component_dtypes(cpu, model_dir))
 
     assert pipeline.face_detector is None
     assert "detface.pt does more than arithmetic: aten::from_file" in caplog.text

@@ -13,9 +13,12 @@ from torch import Tensor
 from worker.generation import cfg, sampling
 from worker.generation.conditioning import POSITIVE, Conditioning
 from worker.generation.options import DenoiseOptions
+from worker.model.sparse_attention import SparseAttention
 from worker.model.transformer import CachedTokens, HunyuanVideoAvatarTransformer3DModel
 from worker.multi_gpu.parallel import BranchParallel
 from worker.shapes import WINDOW_LATENTS, resolve_computed_steps
+
+DENSE_STEPS = 2  # that see all keys; in the last of them sparse attention learns what it may skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +73,7 @@ class Denoiser:
     branches: Sequence[cfg.CFGBranch]  # that this process computes
     options: DenoiseOptions
     parallel: BranchParallel  # with the ranks that compute the other branches
+    sparsity: SparseAttention | None = None  # after the first steps
 
     def step(self, latents: Tensor, step: Step) -> Tensor:  # 2 x (1, C, T, h, w) float32
         """The latents after the step; where windows overlap, their mean."""
@@ -123,6 +127,7 @@ class Denoiser:
             cached_tokens=self._read_cache(frames) if step.reads_cache else None,
             return_cached_tokens=step.writes_cache,
             float8=self.options.float8,
+            sparsity=self.sparsity if step.index >= DENSE_STEPS - 1 else None,
         )
         if step.writes_cache:
             tokens = output.cached_tokens

@@ -36,9 +36,10 @@ from worker.loading.offload import (
 )
 from worker.loading.report import LoadReport
 from worker.loading.transfer import Place
-from worker.model import autoencoder
+from worker.model import autoencoder, flash_attention_4
 from worker.model.attention import fastest_backend
 from worker.model.linear import float8_works
+from worker.model.sparse_attention import SparseAttention, sparse_attention_works
 from worker.multi_gpu.controller import RankController
 from worker.multi_gpu.parallel import BranchParallel, NoParallel
 from worker.multi_gpu.process_group import NUM_CFG_BRANCHES, RANK_COUNTS
@@ -70,6 +71,7 @@ class Engine:
     load_report: LoadReport
     plan: MemoryPlan | None = None  # None: on a CPU
     has_float8: bool = False  # whether the linear layers can compute in 8 bits here
+    has_sparse_attention: bool = False  # whether attention can leave blocks of keys out here
     ranks: RankController | None = None  # of the other GPUs; None: there are none
 
     @classmethod
@@ -135,6 +137,8 @@ class Engine:
         device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if device.index is not None:
             torch.cuda.set_device(device)  # for what asks for "cuda" alone
+        if device.type == "cuda":
+            flash_attention_4.begin_import()  # while the weights come
         location = model_directory.find(settings)
         logger.info("%s", location)
         pipeline, report, plan = _load(location.path, device, settings.memory_plan)
@@ -143,7 +147,8 @@ class Engine:
         load_seconds = time.monotonic() - started
         logger.info("model %s ready on %s in %.1f s", settings.avatar_model, device, load_seconds)
         has_float8 = device.type == "cuda" and float8_works(device)
-        engine = cls(pipeline, device, load_seconds, report, plan, has_float8)
+        has_sparse_attention = device.type == "cuda" and sparse_attention_works(device)
+        engine = cls(pipeline, device, load_seconds, report, plan, has_float8, has_sparse_attention)
         if device.type == "cuda":
             engine.warm_up()
         return engine
@@ -220,17 +225,32 @@ class Engine:
         params: GenerationParams,
         seed: int,
         on_step: OnStep | None = None,
+        sparsity: SparseAttention | None = None,
     ) -> torch.Tensor:
         """Latents of the video, from all ranks that it has work for.
 
-        `on_step(step, num_steps)` may raise to stop between two steps.
+        `on_step(step, num_steps)` may raise to stop between two steps. `sparsity`, from
+        `sparse_attention`, tells afterwards what this rank's attention left out.
         """
-        options = DenoiseOptions.from_params(params, has_float8=self.has_float8)
+        options = self._options(params)
         job: AbstractContextManager[BranchParallel] = nullcontext(NoParallel())
         if self.ranks is not None:
             job = self.ranks.job(conditioning, options, seed, _num_cfg_branches(params))
         with _failures_as_ours(), job as parallel:
-            return self.denoise_part(conditioning, options, seed, parallel, on_step)
+            latents = self.denoise_part(conditioning, options, seed, parallel, on_step, sparsity)
+            if not torch.isfinite(latents).all():
+                raise job_errors.GenerationError("the model computed no numbers")
+            return latents
+
+    def sparse_attention(self, params: GenerationParams, seed: int) -> SparseAttention | None:
+        """The sparse attention of one video; None: all of it is computed."""
+        tolerance = self._options(params).attention_tolerance
+        return None if tolerance is None else SparseAttention(tolerance, seed, self.device)
+
+    def _options(self, params: GenerationParams) -> DenoiseOptions:
+        return DenoiseOptions.from_params(
+            params, has_float8=self.has_float8, has_sparse_attention=self.has_sparse_attention
+        )
 
     def denoise_part(
         self,
@@ -239,11 +259,17 @@ class Engine:
         seed: int,
         parallel: BranchParallel,
         on_step: OnStep | None = None,
+        sparsity: SparseAttention | None = None,
     ) -> torch.Tensor:
         """The same, by what this rank does of it. The other ranks do no more; raises as torch."""
         generator = torch.Generator(self.device).manual_seed(seed)
         return self.pipeline.denoise(
-            conditioning, options, generator=generator, on_step=on_step, parallel=parallel
+            conditioning,
+            options,
+            generator=generator,
+            on_step=on_step,
+            parallel=parallel,
+            sparsity=sparsity,
         )
 
     def decode_frames(
@@ -344,7 +370,7 @@ def _load(
     model_dir: Path, device: torch.device, memory_gib: float | None
 ) -> tuple[HunyuanVideoAvatarPipeline, LoadReport, MemoryPlan | None]:
     """The model where the plan for the GPU's memory wants it; on a CPU there is no plan."""
-    dtypes = loader.component_dtypes(device)
+    dtypes = loader.component_dtypes(device, model_dir)
     if device.type == "cpu":
         _keep_freed_memory()
         return *load_pipeline(model_dir, device, dtypes), None
@@ -407,7 +433,7 @@ def plan_memory(model_dir: Path, device: torch.device, memory_gib: float | None)
     """
     return make_plan(
         _budget(device, memory_gib),
-        loader.network_sizes(model_dir, loader.component_dtypes(device)),
+        loader.network_sizes(model_dir, loader.component_dtypes(device, model_dir)),
     )
 
 

@@ -22,12 +22,16 @@ class DenoiseOptions:
     # others read the step cache.
     computed_steps: ComputedSteps = None
     float8: bool = False  # the transformer's linear layers in 8 bits; compute capability 8.9
+    # Relative norm by which sparse attention may be off; None: all is computed.
+    attention_tolerance: float | None = None
     # What the latents are rounded to after each step; None: bfloat16, as in the reference.
     latents_dtype: torch.dtype | None = None
 
     @classmethod
-    def from_params(cls, params: GenerationParams, *, has_float8: bool) -> Self:
-        """What the request and its preset ask for, on a device that has 8 bits or has not."""
+    def from_params(
+        cls, params: GenerationParams, *, has_float8: bool, has_sparse_attention: bool = False
+    ) -> Self:
+        """What the request and its preset ask for, on a device that can do this or cannot."""
         preset = PRESETS[params.preset]
         return cls(
             num_inference_steps=params.num_inference_steps,
@@ -37,6 +41,7 @@ class DenoiseOptions:
                 params.num_inference_steps, preset.step_cache_schedule
             ),
             float8=preset.float8 and has_float8,
+            attention_tolerance=preset.attention_tolerance if has_sparse_attention else None,
         )
 
     @property

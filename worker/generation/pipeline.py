@@ -54,6 +54,7 @@ from worker.generation.text import (
 from worker.loading.offload import OffloadedModel
 from worker.model import autoencoder
 from worker.model import encoders as encoders  # diffusers loads from modules that are there already
+from worker.model.sparse_attention import SparseAttention
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
 from worker.multi_gpu.parallel import BranchParallel, NoParallel
 from worker.shapes import Box, ComputedSteps, FrameSize, count_frames, fit_size
@@ -298,6 +299,7 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
         reference_noise: Tensor | None = None,
         on_step: OnStep | None = None,
         parallel: BranchParallel | None = None,
+        sparsity: SparseAttention | None = None,
     ) -> Tensor:
         """Latents of the video (1, C, kept latents, h, w), still scaled, from noise.
 
@@ -308,6 +310,7 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
             on_step: called as `on_step(step, num_inference_steps)` after each finished step, with
                 step counted from 1; what it raises ends the loop and reaches the caller.
             parallel: the other ranks that run this loop too; rank 0's noise counts.
+            sparsity: as the options ask for it, for one who reads its report.
 
         Raises:
             ValueError: noise of another shape; unusable steps.
@@ -317,6 +320,9 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
         noise = prepare_latents(conditioning, scaling_factor, generator, latents, reference_noise)
         latents, reference_latents = map(parallel.broadcast, noise)
         steps = denoising_steps(options, self.scheduler, latents.device)
+        if sparsity is None and options.attention_tolerance is not None:
+            seed = generator.initial_seed() if generator is not None else 0
+            sparsity = SparseAttention(options.attention_tolerance, seed, latents.device)
         denoiser = self.denoiser_class(
             transformer=self.transformer,
             conditioning=conditioning,
@@ -324,6 +330,7 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
             branches=parallel.local_branches(cfg_branches(conditioning, uses_cfg=options.uses_cfg)),
             options=options,
             parallel=parallel,
+            sparsity=sparsity,
         )
         with self.in_use("transformer"), self.progress_bar(total=len(steps)) as progress:
             for step in steps:

@@ -5,6 +5,7 @@ storage; each is prepared while the weights of those before it are being read
 (`worker.loading.transfer`).
 """
 
+import json
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -117,16 +118,25 @@ def load(
     )
 
 
-def component_dtypes(device: torch.device) -> dict[str, torch.dtype]:
-    """The dtypes in which the components run there, by component, and "default"."""
+def component_dtypes(device: torch.device, model_dir: Path) -> dict[str, torch.dtype]:
+    """The dtypes in which the components run there, by component, and "default".
+
+    An autoencoder whose configuration says `force_upcast`, as diffusers' do, overflows in float16.
+
+    Raises:
+        OSError, ValueError: its configuration cannot be read.
+    """
     if device.type == "cpu":
         return {"default": torch.float32}
     # as the reference runs: the audio encoder in float32, the denoiser in bfloat16
-    return {
+    dtypes = {
         "transformer": torch.bfloat16,
         "audio_encoder": torch.float32,
         "default": torch.float16,
     }
+    if json.loads((model_dir / "vae" / "config.json").read_text()).get("force_upcast"):
+        dtypes["vae"] = torch.float32
+    return dtypes
 
 
 def network_sizes(model_dir: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, NetworkSize]:
@@ -171,4 +181,6 @@ def _without_storage(network_class: NetworkClass, directory: Path, dtype: torch.
         with init_empty_weights(), no_init_weights():
             return network_class._from_config(config, dtype=dtype).eval()
     with torch.device("meta"):  # it has no buffers
-        return network_class.from_config(network_class.load_config(directory)).eval()
+        config = network_class.load_config(directory)
+        config.pop("force_upcast", None)  # a word to `component_dtypes`, no class's parameter
+        return network_class.from_config(config).eval()

@@ -1,28 +1,67 @@
 """Attention over all tokens, without a mask: which kernel serves, and whether it is right.
 
-diffusers' `set_attention_backend` chooses; what it calls native runs here, on the tensors as they
-lie, where diffusers copies them.
+The kernels that are installed and run on this GPU are proved and timed at the start, and the
+fastest right one serves. diffusers' `set_attention_backend` chooses among PyTorch's; the
+transformer's own takes the kernels of this module too. They work on the tensors as they lie, where
+diffusers copies them.
 """
 
+import logging
+from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _templated_context_parallel_attention,
+    dispatch_attention_fn,
+)
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-KERNELS = {
-    "_native_cudnn": SDPBackend.CUDNN_ATTENTION,
-    "_native_flash": SDPBackend.FLASH_ATTENTION,
-    "_native_efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "_native_math": SDPBackend.MATH,
-}
-# By the GPU's compute capability. Measured on 9.0 (docs/performance.md); elsewhere PyTorch chooses.
-BY_CAPABILITY = {9: "_native_cudnn"}
+from worker.model import flash_attention_4
+from worker.model.sparse_attention import LayerSparsity
+
+logger = logging.getLogger(__name__)
+
+Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]  # 3 x (B, N, h, D/h) -> (B, N, h, D/h)
+
 LARGEST_ERROR = 1e-2  # relative norm, in bfloat16; kernels that are right come to 3e-3
+PROVED_TOKENS = 4243  # that no tile divides
+TIMED_TOKENS = 12_289
+TIMED_CALLS = 5
+
+
+def _native(backend: SDPBackend | None) -> Kernel:
+    """PyTorch's attention, by one of its kernels or by its own choice."""
+
+    def attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        with sdpa_kernel(backend) if backend is not None else nullcontext():
+            return scaled_dot_product_attention(query, key, value).transpose(1, 2)
+
+    return attended
+
+
+KERNELS: dict[str, Kernel] = {
+    flash_attention_4.NAME: flash_attention_4.attend,
+    "_native_cudnn": _native(SDPBackend.CUDNN_ATTENTION),
+    "_native_flash": _native(SDPBackend.FLASH_ATTENTION),
+    "_native_efficient": _native(SDPBackend.EFFICIENT_ATTENTION),
+    "_native_math": _native(SDPBackend.MATH),
+    "native": _native(None),
+}
+CANDIDATES = (flash_attention_4.NAME, "_native_cudnn", "native")
+
+
+class Trial(NamedTuple):
+    """What a kernel showed on this GPU."""
+
+    error: float  # relative norm, against float32; infinite: it does not run
+    seconds: float  # of one call on `TIMED_TOKENS` tokens; infinite where it is not right
 
 
 def attend(
@@ -30,50 +69,105 @@ def attend(
     key: Tensor,
     value: Tensor,
     processor: Any,
+    sparsity: LayerSparsity | None = None,
 ) -> Tensor:  # (B, N, D)
-    """Softmax attention, by the backend and over the ranks that the processor was given."""
-    backend, parallel = processor._attention_backend, processor._parallel_config
-    name = AttentionBackendName(backend).value if backend else "native"
-    if parallel is not None or name not in ("native", *KERNELS):
-        attended = dispatch_attention_fn(
-            query, key, value, backend=backend, parallel_config=parallel
-        )
-        return attended.to(query.dtype).flatten(2)
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    with sdpa_kernel(KERNELS[name]) if name in KERNELS else nullcontext():
-        attended = scaled_dot_product_attention(query, key, value)
-    return attended.transpose(1, 2).flatten(2)
+    """Softmax attention, by the backend and over the ranks that the processor was given.
+
+    With `sparsity`, which takes one sample on one rank, within its tolerance of that.
+    """
+    name, parallel = _name(processor._attention_backend), processor._parallel_config
+    kernel = KERNELS.get(name)
+    if parallel is None and kernel is not None:
+        if sparsity is not None:
+            return sparsity.attend(query, key, value, kernel).flatten(2)
+        return kernel(query, key, value).flatten(2)
+    if kernel is not None:
+        return _attend_in_parallel(query, key, value, kernel, parallel).flatten(2)
+    attended = dispatch_attention_fn(query, key, value, backend=name, parallel_config=parallel)
+    return attended.to(query.dtype).flatten(2)
+
+
+def _name(backend: str | AttentionBackendName | None) -> str:
+    """The backend's name; None is diffusers' default."""
+    if backend is None:
+        return "native"
+    return backend.value if isinstance(backend, AttentionBackendName) else backend
+
+
+def _attend_in_parallel(
+    query: Tensor, key: Tensor, value: Tensor, kernel: Kernel, parallel: Any
+) -> Tensor:
+    """The same by several ranks (Ulysses): diffusers' exchanges of tokens, any kernel within."""
+
+    def forward(_: Any, query: Tensor, key: Tensor, value: Tensor, *__: Any, **___: Any) -> Tensor:
+        return kernel(query, key, value)
+
+    attended: Tensor = _templated_context_parallel_attention(
+        query, key, value, forward_op=forward, backward_op=None, _parallel_config=parallel
+    )
+    return attended
 
 
 def fastest_backend(device: torch.device) -> str:
-    """The backend for this GPU, which has shown that it is right.
+    """The backend for this GPU: the fastest of those that have shown here that they are right.
 
     Raises:
-        RuntimeError: neither that of the table nor PyTorch's own choice is right.
+        RuntimeError: not even PyTorch's own choice is right.
     """
-    major, _ = torch.cuda.get_device_capability(device)
-    names = dict.fromkeys([BY_CAPABILITY.get(major, "native"), "native"])
-    errors = {}
-    for name in names:
-        errors[name] = backend_error(name, device)
-        if errors[name] < LARGEST_ERROR:
-            return name
-    raise RuntimeError(f"no attention kernel is right on this GPU: {errors}")
+    trials = {name: try_kernel(KERNELS[name], device) for name in CANDIDATES}
+    name = min(trials, key=lambda name: trials[name].seconds)
+    if not trials[name].error < LARGEST_ERROR:
+        raise RuntimeError(f"no attention kernel is right on this GPU: {trials}")
+    others = ", ".join(
+        f"{other} {trial.seconds / trials[name].seconds:.2f} times as long"
+        if trial.error < LARGEST_ERROR
+        else f"{other} does not serve ({flash_attention_4.why_not() or trial.error})"
+        for other, trial in trials.items()
+        if other != name
+    )
+    logger.info("attention by %s, %.2f ms; %s", name, trials[name].seconds * 1e3, others)
+    return name
 
 
-def backend_error(name: str, device: torch.device) -> float:
-    """How far the kernel is from float32, for a length that no tile divides."""
+def try_kernel(kernel: Kernel, device: torch.device) -> Trial:
+    """Proves the kernel on this GPU, and times it if it is right."""
+    error = kernel_error(kernel, device)
+    if not error < LARGEST_ERROR:
+        return Trial(error, float("inf"))
+    tensors = torch.randn(3, 1, TIMED_TOKENS, 24, 128, device=device, dtype=torch.bfloat16)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    kernel(*tensors)
+    start.record()
+    for _ in range(TIMED_CALLS):
+        kernel(*tensors)
+    end.record()
+    end.synchronize()
+    return Trial(error, start.elapsed_time(end) / 1e3 / TIMED_CALLS)
+
+
+def kernel_error(kernel: Kernel, device: torch.device) -> float:
+    """How far the kernel is from float32."""
     generator = torch.Generator(device).manual_seed(0)
-    shape = (3, 1, 4243, 24, 128)
+    shape = (3, 1, PROVED_TOKENS, 24, 128)
     tensors = torch.randn(shape, generator=generator, device=device).bfloat16()
     try:
-        processor = SimpleNamespace(_attention_backend=name, _parallel_config=None)
-        query, key, value = tensors
-        found = attend(query, key, value, processor).float()
-    except RuntimeError:  # the kernel does not take these
+        found = kernel(*tensors).float()
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a package that does not fit this GPU raises
+        logger.info("an attention kernel does not run here: %s", error)
         return float("inf")
     query, key, value = (x.float().transpose(1, 2) for x in tensors)
     with sdpa_kernel(SDPBackend.MATH):
         exact = scaled_dot_product_attention(query[:, :, :512], key, value).transpose(1, 2)
-    exact = exact.flatten(2)
     return ((found[:, :512] - exact).norm() / exact.norm()).item()
+
+
+def backend_error(name: str, device: torch.device) -> float:
+    """The same for a backend by its name, as a block would call it."""
+    processor = SimpleNamespace(_attention_backend=name, _parallel_config=None)
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attend(query, key, value, processor).view_as(query)
+
+    return kernel_error(kernel, device)

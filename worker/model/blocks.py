@@ -29,6 +29,7 @@ from worker.model.kernels import (
     norm_and_rotate,
 )
 from worker.model.linear import Rows, feed_forward, is_plain, project
+from worker.model.sparse_attention import LayerSparsity
 
 NORM_EPS = 1e-6
 
@@ -59,6 +60,7 @@ class AvatarTransformerBlock(HunyuanVideoTransformerBlock):
         audio_tokens: Tensor,  # (B R, 1 + T, A, D)
         audio_gate: Tensor,  # (B, S, 1 + T, 1)
         float8: bool = False,
+        sparsity: LayerSparsity | None = None,
     ) -> tuple[Tensor, Tensor]:  # (B, S(1 + T), D), of a block with an adapter B R; (B, L, D)
         image, text, attn = hidden_states, encoder_hidden_states, self.attn
         image_rows, image_gate, *image_later = _adaln(image, temb, self.norm1, float8)
@@ -84,7 +86,7 @@ class AvatarTransformerBlock(HunyuanVideoTransformerBlock):
         values = (project(attn.to_v, image_rows), project(attn.add_v_proj, text_rows))
         value = torch.cat(values, dim=1).view(shape)
         del image_rows, text_rows, values
-        attended = attend(query, key, value, attn.processor)
+        attended = attend(query, key, value, attn.processor, sparsity)
         del query, key, value
 
         rows = Rows.of(attended[:, :num_image], float8=float8)
@@ -118,6 +120,7 @@ class AvatarSingleTransformerBlock(HunyuanVideoSingleTransformerBlock):
         temb: Tensor,  # (B, D)
         image_rotary_emb: tuple[Tensor, Tensor],  # 2 x (S(1 + T), head dim)
         float8: bool = False,
+        sparsity: LayerSparsity | None = None,
     ) -> tuple[Tensor, Tensor]:  # (B, S(1 + T), D), (B, L, D)
         attn, num_image = self.attn, hidden_states.shape[1]
         tokens = torch.cat([hidden_states, encoder_hidden_states], dim=1)
@@ -137,7 +140,7 @@ class AvatarSingleTransformerBlock(HunyuanVideoSingleTransformerBlock):
         ):
             out = (turned[0][:, part], turned[1][:, part])
             _norm_and_rotate(query[:, part], key[:, part], norms, rotary, out)
-        attended = attend(*turned, value, attn.processor)
+        attended = attend(*turned, value, attn.processor, sparsity)
         del query, key, value, turned
 
         # The last layer sees both side by side; they are never put together.

@@ -347,3 +347,81 @@ extern "C" __global__ void channel_sums(const uint4* chunk, float* totals, float
     out[((long long)blockIdx.x * eighths + from) * 8 + which % 8] = total;
   }
 }
+
+// The smallest set of key blocks, for each block of queries of each head, whose estimated share of
+// the attention reaches `mass`; those that must be in it are in it first. One warp a row of scores.
+// Out: each block's place in the set (0 or 1), their number, and their indices in order.
+constexpr int MOST_BLOCKS = 2048;
+constexpr int ROWS_A_BLOCK = 4;
+#define INFINITE __uint_as_float(0x7f800000u)
+
+extern "C" __global__ void choose_blocks(const float* scores, const unsigned char* required,
+                                         const unsigned char* dense, unsigned char* kept, int* counts,
+                                         int* indices, long long rows, long long query_blocks,
+                                         long long key_blocks, float mass) {
+  __shared__ float shares[ROWS_A_BLOCK][MOST_BLOCKS];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, width = (int)key_blocks;
+  const long long row = (long long)blockIdx.x * ROWS_A_BLOCK + warp;
+  if (row >= rows) return;
+  const long long query = row % query_blocks;
+  const unsigned char* must = required + query * key_blocks;
+  const bool all = dense[query];
+  float* share = shares[warp];
+
+  float largest = -INFINITE;
+  for (int j = lane; j < width; j += 32) {
+    share[j] = scores[row * key_blocks + j];
+    largest = fmaxf(largest, share[j]);
+  }
+  for (int offset = 16; offset > 0; offset /= 2)
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, offset));
+  float sum = 0, given = 0;
+  for (int j = lane; j < width; j += 32) {
+    share[j] = __expf(share[j] - largest);
+    sum += share[j];
+    if (must[j]) given += share[j];
+  }
+  const float wanted = mass * sum_of_warp(sum) - sum_of_warp(given);
+
+  // The largest threshold whose blocks reach what is wanted, by the bits of the positive floats.
+  bits32 low = 0, high = 0x3f800001u;  // a share is at most 1
+  while (high - low > 1) {
+    const bits32 middle = (low + high) / 2;
+    const float threshold = __uint_as_float(middle);
+    float reached = 0;
+    for (int j = lane; j < width; j += 32)
+      if (!must[j] && share[j] >= threshold) reached += share[j];
+    if (sum_of_warp(reached) >= wanted) low = middle;
+    else high = middle;
+  }
+  const float threshold = wanted > 0 ? __uint_as_float(low) : INFINITE;
+
+  int found = 0;
+  for (int start = 0; start < width; start += 32) {
+    const int j = start + lane;
+    const bool chosen = j < width && (all || must[j] || share[j] >= threshold);
+    const bits32 votes = __ballot_sync(~0u, chosen);
+    if (j < width) kept[row * key_blocks + j] = chosen;
+    if (chosen) indices[row * key_blocks + found + __popc(votes & ((1u << lane) - 1))] = j;
+    found += __popc(votes);
+  }
+  if (lane == 0) counts[row] = found;
+}
+
+// Two results of attention over different keys become that over all of them, in place of the first.
+// `bias` is added to the second's logarithm of sums, which is -inf where it saw no key.
+extern "C" __global__ void merge_attended(uint4* out, const uint4* other, const float* sums,
+                                          const float* other_sums, float bias, long long tokens,
+                                          long long heads) {
+  const long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+  if (at >= tokens * heads * (HEAD / 8)) return;
+  const long long head = at / (HEAD / 8) % heads, token = at / (HEAD / 8) / heads;
+  const float first = sums[head * tokens + token], second = other_sums[head * tokens + token] + bias;
+  if (!(second > -INFINITE)) return;  // what it wrote there is no number
+  const float share = 1 / (1 + __expf(first - second));
+  Eight mine = unpack(out[at]);
+  const Eight others = unpack(other[at]);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) mine.value[i] += share * (others.value[i] - mine.value[i]);
+  out[at] = pack(mine);
+}

@@ -24,6 +24,7 @@ FLOAT8 = torch.float8_e4m3fn
 ELEMENTWISE_THREADS = 256
 WIDEST = 8 * 1024  # of a row: eight values a thread
 SUMMED_PIXELS = 1024  # by a block
+MOST_BLOCKS, CHOICES_A_BLOCK = 2048, 4  # of keys; rows of scores by a block of threads
 
 
 def adaln_modulate(
@@ -180,6 +181,62 @@ def channel_sums(chunk: Tensor) -> tuple[Tensor, Tensor]:  # (1, C, f, H, W) -> 
     kernels.launch("channel_sums", frames * parts, ELEMENTWISE_THREADS, chunk, *sums, *sizes)
     total, squares = sums.sum(2).transpose(1, 2)
     return total, squares
+
+
+def choose_blocks(
+    scores: Tensor,  # (h, q, k) float32: logarithms of what keys weigh for queries, both in blocks
+    required: Tensor,  # (q, k) bool: chosen in any case
+    dense: Tensor,  # (q,) bool: these see all
+    mass: float,  # what the chosen blocks weigh together, of 1
+) -> tuple[Tensor, Tensor, Tensor]:  # (h, q, k) bool, (h, q) int32, (h, q, k) int32
+    """The fewest blocks of that mass: which they are, how many, and their indices in order.
+
+    Of indices only so many count as were chosen; what lies behind them means nothing.
+    """
+    heads, query_blocks, key_blocks = scores.shape
+    kernels = compiled(scores.device.index, 256, 128) if scores.is_cuda else None
+    if kernels is None or key_blocks > MOST_BLOCKS:
+        chosen = _chosen_blocks(scores.softmax(-1), required, mass) | dense[:, None]
+        counts = chosen.sum(-1, dtype=torch.int32)
+        return chosen, counts, (~chosen).byte().argsort(dim=-1, stable=True).int()
+    chosen = torch.empty_like(scores, dtype=torch.bool)
+    counts = torch.empty(heads, query_blocks, dtype=torch.int32, device=scores.device)
+    indices = torch.empty_like(scores, dtype=torch.int32)
+    rows = heads * query_blocks
+    blocks = math.ceil(rows / CHOICES_A_BLOCK)
+    tensors = (scores.contiguous(), required, dense, chosen, counts, indices)
+    sizes = (rows, query_blocks, key_blocks)
+    kernels.launch("choose_blocks", blocks, 32 * CHOICES_A_BLOCK, *tensors, *sizes, mass)
+    return chosen, counts, indices
+
+
+def _chosen_blocks(shares: Tensor, required: Tensor, mass: float) -> Tensor:  # (h, q, k) bool
+    """Those required, and then the heaviest until the mass is reached."""
+    order = shares.masked_fill(required, 2).argsort(dim=-1, descending=True)
+    ordered = shares.gather(-1, order)
+    before = ordered.cumsum(-1) - ordered
+    heaviest = torch.zeros_like(shares, dtype=torch.bool).scatter(-1, order, before < mass)
+    return heaviest | required
+
+
+def merge_attended(
+    out: Tensor,  # (1, N, h, D/h), as is other
+    other: Tensor,
+    sums: Tensor,  # (1, h, N) float32, logarithms of softmax's sums, as is other_sums
+    other_sums: Tensor,
+    bias: float,  # added to the other's
+) -> Tensor:  # (1, N, h, D/h)
+    """Attention over the keys of both, from that over each; in the place of `out` on a GPU."""
+    _, tokens, heads, head = out.shape
+    kernels = _kernels_for(out, heads * head, head) if out.is_contiguous() else None
+    if kernels is None:
+        share = torch.sigmoid(other_sums + bias - sums).transpose(1, 2)[..., None]
+        return torch.where(share > 0, out + share * (other - out), out).to(out.dtype)
+    blocks = math.ceil(out.numel() / 8 / ELEMENTWISE_THREADS)
+    tensors = (out, other.contiguous(), sums.contiguous(), other_sums.contiguous())
+    sizes = (bias, tokens, heads)
+    kernels.launch("merge_attended", blocks, ELEMENTWISE_THREADS, *tensors, *sizes)
+    return out
 
 
 def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:

@@ -50,11 +50,13 @@ from diffusers.models.transformers.transformer_hunyuan_video import (
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
+from worker.model import flash_attention_4
 from worker.model.audio_adapter import AudioAdapter, AudioProjection
 from worker.model.blocks import NORM_EPS, AvatarSingleTransformerBlock, AvatarTransformerBlock
 from worker.model.embeddings import SINUSOID_DIM, AvatarRotaryPosEmbed, Sinusoid
 from worker.model.kernels import adaln_modulate
 from worker.model.linear import Float8Linear, Float32Linear, replace_linears
+from worker.model.sparse_attention import LayerSparsity, SparseAttention, TokenBlocks
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,7 @@ class HunyuanVideoAvatarTransformer3DModel(ModelMixin, AttentionMixin, ConfigMix
         cached_tokens: CachedTokens | None = None,
         return_cached_tokens: bool = False,
         float8: bool = False,
+        sparsity: SparseAttention | None = None,
     ) -> AvatarTransformerOutput | tuple[Tensor] | tuple[Tensor, CachedTokens | None]:
         """The velocity (B R, C, T, H, W); if asked for also the cached tokens, see the module.
 
@@ -223,6 +226,8 @@ class HunyuanVideoAvatarTransformer3DModel(ModelMixin, AttentionMixin, ConfigMix
                 before it. The inputs that may be None are then not read.
             return_cached_tokens: whether the tokens that enter the last block are returned too.
             float8: computes the blocks' linear layers in 8 bits, see `worker.model.linear.project`.
+            sparsity: computes the attention of all blocks but the last within its tolerance; on one
+                rank a branch, and without gradients.
 
         Raises:
             ValueError: a half-precision timestep; a missing input; cached tokens, or several
@@ -252,13 +257,21 @@ class HunyuanVideoAvatarTransformer3DModel(ModelMixin, AttentionMixin, ConfigMix
                 face_mask,
                 temb,
             )
-            self._run_early_blocks(streams, rotary, float8)
+            self._run_early_blocks(streams, rotary, float8, sparsity)
         tokens = self._run_last_block(streams, rotary, float8)
         sample = self.unpatchify(tokens, grid)
         returned = _tokens_to_cache(streams, num_frames) if return_cached_tokens else None
         if return_dict:
             return AvatarTransformerOutput(sample=sample, cached_tokens=returned)
         return (sample, returned) if return_cached_tokens else (sample,)
+
+    def set_attention_backend(self, backend: str) -> None:
+        """As diffusers' method, which knows no `flash_attn_4`."""
+        if backend != flash_attention_4.NAME:
+            super().set_attention_backend(backend)
+            return
+        for block in (*self.transformer_blocks, *self.single_transformer_blocks):
+            block.attn.processor._attention_backend = backend
 
     @property
     def _compute_dtype(self) -> torch.dtype:
@@ -352,15 +365,28 @@ class HunyuanVideoAvatarTransformer3DModel(ModelMixin, AttentionMixin, ConfigMix
         return _as_few([_Stream(*each) for each in zip(*parts, strict=True)])
 
     def _run_early_blocks(
-        self, streams: list["_Stream"], rotary: tuple[Tensor, Tensor], float8: bool
+        self,
+        streams: list["_Stream"],
+        rotary: tuple[Tensor, Tensor],
+        float8: bool,
+        sparsity: SparseAttention | None,
     ) -> None:
         """Takes B samples to the last block, in place; there they are B R.
 
         Each block runs for all samples before the next one does, so that weights which are not on
         the GPU have to come only once.
         """
-        for block in self.transformer_blocks:
-            for stream in streams:
+        tokens: list[TokenBlocks] = []
+        if sparsity is not None:
+            tokens = [stream.blocks_of_tokens() for stream in streams]
+
+        def sparsity_of(layer: int, sample: int) -> LayerSparsity | None:
+            if sparsity is None:
+                return None
+            return sparsity.layer(layer, sample, tokens[min(sample, len(tokens) - 1)])
+
+        for layer, block in enumerate(self.transformer_blocks):
+            for sample, stream in enumerate(streams):
                 stream.image, stream.text = block(
                     stream.image,
                     stream.text,
@@ -369,12 +395,19 @@ class HunyuanVideoAvatarTransformer3DModel(ModelMixin, AttentionMixin, ConfigMix
                     stream.audio_tokens,
                     stream.audio_gate,
                     float8,
+                    sparsity_of(layer, sample),
                 )
             streams[:] = [part for stream in streams for part in stream.by_recording()]
-        for block in self.single_transformer_blocks[:-1]:
-            for stream in streams:
+        singles = self.single_transformer_blocks[:-1]
+        for layer, block in enumerate(singles, len(self.transformer_blocks)):
+            for sample, stream in enumerate(streams):
                 stream.image, stream.text = block(
-                    stream.image, stream.text, stream.temb, rotary, float8
+                    stream.image,
+                    stream.text,
+                    stream.temb,
+                    rotary,
+                    float8,
+                    sparsity_of(layer, sample),
                 )
 
     def _streams_of(self, cached_tokens: CachedTokens, temb: Tensor) -> list["_Stream"]:
@@ -424,6 +457,11 @@ class _Stream:
     temb: Tensor  # (B, D)
     audio_tokens: Tensor | None = None  # (B R, 1 + T, A, D)
     audio_gate: Tensor | None = None  # (B, S, 1 + T, 1)
+
+    def blocks_of_tokens(self) -> TokenBlocks:
+        """The blocks of its tokens, for sparse attention."""
+        assert self.audio_gate is not None
+        return TokenBlocks(self.audio_gate, self.text.shape[1])
 
     def by_recording(self) -> list["_Stream"]:
         """One for each recording, once they differ."""

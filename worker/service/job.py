@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from worker.generation.conditioning import Conditioning
     from worker.generation.engine import Engine
+    from worker.model.sparse_attention import SparseAttention
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class JobRun:
     _directory: Path | None = None  # of its files, while there are any
     _delivery: Delivery | None = None  # once it is decided
     _has_kept_result: bool = False
+    _sparsity: "SparseAttention | None" = None  # of the preset's attention, if it leaves keys out
 
     @property
     def elapsed_seconds(self) -> float:
@@ -263,7 +265,10 @@ class JobRun:
         with self.stage("preprocess"):
             conditioning = engine.encode(portrait, speech.waveform, params)
         with self.stage("denoise"):
-            latents = engine.denoise(conditioning, params, seed, self._step_report(plan))
+            self._sparsity = engine.sparse_attention(params, seed)
+            latents = engine.denoise(
+                conditioning, params, seed, self._step_report(plan), self._sparsity
+            )
         logger.info(
             "denoised in %.1f s by %d processes",
             self.stage_seconds["denoise_seconds"],
@@ -295,5 +300,7 @@ class JobRun:
 
     def _output(self, engine: "Engine", video: dict[str, Any]) -> dict[str, Any]:
         params = self.request.input
-        metrics = result.job_metrics(params, engine, self.stage_seconds, self.elapsed_seconds)
+        metrics = result.job_metrics(
+            params, engine, self.stage_seconds, self.elapsed_seconds, self._sparsity
+        )
         return result.video_output(params, video, metrics, self.settings.avatar_model)

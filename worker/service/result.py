@@ -14,6 +14,7 @@ from worker.service.estimate import JobPlan
 
 if TYPE_CHECKING:  # imports torch
     from worker.generation.engine import Engine
+    from worker.model.sparse_attention import SparseAttention, SparsityReport
 
 TOLD_PARAMETERS = {
     "preset",
@@ -98,6 +99,7 @@ def job_metrics(
     engine: "Engine",
     stage_seconds: Mapping[str, float],
     total_seconds: float,
+    sparsity: "SparseAttention | None" = None,
 ) -> dict[str, Any]:
     """What the job took, and on what."""
     return {
@@ -106,7 +108,17 @@ def job_metrics(
         "peak_memory_gib": engine.peak_memory_gib,
         "gpu": engine.gpu_name,
         "num_gpus": engine.num_gpus(params),
+        **({} if sparsity is None else _attention_metrics(sparsity.report())),
         **_load_metrics(engine),
+    }
+
+
+def _attention_metrics(report: "SparsityReport") -> dict[str, float]:
+    """What sparse attention left out, and what that cost."""
+    return {
+        "attention_density": round(report.density, 3),
+        "attention_error": round(report.error, 4),
+        "attention_fallbacks": report.fallbacks,
     }
 
 
