@@ -9,7 +9,7 @@ _URL = re.compile(
     re.IGNORECASE,
 )
 _NAME = (
-    r"(?:access[_-]?(?:key(?:[_-]?id)?|id|secret|token)|secret\w{0,30}|api[_-]?key|pass(?:word|wd|phrase)"
+    r"(?:access[_-]?(?:key(?:[_-]?id)?|id|secret|token)|secret\w{0,30}+|api[_-]?key|pass(?:word|wd|phrase)"
     r"|token|credentials?|private[_-]?key|key[_-]pair[_-]id|input_value"
     r"|authorization(?=[\"'\\]*\s*[:=]\s*+[\"'\\]*+(?!bearer|basic)))"
 )
