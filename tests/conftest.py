@@ -34,6 +34,7 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("busy")
 
 START_SECONDS = 300.0  # far more than a worker takes to start
+LOST_SECONDS = 60.0  # without a heartbeat, which a busy machine sends late
 
 
 @pytest.fixture(autouse=True)
@@ -260,7 +261,7 @@ def media_server() -> Iterator[MediaServer]:
 @pytest.fixture(scope="session")
 def endpoint() -> Iterator[LocalEndpoint]:
     """A running endpoint, shared: each test has its own jobs in it."""
-    with LocalEndpoint() as endpoint:
+    with LocalEndpoint(lost_after_seconds=LOST_SECONDS) as endpoint:
         yield endpoint
 
 
@@ -305,7 +306,7 @@ def shared_worker(
 @pytest.fixture
 def own_endpoint() -> Iterator[LocalEndpoint]:
     """An endpoint for tests that end their worker."""
-    with LocalEndpoint() as endpoint:
+    with LocalEndpoint(lost_after_seconds=LOST_SECONDS) as endpoint:
         yield endpoint
 
 

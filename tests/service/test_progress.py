@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from typing import Any
 
 from worker.service.progress import STAGES, ProgressReporter
@@ -58,8 +59,9 @@ def test_the_last_value_arrives_before_the_job_returns_however_slow_the_client()
 
 def test_the_newest_value_wins_between_two_posts() -> None:
     listener = Listener()
+    begun = time.monotonic()
     run_job(listener, interval_seconds=0.1, pause_seconds=0.005)  # 100 values in half a second
-    assert 3 <= len(listener.payloads) <= 12
+    assert 2 <= len(listener.payloads) <= (time.monotonic() - begun) / 0.1 + 2
 
 
 def test_a_client_that_refuses_every_value_does_not_stop_the_job() -> None:
