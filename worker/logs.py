@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 from urllib.parse import quote
 
 from avatar_client.contract.redaction import redact
@@ -35,7 +35,7 @@ def configure(level: str, process: str = "") -> None:
 
     Call it before the SDK's import, which sets up the root logger unless somebody has.
     """
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Handler(sys.stderr)
     handler.setFormatter(_LineFormatter(process))
     known = logging.getLevelNamesMapping()
     logging.basicConfig(level=known.get(level, logging.DEBUG), handlers=[handler], force=True)
@@ -106,6 +106,12 @@ def _log_uncaught(
         return
     information: Any = (kind, error, traceback)
     logging.getLogger(__name__).critical("nobody has caught this", exc_info=information)
+
+
+class _Handler(logging.StreamHandler[TextIO]):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Says so, where logging itself would print the event as it is."""
+        self.stream.write(f"an event of {record.name} could not be written\n")
 
 
 class _LineFormatter(logging.Formatter):

@@ -1,6 +1,7 @@
 """A secret in any of the forms in which one reaches a log: redacted, whoever writes the line."""
 
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -123,6 +124,19 @@ raise ValueError("{MARK} at the end")
     for told in ("in a warning", "in a thread", "in a task", "at the end"):
         assert told in done.stderr
     assert done.stderr.count("in the log of a library") == 7
+
+
+def test_an_event_that_cannot_be_written_is_not_printed_as_it_is(log: Callable[[], str]) -> None:
+    class Fails:
+        def __str__(self) -> str:
+            raise RuntimeError(MARK)
+
+    logging.getLogger("library").error("%d of " + MARK, "not a number")
+    logging.getLogger("library").error("%s", Fails())
+    logging.getLogger("library").error("\ud800 is written, as its number")
+    assert MARK not in log()
+    assert log().count("an event of library could not be written") == 2
+    assert "as its number" in log()
 
 
 def test_the_sdks_own_log_is_redacted(capsys: pytest.CaptureFixture[str]) -> None:
