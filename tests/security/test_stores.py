@@ -23,8 +23,9 @@ from avatar_client.contract.job_errors import (
 )
 from tests.conftest import BucketServer
 from worker import addresses
-from worker.media import storage, store_http
-from worker.media.storage import Patience, Storage
+from worker.media import store_client, store_http, store_proof
+from worker.media.storage import Storage
+from worker.media.store_client import Patience
 from worker.service import job_request
 from worker.service.delivery import Delivery
 from worker.settings import Settings
@@ -284,7 +285,7 @@ def test_an_odd_answer_is_the_stores_error_or_none(
     operation: Callable[[Storage, Path], Any],
 ) -> None:
     server = serve(answer)
-    storage.proofs.clear()
+    store_proof.proofs.clear()
 
     told: WorkerError | None = None
     try:
@@ -352,7 +353,7 @@ def test_a_request_to_another_host_is_refused_before_it_is_sent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     store = store_at(9, endpoint_url="https://store.example.com")
-    monkeypatch.setattr(store._http, "_host", "another.example.com")
+    monkeypatch.setattr(store._client._http, "_host", "another.example.com")
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("was looked up"))
     with pytest.raises(InputUrlBlockedError):
         store.head("a.mp4")
@@ -474,7 +475,7 @@ def delivery(object_store: BucketServer) -> Callable[..., Delivery]:
 
 
 def write(store: BucketServer, key: str, metadata: str) -> None:
-    values = {storage.METADATA_NAME: metadata}
+    values = {store_client.METADATA_NAME: metadata}
     store.client.put_object(Bucket=store.bucket, Key=key, Body=b"x", Metadata=values)
 
 

@@ -22,8 +22,8 @@ from avatar_client.contract.job_errors import (
 )
 from tests.conftest import BucketServer
 from tests.support.scripted_server import CLOSED, Answer, ScriptedServer
-from worker.media import storage
-from worker.media.storage import Patience
+from worker.media import store_client
+from worker.media.store_client import Patience
 from worker.media.video import VideoFile
 from worker.service import job_request
 from worker.service.delivery import Delivery
@@ -352,7 +352,7 @@ def test_a_store_that_stumbles_is_asked_until_it_stands(
     fault: Answer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(storage, "FIRST_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(store_client, "FIRST_PAUSE_SECONDS", 0.02)
     store.on("PUT /avatars/avatar/job-1.mp4", *[fault] * 6, Answer())
     store.on("GET /avatars/avatar/job-1.mp4", Answer(body=b"x"))
     waits = []
@@ -476,7 +476,7 @@ def test_a_key_that_is_taken_meanwhile_stays_anothers(
         told = late.deliver(video, None, "late", METADATA)
         assert base64.b64decode(told["video_base64"]) == video.path.read_bytes()
     stored = object_store.client.head_object(Bucket="avatars", Key=f"avatar/chosen/{key}")
-    assert json.loads(stored["Metadata"][storage.METADATA_NAME])["fingerprint"] == "first"
+    assert json.loads(stored["Metadata"][store_client.METADATA_NAME])["fingerprint"] == "first"
 
 
 def test_the_record_of_a_chosen_key_lies_where_no_client_can_choose(

@@ -22,7 +22,8 @@ from avatar_client.contract.job_errors import (
     UploadError,
 )
 from avatar_client.contract.request import MAX_SEED
-from worker.media.storage import NO_PATIENCE, ObjectKeys, Patience, Storage
+from worker.media.storage import ObjectKeys, Storage
+from worker.media.store_client import NO_PATIENCE, Patience
 from worker.media.video import VideoFile
 from worker.own_directory import own_directory
 from worker.service.job_request import JobRequest

@@ -11,7 +11,8 @@ import psutil
 
 from avatar_client.environment import misspelt
 from worker import import_guard
-from worker.media.storage import Patience, Storage
+from worker.media.storage import Storage
+from worker.media.store_client import Patience
 from worker.media.video import check_encoders
 from worker.service.estimate import room_for_video
 from worker.service.worker import Worker

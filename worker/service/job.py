@@ -22,7 +22,7 @@ from avatar_client.contract.job_errors import DeadlineExceededError, InvalidInpu
 from avatar_client.contract.presets import PRESETS
 from avatar_client.version import __version__
 from worker.media.inputs import Speech, load_portrait, load_speech
-from worker.media.storage import Patience
+from worker.media.store_client import Patience
 from worker.media.video import write_thumbnail, write_video
 from worker.own_directory import own_directory
 from worker.service import machine, result

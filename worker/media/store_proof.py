@@ -1,0 +1,143 @@
+"""Whether a bucket takes objects and gives them out, found out before anything is made.
+
+Rights, policies, encryption and Object Lock can be asked for in no other way that all stores know
+than by an upload.
+"""
+
+import logging
+import time
+import uuid
+from contextlib import suppress
+from typing import Any
+
+from avatar_client.contract.job_errors import InputDownloadError, StoreRefusedError, UploadError
+from worker.media import download
+from worker.media.store_client import (
+    NO_PATIENCE,
+    RETRYABLE_STATUSES,
+    STORE_ERRORS,
+    Patience,
+    StoreClient,
+)
+
+logger = logging.getLogger(__name__)
+
+PROOF_SECONDS = 600.0  # for how long it is believed that a store takes objects
+MAX_PROOFS = 1000
+READ_BACK_SECONDS = 30.0
+CONTENT_TYPE = "application/octet-stream"
+
+proofs: dict[str, float] = {}  # of what was proven, until when
+read_stores: set[str] = set()  # stores whose addresses have been read in this process's life
+
+
+def prove(client: StoreClient, key: str, patience: Patience) -> None:
+    """Returns if objects can be written beside `key` and read by their addresses.
+
+    Writes a tiny object, reads a byte of it as a client would, and removes it. In a bucket that
+    keeps whatever is written (Object Lock), an upload in parts is begun and given up instead: that
+    needs the same rights and leaves nothing. What was proven is believed for some minutes; for this
+    process's life, if what was written may not be removed.
+
+    Raises:
+        UploadError: the store refused or did not answer, or the address cannot be read.
+    """
+    folder = key.rpartition("/")[0]
+    proof = client.identity(folder)
+    if proofs.get(proof, 0.0) > time.monotonic():
+        return
+    name = f".write-test-{uuid.uuid4().hex}"
+    probe = f"{folder}/{name}" if folder else name
+    try:
+        if _keeps_objects(client, patience):
+            _begin_and_give_up(client, probe, patience)
+            is_removed = True
+        else:
+            is_removed = _write_and_remove(client, probe, patience)
+    except STORE_ERRORS as error:
+        raise client.failure(error) from error
+    if len(proofs) >= MAX_PROOFS:
+        proofs.clear()
+    proofs[proof] = time.monotonic() + PROOF_SECONDS if is_removed else float("inf")
+
+
+def read_back(client: StoreClient, key: str, patience: Patience) -> None:
+    """Returns if the object can be read by its address; asked once a store and process.
+
+    Raises:
+        UploadError: it cannot; says why.
+    """
+    store = client.identity("")
+    if store not in read_stores:
+        _read_a_byte(client, key, patience)
+        read_stores.add(store)
+
+
+def _keeps_objects(client: StoreClient, patience: Patience) -> bool:
+    """Whether the bucket locks what is written into it, as far as its store says so."""
+    try:
+        answer = client.call(
+            lambda: client.s3.get_object_lock_configuration(Bucket=client.bucket_name),
+            Patience(check=patience.check),
+        )
+    except STORE_ERRORS:
+        return False
+    return "Rule" in answer.get("ObjectLockConfiguration", {})
+
+
+def _begin_and_give_up(client: StoreClient, key: str, patience: Patience) -> None:
+    options = client.upload_options(CONTENT_TYPE, None)
+    place: dict[str, Any] = {"Bucket": client.bucket_name, "Key": key}
+    begun = client.call(lambda: client.s3.create_multipart_upload(**place, **options), patience)
+    with suppress(*STORE_ERRORS):
+        client.call(
+            lambda: client.s3.abort_multipart_upload(**place, UploadId=begun["UploadId"]),
+            NO_PATIENCE,
+        )
+
+
+def _write_and_remove(client: StoreClient, key: str, patience: Patience) -> bool:
+    """Whether the object could be removed again."""
+    options = client.upload_options(CONTENT_TYPE, None)
+    place: dict[str, Any] = {"Bucket": client.bucket_name, "Key": key}
+    answer = client.call(lambda: client.s3.put_object(**place, Body=b"avatar", **options), patience)
+    try:
+        _read_a_byte(client, key, patience)
+    except StoreRefusedError:
+        _is_removed(client, key, answer.get("VersionId"))
+        raise
+    except UploadError as error:  # which says nothing against the bucket
+        logger.warning("it is not known whether addresses can be read: %s", error)
+    return _is_removed(client, key, answer.get("VersionId"))
+
+
+def _is_removed(client: StoreClient, key: str, version_id: str | None) -> bool:
+    try:
+        client.delete(key, version_id)
+    except UploadError as error:
+        logger.warning("a write test was not removed: %s", error)
+        return False
+    return True
+
+
+def _read_a_byte(client: StoreClient, key: str, patience: Patience) -> None:
+    def read() -> None:
+        download.require_readable(
+            client.url(key, 300),
+            timeout_seconds=READ_BACK_SECONDS,
+            field=client.field,
+            allow_private=client.allow_private,
+            check=patience.check,
+        )
+
+    try:
+        patience.of(read, (InputDownloadError,), lambda error: not _is_final(error))
+    except InputDownloadError as error:
+        kind = StoreRefusedError if _is_final(error) else UploadError
+        reason = error.message if _is_final(error) or not client.field else "no answer"
+        message = f"what was stored cannot be read by its address: {reason}"
+        raise kind(message, field=client.field) from error
+
+
+def _is_final(error: Exception) -> bool:
+    return isinstance(error, download.RefusedError) and error.status not in RETRYABLE_STATUSES
