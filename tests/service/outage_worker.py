@@ -9,14 +9,14 @@ from typing import Any
 from runpod.serverless.modules import rp_scale
 
 from benchmarks import drawing_worker
-from worker.media import storage
+from worker.media import store_client
 from worker.service import control_plane, serve
 
 HOUR_SECONDS = 30.0
 TIME_LAPSE = 3600 / HOUR_SECONDS
 SCALED: dict[Any, tuple[str, ...]] = {
     control_plane: ("FIRST_PAUSE_SECONDS", "LONGEST_PAUSE_SECONDS", "EARLY_SECONDS"),
-    storage: ("FIRST_PAUSE_SECONDS", "LONGEST_PAUSE_SECONDS"),
+    store_client: ("FIRST_PAUSE_SECONDS", "LONGEST_PAUSE_SECONDS"),
     serve: ("RETRY_SECONDS",),
 }
 ANSWER_SECONDS = 2.0  # for an answer of a busy machine: not of the platform, and so not scaled
