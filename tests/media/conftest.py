@@ -47,7 +47,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_client, "FIRST_PAUSE_SECONDS", 0.0)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def guarded() -> Iterator[tuple[str, dict[str, tuple[Any, Any]]]]:
     """A store that checks keys and rights, and the keys of one who may write but not list."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
