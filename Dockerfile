@@ -62,9 +62,9 @@ COPY avatar_client avatar_client
 COPY worker worker
 COPY builder builder
 # Proves that the classes load and run in this very environment; "require" does not hide, it fails.
-RUN IMPORT_GUARD=require python -m worker doctor --imports
-# No start is to wait for a compiler. Needs no GPU.
-RUN python -m builder.kernels
+# Then compiles the attention's kernels, without a GPU: no start is to wait for a compiler.
+RUN IMPORT_GUARD=require python -m worker doctor --imports \
+    && python -m builder.kernels
 
 
 # What the builder needs and no more, so that few changes of our code make the weights again.

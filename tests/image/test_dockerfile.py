@@ -153,8 +153,10 @@ def test_the_weights_lie_below_the_code_and_every_layer_of_them_is_copied_once(
     stage: Stage,
 ) -> None:
     weights_stage = STAGES[stage.name.replace("worker", "weights")]
-    *weights, code = stage.of("COPY")
+    *weights, code, kernels = stage.of("COPY")
     assert (code.flags, code.words) == ({"from": "worker"}, ["/app", "./"])
+    assert kernels.flags == {"chown": "1000:1000", "from": "worker"}
+    assert kernels.words == ["/opt/kernels"] * 2
     count = layer_count(weights_stage)
     assert [copy.words for copy in weights] == [
         [f"/layers/{number}", MODEL_DIR] for number in range(1, count + 1)
