@@ -172,7 +172,8 @@ class OutputOptions(_Frozen):
         "`output.prefix`. Empty: `<job id>.mp4`, without that folder.",
     )
     prefix: Annotated[str, Field(max_length=256), AfterValidator(_key)] | None = Field(
-        None, description="Folder below `BUCKET_PREFIX`."
+        None,
+        description="Folder below `BUCKET_PREFIX`. Not `chosen`, where what `output.key` names lies.",
     )
     url_expires_seconds: Annotated[int, Field(ge=1, le=SEVEN_DAYS_SECONDS)] | None = Field(
         None, description="Life of the URL. Empty: `BUCKET_URL_EXPIRES_SECONDS`."
