@@ -39,8 +39,15 @@ class Drawing:
     def encode(self, portrait: Any, waveform: Any, params: Any) -> Any:
         return SimpleNamespace(warnings=())
 
+    def sparse_attention(self, params: Any, seed: int) -> None: ...
+
     def denoise(
-        self, conditioning: Any, params: Any, seed: int, on_step: Callable[[int, int], None]
+        self,
+        conditioning: Any,
+        params: Any,
+        seed: int,
+        on_step: Callable[[int, int], None],
+        sparsity: Any,
     ) -> int:
         for step in range(params.num_inference_steps):
             on_step(step + 1, params.num_inference_steps)

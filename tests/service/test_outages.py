@@ -4,8 +4,10 @@ import base64
 import collections
 import contextlib
 import hashlib
+import inspect
 import io
 import random
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +17,7 @@ from typing import Any
 import av
 import pytest
 
+from benchmarks.drawing_worker import Drawing
 from local_endpoint import JobRecord, LocalEndpoint, WorkerProcess, job_queue
 from tests.conftest import BucketServer
 from tests.service.outage_worker import HOUR_SECONDS, TIME_LAPSE
@@ -26,6 +29,7 @@ NUM_WORKERS = 3
 NUM_KILLS = 4
 END_SECONDS = 240.0  # for the rest, on a busy machine
 SCRIPT = Path(__file__).with_name("outage_worker.py")
+SERVICE = SCRIPT.parents[2] / "worker" / "service"
 
 
 def statuses(*numbers: int, body: bytes = b"<html>an error</html>") -> tuple[Fault, ...]:
@@ -46,6 +50,8 @@ PLATFORM_FAULTS: dict[str, tuple[Fault, ...]] = {
     "/": (*CUTS, *statuses(429, 500, 502)),  # pings and stops
 }
 STORE_FAULTS: dict[str, tuple[Fault, ...]] = {
+    # a URL that is looked up: 403 and 409 say there that nobody can read it
+    "X-Amz-Signature": (*CUTS, *statuses(500, 502, 503, 504, 520)),
     "/": (
         *CUTS,
         *statuses(500, 502, 503, 504, 520),
@@ -53,7 +59,7 @@ STORE_FAULTS: dict[str, tuple[Fault, ...]] = {
         *statuses(500, body=s3_error("InternalError")),
         *statuses(403, body=s3_error("RequestTimeTooSkewed")),
         *statuses(409, body=s3_error("OperationAborted")),
-    )
+    ),
 }
 
 
@@ -143,6 +149,18 @@ def fate(job: JobRecord, store: BucketServer) -> str:
 
 
 RETRY = ("UPLOAD_FAILED",)
+
+
+def test_the_model_that_draws_has_all_that_the_service_asks_of_an_engine() -> None:
+    from worker.generation.engine import Engine  # imports torch
+
+    service = "".join(path.read_text() for path in sorted(SERVICE.glob("*.py")))
+    asked = set(re.findall(r"\bengine\.(\w+)\b(?! import)", service)) - {"import"}
+    assert asked <= set(dir(Drawing))
+    for name in asked:
+        if inspect.isfunction(own := getattr(Drawing, name)):
+            expected = inspect.signature(getattr(Engine, name)).parameters
+            assert list(inspect.signature(own).parameters) == list(expected), name
 
 
 @pytest.mark.slow
