@@ -173,7 +173,8 @@ class OutputOptions(_Frozen):
     )
     prefix: Annotated[str, Field(max_length=256), AfterValidator(_key)] | None = Field(
         None,
-        description="Folder below `BUCKET_PREFIX`. Not `chosen`, where what `output.key` names lies.",
+        description="Folder below `BUCKET_PREFIX`. Not `chosen`, where what `output.key` names "
+        "lies.",
     )
     url_expires_seconds: Annotated[int, Field(ge=1, le=SEVEN_DAYS_SECONDS)] | None = Field(
         None, description="Life of the URL. Empty: `BUCKET_URL_EXPIRES_SECONDS`."
