@@ -22,6 +22,7 @@ from avatar_client.contract.job_errors import WorkerError
 from avatar_client.contract.request import MediaSource
 from tests.support.pictures import chart, encoded
 from tests.support.recordings import voice, write
+from worker.media import inputs
 from worker.media.inputs import Speech, load_portrait, load_speech
 from worker.settings import Settings
 
@@ -83,6 +84,7 @@ def check(content: bytes, read: Any, tmp_path: Path) -> None:
     with contextlib.suppress(WorkerError):
         read(MediaSource(content=content), tmp_path, SETTINGS)
     assert time.monotonic() - begun < LONGEST_SECONDS
+    assert inputs.sandbox.peak_bytes < MAX_GROWTH_BYTES
 
 
 @pytest.mark.parametrize(

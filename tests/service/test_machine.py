@@ -20,8 +20,8 @@ from avatar_client.contract import job_errors
 from avatar_client.contract.job_errors import WorkerError
 from tests.conftest import MediaServer
 from worker.generation.engine import Engine
-from worker.media import inputs
-from worker.service import machine
+from worker.media import inputs, video
+from worker.service import job, machine
 from worker.service.job import JobRun
 from worker.service.worker import Worker
 from worker.settings import Settings
@@ -161,10 +161,19 @@ def test_a_disk_that_cannot_take_an_input_is_not_the_servers_fault(
 
 @pytest.mark.parametrize("thumbnail", [False, True])
 def test_a_disk_that_cannot_take_the_video_is_not_the_encoders_fault(
-    worker: Worker, make_input: Callable[..., Any], tmp_path: Path, *, thumbnail: bool
+    worker: Worker,
+    make_input: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    *,
+    thumbnail: bool,
 ) -> None:
-    with no_file_above(1000):
-        output = handle(worker, make_input(output={"thumbnail": thumbnail}))
+    def write_on_a_full_disk(*arguments: Any, **named: Any) -> object:
+        with no_file_above(1000):
+            return video.write_video(*arguments, **named)
+
+    monkeypatch.setattr(job, "write_video", write_on_a_full_disk)
+    output = handle(worker, make_input(output={"thumbnail": thumbnail}))
 
     require_own_failure(worker, output, "decode", tmp_path)
 

@@ -1,59 +1,56 @@
 """The two inputs of a job, from where the client put them to checked values in memory.
 
-What a file is, is decided by decoding it; its name and its declared type are never looked at.
+What a file is, is decided by decoding it, in the sandbox; its name and its declared type are never
+looked at.
 """
 
-import io
-import math
-import struct
+import logging
+import os
 import warnings
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-import av
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from avatar_client.contract.job_errors import (
     InputTooLargeError,
+    InternalError,
     InvalidInputError,
     UnsupportedMediaError,
+    WorkerError,
 )
 from avatar_client.contract.request import MediaSource
-from worker.media import connection, download, file_kind, picture, recording, speech_check
+from worker.media import connection, decoders, download, recording
+from worker.media.sandbox import Decoded, Failure, Sandbox, SandboxError
+from worker.media.sandbox_process import Limits
 from worker.settings import Settings
-from worker.shapes import SAMPLE_RATE_HZ
 
 with warnings.catch_warnings():
     # pydub looks for an ffmpeg on PATH, which nothing here calls, and imports the old audioop
     warnings.simplefilter("ignore")
     from pydub import AudioSegment as AudioSegment  # its other users import it from here
 
-MIN_SPEECH_SECONDS = 0.08  # one frame of video, at the lower of the frame rates
-MAX_RECORDING_RATE_HZ = 48_000  # above it nothing is audible
 MAX_START_SECONDS = 7200.0  # all sound before the start has to be decoded
-MIN_SIDE = 32  # px
-MAX_ASPECT_RATIO = 8
 
-# What decoders raise at damaged or hostile bytes.
-DAMAGED = (
-    OSError,
-    SyntaxError,  # Pillow's PNG
-    ValueError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    EOFError,
-    RuntimeError,
-    AttributeError,
-    struct.error,
-    zlib.error,
-    av.FFmpegError,
-)
+# What the decoders' process may say of a file.
+REFUSALS = {
+    error.code: error for error in (InputTooLargeError, InvalidInputError, UnsupportedMediaError)
+}
+FIELDS = ("image", "audio", "audio_start_seconds")
+REMEDIES = {
+    "image": "export it as a plain JPEG or PNG",
+    "audio": "export it as a plain wav or mp3",
+}
+
+MAX_MESSAGE = 300  # characters
+
+logger = logging.getLogger(__name__)
+
+sandbox = Sandbox("worker.media.decoders")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,24 +85,15 @@ def load_portrait(
         UnsupportedMediaError: not an image, or a damaged one.
     """
     max_pixels = settings.max_image_pixels
-    too_large = InputTooLargeError(f"has more than {max_pixels} pixels", field="image")
     with _open(source, directory / "image", settings, "image", check) as file:
-        content = file.read()
-    try:
-        Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's own limit is below what phones make
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of side data, which decide nothing
-            image = picture.open_picture(content)
-            if image.width * image.height > max_pixels:
-                raise too_large
-            _require_portrait_size(image.height, image.width)
-            return picture.decode(image, content)
-    except Image.DecompressionBombError as error:
-        raise too_large from error
-    except DAMAGED as error:
-        what = file_kind.describe(content[: file_kind.HEAD_BYTES])
-        message = what or "is not an image that can be decoded"
-        raise UnsupportedMediaError(message, field="image") from error
+        limits = decoders.portrait_limits(max_pixels, os.fstat(file.fileno()).st_size)
+        arguments = {"max_pixels": max_pixels}
+        decoded = _decoded(decoders.read_portrait.__name__, "image", file, arguments, limits, check)
+    [pixels] = decoded.arrays
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
+        raise UnsupportedMediaError("is not an image that can be decoded", field="image")
+    decoders.require_portrait_size(*pixels.shape[:2])
+    return Image.fromarray(pixels)
 
 
 def load_speech(
@@ -127,51 +115,90 @@ def load_speech(
         InvalidInputError: `start_seconds` lies beyond the end, or the part is too short.
         UnsupportedMediaError: no sound in it, or a damaged file.
     """
-    if max_seconds is not None and max_seconds < MIN_SPEECH_SECONDS:
-        raise InvalidInputError(f"must be at least {MIN_SPEECH_SECONDS}", field="max_seconds")
+    if max_seconds is not None and max_seconds < decoders.MIN_SPEECH_SECONDS:
+        message = f"must be at least {decoders.MIN_SPEECH_SECONDS}"
+        raise InvalidInputError(message, field="max_seconds")
     if start_seconds > MAX_START_SECONDS:
         message = f"must be at most {MAX_START_SECONDS:g}"
         raise InvalidInputError(message, field="audio_start_seconds")
-    limit_seconds = settings.max_audio_seconds
-    wanted_seconds = min(max_seconds or math.inf, limit_seconds + 1.0)  # 1 s more: too long
+    limits = decoders.speech_limits(start_seconds, max_seconds, settings.max_audio_seconds)
+    arguments = {
+        "start_seconds": start_seconds,
+        "max_seconds": max_seconds,
+        "limit_seconds": settings.max_audio_seconds,
+    }
     with _open(source, directory / "audio", settings, "audio", check) as file:
-        try:
-            sound = recording.decode(file, start_seconds, wanted_seconds)
-        except DAMAGED as error:
-            file.seek(0)
-            what = file_kind.describe(file.read(file_kind.HEAD_BYTES))
-            message = what or "is not a recording that can be decoded"
-            raise UnsupportedMediaError(message, field="audio") from error
-    samples, rate_hz = sound.samples, sound.rate_hz
-    if samples.shape[1] > limit_seconds * rate_hz:
-        message = f"is longer than the limit of {limit_seconds:g} s; max_seconds takes a part of it"
-        raise InputTooLargeError(message, field="audio")
-    if not np.isfinite(samples).all():
-        raise UnsupportedMediaError("holds samples that are no numbers", field="audio")
-    mono, mix_warnings = speech_check.mix_for_model(samples)
-    waveform = recording.resample(mono, rate_hz, SAMPLE_RATE_HZ).clip(-1, 1)
-    if len(waveform) < MIN_SPEECH_SECONDS * SAMPLE_RATE_HZ:
-        field = "audio_start_seconds" if start_seconds else "audio"
-        message = f"{len(waveform) / SAMPLE_RATE_HZ:.3f} s of sound are too short for a video"
-        raise InvalidInputError(message, field=field)
-    return Speech(
-        recording=_recording(samples, rate_hz),
-        waveform=waveform,
-        warnings=(*mix_warnings, *speech_check.voice_warnings(waveform)),
+        decoded = _decoded(decoders.read_speech.__name__, "audio", file, arguments, limits, check)
+    return _speech(decoded)
+
+
+def _decoded(
+    function: str,
+    field: str,
+    file: BinaryIO,
+    arguments: dict[str, Any],
+    limits: Limits,
+    check: Callable[[], None],
+) -> Decoded:
+    """What a function of `decoders` makes of the file, in the sandbox.
+
+    Raises:
+        WorkerError: what it raised; or the file took too much of something.
+    """
+    try:
+        answer = sandbox.run(f"{decoders.__name__}:{function}", file, arguments, limits, check)
+    except SandboxError as error:
+        raise UnsupportedMediaError(f"{error}; {REMEDIES[field]}", field=field) from None
+    if isinstance(answer, Decoded):
+        return answer
+    raise _refusal(answer, field)
+
+
+def _refusal(failure: Failure, field: str) -> WorkerError:
+    if failure.kind in REFUSALS:
+        message = "".join(filter(str.isprintable, failure.message))[:MAX_MESSAGE]
+        named = failure.field if failure.field in FIELDS else field
+        return REFUSALS[failure.kind](message, field=named)
+    logger.error("the %s could not be read: %r", field, failure.message)
+    return InternalError(f"the {field} could not be read; the worker's log says why")
+
+
+def _speech(decoded: Decoded) -> Speech:
+    """The speech of numbers that anybody may have written.
+
+    Raises:
+        UnsupportedMediaError: they are none.
+    """
+    rate_hz, warnings_ = decoded.facts.get("rate_hz"), decoded.facts.get("warnings")
+    forms = [(array.ndim, array.dtype.name) for array in decoded.arrays]
+    if (
+        forms != [(2, "int16"), (1, "float32")]
+        or not isinstance(rate_hz, int)
+        or not isinstance(warnings_, list)
+        or rate_hz not in recording.SOURCE_RATES_HZ
+        or decoded.arrays[0].shape[1] not in (1, 2)
+        or not np.isfinite(decoded.arrays[1]).all()
+    ):
+        raise UnsupportedMediaError("is not a recording that can be decoded", field="audio")
+    samples, waveform = decoded.arrays
+    segment = AudioSegment(
+        samples.tobytes(), sample_width=2, frame_rate=rate_hz, channels=samples.shape[1]
     )
+    return Speech(segment, waveform, tuple(warnings_))
 
 
 def _open(
     source: MediaSource, path: Path, settings: Settings, field: str, check: Callable[[], None]
 ) -> BinaryIO:
-    """The bytes of a source; an address is downloaded to `path` first."""
+    """The bytes of a source, in a file at `path`."""
     max_bytes = settings.max_input_bytes
     if source.url is None:
         content = source.content or b""
         if len(content) > max_bytes:
             message = f"is larger than the limit of {max_bytes} bytes"
             raise InputTooLargeError(message, field=field)
-        return io.BytesIO(content)
+        path.write_bytes(content)
+        return path.open("rb")
     download.download(
         source.url,
         path,
@@ -182,23 +209,3 @@ def _open(
         check=check,
     )
     return path.open("rb")
-
-
-def _require_portrait_size(height: int, width: int) -> None:
-    if min(height, width) < MIN_SIDE:
-        message = f"is {width} x {height} pixels; each side must have at least {MIN_SIDE}"
-        raise InvalidInputError(message, field="image")
-    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-        message = f"is {width} x {height} pixels; one side is over {MAX_ASPECT_RATIO} x the other"
-        raise InvalidInputError(message, field="image")
-
-
-def _recording(samples: NDArray[np.float32], rate_hz: int) -> AudioSegment:
-    new_rate_hz = min(rate_hz, MAX_RECORDING_RATE_HZ)
-    interleaved = recording.resample(
-        np.ascontiguousarray(samples.T), rate_hz, new_rate_hz
-    )  # (N, channels)
-    quantised = np.rint(interleaved * 32768).clip(-32768, 32767).astype("<i2")
-    return AudioSegment(
-        quantised.tobytes(), sample_width=2, frame_rate=new_rate_hz, channels=samples.shape[0]
-    )

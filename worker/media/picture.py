@@ -4,6 +4,7 @@ What lies beside the pixels (text, profiles, a missing end) does not decide whet
 """
 
 import io
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -26,7 +27,9 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt")
 XMP = b"XML:com.adobe.xmp\0"  # the text that may hold the orientation
 MAX_XMP_BYTES = 2**20
-JPEG_END = b"\xff\xd9"
+JPEG_START, JPEG_END, JPEG_SCAN = b"\xff\xd8", b"\xff\xd9", b"\xda"
+JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # no restart, and no pixel of 255
+MAX_SCANS = 500  # cameras and optimisers write 10 to 70; each costs as much as a picture of one
 # Bits that are no picture: where pixels are missing, a decoder shows other ones for them than for
 # nothing.
 JPEG_PROBE = bytes(range(17, 200, 3))
@@ -36,8 +39,12 @@ def open_picture(content: bytes) -> Image.Image:
     """The picture, of which the header alone has been read.
 
     Raises:
+        UnsupportedMediaError: a JPEG of more scans than anybody makes.
         OSError, SyntaxError, ValueError, ...: it is none, or a damaged one.
     """
+    if content.startswith(JPEG_START) and _has_too_many_scans(content):
+        message = f"has more than {MAX_SCANS} scans; export it as a plain JPEG or PNG"
+        raise UnsupportedMediaError(message, field="image")
     if content.startswith(PNG_SIGNATURE):
         content = _without_text(content)
     return Image.open(io.BytesIO(content), formats=FORMATS)
@@ -110,6 +117,20 @@ def _code_points(image: Image.Image, content: bytes) -> colour.ColourSpace | Non
     return None
 
 
+def _has_too_many_scans(content: bytes) -> bool:
+    """Whether the file's first JPEG has; others and what else may follow it do not count."""
+    num_scans, at = 0, len(JPEG_START)
+    while found := JPEG_MARKER.search(content, at):
+        at = found.end()
+        if found[1] == JPEG_END[1:]:
+            break
+        num_scans += found[1] == JPEG_SCAN
+        if num_scans > MAX_SCANS:
+            return True
+        at += int.from_bytes(content[at : at + 2], "big")
+    return False
+
+
 def _without_end(content: bytes) -> Image.Image:
     """A JPEG whose end marker is missing, if only that is.
 
@@ -147,17 +168,25 @@ def _without_text(content: bytes) -> bytes:
     for kind, body in _png_chunks(content):
         whole = content[at : at + 12 + len(body)]
         at += len(whole)
-        if kind in PNG_TEXT and not (body.startswith(XMP) and len(body) <= MAX_XMP_BYTES):
+        if kind in PNG_TEXT and not _is_small_xmp(body):
             continue
-        if kind == b"iCCP" and not _is_small(body):
+        if kind == b"iCCP" and not _is_small(body.partition(b"\0")[2][1:]):
             continue
         kept.append(whole)
     return b"".join([*kept, content[at:]])
 
 
-def _is_small(body: bytes) -> bool:
-    """Whether a compressed profile stays within the limit."""
-    compressed = body.partition(b"\0")[2][1:]
+def _is_small_xmp(body: bytes) -> bool:
+    """Whether a text is XMP, and stays within the limits."""
+    if not body.startswith(XMP) or len(body) > MAX_XMP_BYTES:
+        return False
+    is_compressed = body[len(XMP) : len(XMP) + 1] == b"\1"
+    text = body[len(XMP) + 2 :].partition(b"\0")[2].partition(b"\0")[2]  # past two languages
+    return not is_compressed or _is_small(text)
+
+
+def _is_small(compressed: bytes) -> bool:
+    """Whether what has been compressed stays within the limit."""
     reader = zlib.decompressobj()
     with suppress(zlib.error):
         reader.decompress(compressed, MAX_PROFILE_BYTES)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from avatar_client.contract.job_errors import InternalError, WorkerError
 from worker import logs
+from worker.media import inputs
 from worker.service import job_request, machine, process
 from worker.service.estimate import ThroughputEstimator
 from worker.service.job import JobRun, JobStoppedError
@@ -60,6 +61,7 @@ class Worker:
 
     def load(self) -> None:
         """Loads the model; a failure is kept in `load_error` for the fitness check."""
+        inputs.sandbox.start()  # beside the model, so that the first job finds it ready
         try:
             self._load_once()
         except Exception as error:
