@@ -133,9 +133,12 @@ def test_an_address_that_keeps_stumbling_says_nothing_against_the_bucket(
     assert calls_of(proxy) == ["PUT", "GET", "DELETE"]
 
 
-def test_an_address_that_stumbles_is_asked_again(proxy: Proxy, no_proofs: None) -> None:
+@pytest.mark.parametrize("fault", [(503, "SlowDown"), (403, "RequestTimeTooSkewed")])
+def test_an_address_that_stumbles_is_asked_again(
+    proxy: Proxy, no_proofs: None, fault: tuple[int, str]
+) -> None:
     store = Storage(bucket_at(proxy.url, name="avatars"))
-    proxy.failures = [(404, "NoSuchBucketConfiguration"), None, (503, "SlowDown")]
+    proxy.failures = [(404, "NoSuchBucketConfiguration"), None, fault]
     store.prove("avatar/1.mp4", Patience(60.0))
     assert calls_of(proxy) == ["PUT", "GET", "GET", "DELETE"]
 

@@ -76,15 +76,17 @@ def require_readable(
     headers = {**HEADERS, "Range": "bytes=0-0"}
     with _answer(url, headers, timeout_seconds, field, allow_private, check) as response:
         if response.status_code not in (200, 206):
-            raise RefusedError(response.status_code, field)
+            reason = next(response.iter_raw(CHUNK_BYTES), b"")
+            raise RefusedError(response.status_code, field, reason)
 
 
 class RefusedError(InputDownloadError):
     """A server answered, but not with what was asked for."""
 
-    def __init__(self, status: int, field: str | None) -> None:
+    def __init__(self, status: int, field: str | None, reason: bytes = b"") -> None:
         super().__init__(f"the server answered HTTP {status}", field=field)
         self.status = status
+        self.reason = reason  # the beginning of its answer
 
 
 @contextmanager

@@ -5,6 +5,7 @@ than by an upload.
 """
 
 import logging
+import re
 import time
 import uuid
 from contextlib import suppress
@@ -14,6 +15,7 @@ from avatar_client.contract.job_errors import InputDownloadError, StoreRefusedEr
 from worker.media import download
 from worker.media.store_client import (
     NO_PATIENCE,
+    RETRYABLE_CODES,
     RETRYABLE_STATUSES,
     STORE_ERRORS,
     Patience,
@@ -140,4 +142,7 @@ def _read_a_byte(client: StoreClient, key: str, patience: Patience) -> None:
 
 
 def _is_final(error: Exception) -> bool:
-    return isinstance(error, download.RefusedError) and error.status not in RETRYABLE_STATUSES
+    if not isinstance(error, download.RefusedError) or error.status in RETRYABLE_STATUSES:
+        return False
+    code = re.search(rb"<Code>(\w+)</Code>", error.reason)
+    return code is None or code[1].decode() not in RETRYABLE_CODES
