@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import pytest
 
-from avatar_client.contract.job_errors import InternalError
+from avatar_client.contract.job_errors import WorkerFailedError
 from worker.media.sandbox import Decoded, Failure, Sandbox, SandboxError
 from worker.media.sandbox_process import Limits
 
@@ -221,7 +221,7 @@ def test_a_template_that_has_ended_is_started_anew(sandbox: Sandbox, file: Binar
 
 def test_a_template_that_does_not_start_is_our_fault(file: BinaryIO) -> None:
     sandbox = Sandbox("worker.media.no_such_module")
-    with pytest.raises(InternalError) as failure:
+    with pytest.raises(WorkerFailedError) as failure:
         run(sandbox, "echo", file)
     assert failure.value.retryable
     sandbox.close()

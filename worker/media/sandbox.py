@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from avatar_client.contract.job_errors import InternalError
+from avatar_client.contract.job_errors import WorkerFailedError
 from worker.media.sandbox_process import BEGUN, OUT_OF_MEMORY, Limits
 from worker.settings import bare_environment
 
@@ -150,7 +150,7 @@ class Sandbox:
 
         Raises:
             SandboxError: the file took too much time or memory, or ended its process.
-            InternalError: there was no process for it.
+            WorkerFailedError: there was no process for it.
         """
         request = {
             "function": function,
@@ -163,7 +163,7 @@ class Sandbox:
             except TemplateLostError:
                 self.close()
         logger.error("the template process of the decoders does not stay alive")
-        raise InternalError("no process could be started to read the file")
+        raise WorkerFailedError("no process could be started to read the file")
 
     def _run_once(
         self,
@@ -256,13 +256,13 @@ class _Answer:
 
         Raises:
             EOFError: the process ended before.
-            InternalError: it has not begun.
+            WorkerFailedError: it has not begun.
             SandboxError: it takes too long, or is no answer.
         """
         try:
             self._bytes(len(BEGUN), time.monotonic() + START_SECONDS)
         except SandboxError:
-            raise InternalError("no process was started to read the file") from None
+            raise WorkerFailedError("no process was started to read the file") from None
         end = time.monotonic() + SLOWEST * limits.max_seconds + GRACE_SECONDS
         length = int.from_bytes(self._bytes(4, end), "little")
         if length > MAX_HEADER_BYTES:

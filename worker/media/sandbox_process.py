@@ -131,8 +131,8 @@ def _start_next(
     try:
         child = os.fork()
     except OSError as error:
-        failure = {"failed": UNFORESEEN, "message": f"cannot fork: {error}"}
-        os.write(answer, BEGUN + _header(failure))
+        # Said to the log alone: the worker sees that nothing has begun, which no decoder can feign.
+        logger.error("no process can be forked: %s", error)
     else:
         if child == 0:
             _run(json.loads(line), file, answer)
