@@ -159,11 +159,13 @@ def test_attention_that_is_flat_sees_all() -> None:
 def test_a_call_beyond_the_tolerance_is_done_again() -> None:
     whole, tokens = SparseAttention(0.05, 0, CPU), tokens_of()
     layer = whole.layer(0, 0, tokens)
-    layer.attend(*local_attention(1.0), dense)
+    tensors = local_attention(1.0)
+    layer.attend(*tensors, dense)
     assert layer.mass is not None
-    tensors = local_attention(0.5)
+    whole.tolerance = 1e-5  # as if another step's attention were less local
     assert (layer.attend(*tensors, dense) == dense(*tensors)).all()
     assert whole.report().fallbacks == 1
+    assert layer.mass is None
 
 
 def test_a_face_that_fills_the_picture_sees_all() -> None:
