@@ -33,7 +33,7 @@ unit: $(VENV)/ready
 
 # The longest cases, one of them at the published width (10 GB), and processes killed in mid-job.
 slow: $(VENV)/ready
-	$(PYTEST) -m "slow or large"
+	$(PYTEST) -m "slow or large" tests/training tests # the longest of them first
 
 # The demo model on more faces and voices: for a new demo model.
 talks: $(VENV)/ready

@@ -50,7 +50,7 @@ def _transformer() -> HunyuanVideoAvatarTransformer3DModel:
         out_channels=LATENT_CHANNELS,
         num_attention_heads=1,
         attention_head_dim=32,  # the narrowest for which attention is quick on a CPU
-        num_layers=1,
+        num_layers=2,  # the second has audio: there the branches of guidance part
         num_single_layers=1,
         num_refiner_layers=1,
         text_embed_dim=TEXT_DIM,
