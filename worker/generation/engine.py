@@ -147,7 +147,9 @@ class Engine:
         load_seconds = time.monotonic() - started
         logger.info("model %s ready on %s in %.1f s", settings.avatar_model, device, load_seconds)
         has_float8 = device.type == "cuda" and float8_works(device)
-        has_sparse_attention = device.type == "cuda" and sparse_attention_works(device)
+        # Its tensors are in no memory plan: where weights have to make room, all keys are seen.
+        has_room = plan is not None and plan.all_resident
+        has_sparse_attention = has_room and sparse_attention_works(device)
         engine = cls(pipeline, device, load_seconds, report, plan, has_float8, has_sparse_attention)
         if device.type == "cuda":
             engine.warm_up()

@@ -118,15 +118,18 @@ def fastest_backend(device: torch.device) -> str:
     name = min(trials, key=lambda name: trials[name].seconds)
     if not trials[name].error < LARGEST_ERROR:
         raise RuntimeError(f"no attention kernel is right on this GPU: {trials}")
-    others = ", ".join(
-        f"{other} {trial.seconds / trials[name].seconds:.2f} times as long"
-        if trial.error < LARGEST_ERROR
-        else f"{other} does not serve ({flash_attention_4.why_not() or trial.error})"
-        for other, trial in trials.items()
-        if other != name
-    )
-    logger.info("attention by %s, %.2f ms; %s", name, trials[name].seconds * 1e3, others)
+    fastest = trials.pop(name).seconds
+    others = ", ".join(_beside(fastest, other, trial) for other, trial in trials.items())
+    logger.info("attention by %s, %.2f ms; %s", name, fastest * 1e3, others)
     return name
+
+
+def _beside(fastest: float, name: str, trial: Trial) -> str:
+    """What a kernel showed beside the fastest one, for the log."""
+    if trial.error < LARGEST_ERROR:
+        return f"{name} {trial.seconds / fastest:.2f} times as long"
+    reason = flash_attention_4.why_not() if name == flash_attention_4.NAME else None
+    return f"{name} does not serve ({reason or f'its error is {trial.error:.3g}'})"
 
 
 def try_kernel(kernel: Kernel, device: torch.device) -> Trial:

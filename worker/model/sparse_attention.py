@@ -159,9 +159,9 @@ class LayerSparsity:
         exact = few_queries(query[:, rows], key, value)
         off = (attended[:, rows] - exact).float().norm() / exact.float().norm()
         density, error = torch.stack([blocks.density, off]).tolist()
-        if self.whole.fixed_mass is not None or error <= whole.tolerance:
+        if whole.fixed_mass is not None or error <= whole.tolerance:
             whole.record(density, error)
-            if self.whole.fixed_mass is None and error < RELAXED_ERROR * whole.tolerance:
+            if whole.fixed_mass is None and error < RELAXED_ERROR * whole.tolerance:
                 self.mass = max((each for each in MASSES if each < self.mass), default=self.mass)
             return attended
         whole.record(density, error, is_fallback=True)
