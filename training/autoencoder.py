@@ -13,7 +13,7 @@ from torch.nn.functional import l1_loss
 
 from training import architecture, world
 from training.convolution import inflate_kernels, use_fast_convolutions, with_library_convolutions
-from training.loop import LossGradients, train
+from training.loop import LossGradients, mixed_precision, train
 from training.speech import MouthTrack
 
 SIZE = 256  # px of a picture
@@ -132,7 +132,7 @@ def reconstruction_loss(
         weight: of each pixel, (B, 1, 1, H, W).
     """
     pixels = pixels.float() / 127.5 - 1
-    with torch.autocast(pixels.device.type, torch.bfloat16, cache_enabled=False):
+    with mixed_precision(pixels.device, cache_enabled=False):
         mean = vae.encode(pixels).latent_dist.mean.float()
         decoded = vae.decode(mean + LATENT_NOISE * torch.randn_like(mean)).sample
     decoded = decoded.float()

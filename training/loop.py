@@ -88,6 +88,16 @@ def train(
     return model.eval()
 
 
+def mixed_precision(device: torch.device, *, cache_enabled: bool = True) -> torch.autocast:
+    """The forward pass in bfloat16 on a GPU, in float32 elsewhere.
+
+    On a CPU a 3-d convolution takes ten to twenty times as long in bfloat16 as in float32.
+    """
+    return torch.autocast(
+        device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=cache_enabled
+    )
+
+
 class LossGradients:
     """The gradients of a loss; on a GPU, whose launches would cost more, by a CUDA graph."""
 

@@ -58,7 +58,7 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonalize(matrices: Tensor) -> Tensor:  # (N, rows, columns), as is the result
     """The matrices with singular values near 1, between about 0.7 and 1.2."""
-    x = matrices.bfloat16()
+    x = matrices.bfloat16() if matrices.is_cuda else matrices  # on a CPU it is the slower one
     is_tall = x.shape[1] > x.shape[2]
     if is_tall:
         x = x.mT

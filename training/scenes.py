@@ -21,6 +21,7 @@ from transformers import WhisperFeatureExtractor, WhisperModel
 from training import architecture, world
 from training.autoencoder import face_weight
 from training.convolution import use_fast_convolutions
+from training.loop import mixed_precision
 from training.speech import WORDS, MouthTrack, SpeechCorpus, mouth_track, sentence
 from worker.generation.audio import audio_windows, encode_speech, log_mel
 from worker.generation.image import face_mask, to_llava_pixels
@@ -266,7 +267,7 @@ class SceneEncoder:
         size, device = spec.size, self._device
         clip = world.render(spec.face, spec.motion, *size, device)
         portrait = world.portrait(spec.face, *size, device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with mixed_precision(device):
             latents = self._vae.encode(clip.transpose(0, 1)[None] * 2 - 1).latent_dist.mean
         # as the worker gets it: in 256 levels
         portrait = (portrait * 255).floor() / 127.5 - 1

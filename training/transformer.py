@@ -21,7 +21,7 @@ from torch import Tensor
 
 from avatar_client.contract.request import GenerationParams
 from training import architecture, world
-from training.loop import steps_done, train
+from training.loop import mixed_precision, steps_done, train
 from training.processes import prefetched
 from training.scenes import EYES_CROP, FACE_CROP, FaceCrop, Scene, SceneBuffer, make_scene
 from worker.generation.cfg import EARLY_FACE_MASK_SCALE, PROMPT_GUIDED_STEPS, guidance_weight
@@ -217,7 +217,7 @@ class _BranchBatch:
         """The velocity of these rows, and their tokens for the step cache."""
         scenes, windows = self.scenes, self.windows[rows]
         embeds = scenes.prompt_embeds[windows, self.prompts[rows]].float()
-        with torch.autocast(embeds.device.type, torch.bfloat16):
+        with mixed_precision(embeds.device):
             predicted, cached_tokens = transformer(
                 hidden_states=self.noisy[windows],
                 timestep=timesteps[windows],

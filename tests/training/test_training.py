@@ -66,7 +66,8 @@ def test_our_muon_steps_as_torchs_does() -> None:
     torch.manual_seed(0)
     shapes = [(8, 20), (20, 8), (8, 20), (16, 16)]
     ours = [torch.nn.Parameter(torch.randn(*shape)) for shape in shapes]
-    theirs = [torch.nn.Parameter(value.detach().clone()) for value in ours]
+    start = [value.detach().clone() for value in ours]
+    theirs = [torch.nn.Parameter(value.clone()) for value in start]
     optimizers = (
         Muon(ours, lr=0.02),
         torch.optim.Muon(theirs, lr=0.02, momentum=0.95, weight_decay=0.01),
@@ -77,8 +78,9 @@ def test_our_muon_steps_as_torchs_does() -> None:
             other.grad = mine.grad.clone()
         for optimizer in optimizers:
             optimizer.step()
-    for mine, other in zip(ours, theirs, strict=True):
-        assert torch.allclose(mine, other, atol=1e-2 * 0.02)
+    for mine, other, before in zip(ours, theirs, start, strict=True):
+        # theirs computes in bfloat16 on a CPU too
+        assert (mine - other).norm() < 0.03 * (other - before).norm()
 
 
 @pytest.mark.parametrize("frames", [1, 5])
@@ -261,6 +263,7 @@ def test_the_training_makes_a_directory_that_the_worker_loads(
     """Everything at toy size, and babble in the place of espeak-ng's speech."""
     monkeypatch.setattr(speech, "_espeak", lambda rng, split: formant_speech(rng, 32_000))
     monkeypatch.setitem(speech.BANK_SECONDS, "train", 20.0)
+    monkeypatch.setattr(transformer, "SCENE_LATENTS", 9)
     corpus = SpeechCorpus("train", tmp_path)
     assert len(corpus.clip(np.random.default_rng(0), 10)) == 6400
 
