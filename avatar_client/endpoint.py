@@ -174,7 +174,8 @@ class AvatarEndpoint(_Endpoint):
     ) -> "AvatarJob":
         """The job, which is now in the queue; see `request`.
 
-        It is sent again only if it has certainly not arrived.
+        It is sent again only if it has certainly not arrived. With a `request_id` it is sent again
+        in any case, and one video is made of it.
 
         Raises:
             InvalidInputError: a value that no worker would take; nothing was sent.

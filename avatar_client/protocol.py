@@ -98,10 +98,11 @@ class Pause:
 
 
 def submit(body: dict[str, Any]) -> Call:
-    """Puts a job into the queue."""
+    """Puts a job into the queue. One with a `request_id` may be there twice: it is made once."""
     # an answer that comes too late leaves a job that nobody knows: it gets its time
     content = request_body.encode(body)
-    return Call("POST", "run", content, is_repeatable=False, answer_seconds=120.0)
+    is_repeatable = body.get("input", {}).get("request_id") is not None
+    return Call("POST", "run", content, is_repeatable=is_repeatable, answer_seconds=120.0)
 
 
 def status(job_id: str) -> Call:
@@ -175,7 +176,8 @@ def read(
             raise failure
     if not call.is_repeatable and not was_refused:
         raise EndpointUnavailableError(
-            f"{failure}; it is not known whether the job was queued, so it was not sent again"
+            f"{failure}; it is not known whether the job was queued, so it was not sent again; one "
+            "with a request_id would be"
         )
     if attempt == ATTEMPTS:
         raise failure

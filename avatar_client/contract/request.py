@@ -43,6 +43,7 @@ MAX_SEED = 2**53 - 1  # the largest whole number that every JSON reader keeps ex
 MAX_PROMPT_CHARACTERS = 2000
 MAX_USER_DATA_CHARACTERS = 1000
 
+REQUEST_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 KEY_PATTERN = r"^[A-Za-z0-9!_.()=-]+(/[A-Za-z0-9!_.()=-]+)*$"
 
 
@@ -54,6 +55,15 @@ def _key(value: str) -> str:
         )
     if {".", ".."} & set(value.split("/")):
         raise ValueError("must not hold '.' or '..' as a folder")
+    return value
+
+
+def _request_id(value: str) -> str:
+    """An id that can stand in an object's key and a line of a log."""
+    if re.fullmatch(REQUEST_ID_PATTERN, value) is None:
+        raise ValueError(
+            "may hold letters A to Z, digits and ._- and begins with none of the last three"
+        )
     return value
 
 
@@ -169,12 +179,13 @@ class OutputOptions(_Frozen):
     key: Annotated[str, Field(max_length=512), AfterValidator(_key)] | None = Field(
         None,
         description="Name of the object, below `BUCKET_PREFIX`, the folder `chosen` and "
-        "`output.prefix`. Empty: `<job id>.mp4`, without that folder.",
+        "`output.prefix`. Empty: `<job id>.mp4` without that folder, or `<request_id>.mp4` in the "
+        "folder `requests`.",
     )
     prefix: Annotated[str, Field(max_length=256), AfterValidator(_key)] | None = Field(
         None,
-        description="Folder below `BUCKET_PREFIX`. Not `chosen`, where what `output.key` names "
-        "lies.",
+        description="Folder below `BUCKET_PREFIX`. Neither `chosen` nor `requests`, where what "
+        "`output.key` and `request_id` name lies.",
     )
     url_expires_seconds: Annotated[int, Field(ge=1, le=SEVEN_DAYS_SECONDS)] | None = Field(
         None, description="Life of the URL. Empty: `BUCKET_URL_EXPIRES_SECONDS`."
@@ -314,6 +325,13 @@ class JobInput(GenerationParams):
     )
     audio: Media = Field(
         description="The speech: wav, mp3, m4a, ogg, opus, flac, webm, or the sound of an mp4."
+    )
+    request_id: Annotated[str, Field(max_length=128), AfterValidator(_request_id)] | None = Field(
+        None,
+        description="A name of the client's own for this request, of letters, digits and `._-`. "
+        "However often the request is sent, one video is made of it, and each answer is that one; "
+        "another request under the same name is refused. Needs a bucket. It is seen in logs and "
+        "in the key: choose one that nobody guesses and that tells nothing.",
     )
     output: OutputOptions = OutputOptions()
     user_data: Any = Field(

@@ -58,6 +58,7 @@ class WorkerIdentity(TypedDict):
 class JobResult(TypedDict):
     """A video, where it is, and how it was made."""
 
+    request_id: str | None  # the request's own
     delivery: Literal["s3", "inline"]
     video_url: str | None  # presigned or public; None: it is in the reply
     video_base64: str | None

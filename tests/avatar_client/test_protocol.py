@@ -57,6 +57,15 @@ def test_a_submit_is_repeated_if_there_was_no_connection(
         protocol.read(call, failure, protocol.ATTEMPTS, 1.0)
 
 
+def test_a_submit_that_may_have_arrived_is_repeated_if_it_has_an_id_of_its_own() -> None:
+    lost = httpx.ReadTimeout("x")
+    call = protocol.submit({"input": {"request_id": "order-1"}})
+    assert protocol.read(call, lost, 1, 1.0) == protocol.Pause(1.0)
+    for fields in ({}, {"request_id": None}):
+        with pytest.raises(EndpointUnavailableError, match="not sent again; one with a request_id"):
+            protocol.read(protocol.submit({"input": fields}), lost, 1, 1.0)
+
+
 def test_the_pauses_of_a_wait_grow_to_five_times_the_first() -> None:
     pace = protocol.Pace(1.0, None)
     pauses = [pace.pause_after(JobStatus("a", "IN_QUEUE")) for _ in range(8)]

@@ -28,6 +28,7 @@ from worker.media.storage import Storage
 from worker.media.store_client import Patience
 from worker.service import job_request
 from worker.service.delivery import Delivery
+from worker.service.job_request import Fingerprint
 from worker.settings import Settings
 
 Answer = Callable[[socket.socket], None]
@@ -485,7 +486,7 @@ def test_a_true_record_is_the_reply(
     job = delivery("true-record")
     write(object_store, job.keys.video, json.dumps(RECORD))
 
-    found = job.find_existing("f")
+    found = job.find_existing(Fingerprint("f"))
 
     assert found is not None
     assert found["seed"] == 7
@@ -518,7 +519,7 @@ def test_a_record_that_is_not_ours_is_not_the_reply(
 ) -> None:
     job = delivery("forged")
     write(object_store, job.keys.video, json.dumps(record))
-    assert job.find_existing("f") is None
+    assert job.find_existing(Fingerprint("f")) is None
 
 
 @pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])
@@ -527,7 +528,7 @@ def test_a_number_that_is_no_json_is_not_the_reply(
 ) -> None:
     job = delivery("constants")
     write(object_store, job.keys.video, json.dumps(RECORD).replace("25.0", constant))
-    assert job.find_existing("f") is None
+    assert job.find_existing(Fingerprint("f")) is None
 
 
 def test_a_job_cannot_name_the_video_the_thumbnail_or_the_result_of_another(

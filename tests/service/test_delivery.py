@@ -27,8 +27,10 @@ from worker.media.store_client import Patience
 from worker.media.video import VideoFile
 from worker.service import job_request
 from worker.service.delivery import Delivery
+from worker.service.job_request import Fingerprint
 from worker.settings import Settings
 
+F, G, FIRST, LATE = map(Fingerprint, ("f", "g", "first", "late"))
 METADATA = {
     "sha256": "0" * 64,
     "size_bytes": 18_000,
@@ -199,7 +201,7 @@ def test_a_bucket_holds_any_length(
 def test_an_inline_video_stands_in_the_reply_with_its_thumbnail(
     make_delivery: Callable[..., Delivery], video: VideoFile, thumbnail_path: Path
 ) -> None:
-    told = make_delivery(Settings()).deliver(video, thumbnail_path, "f", METADATA)
+    told = make_delivery(Settings()).deliver(video, thumbnail_path, F, METADATA)
 
     assert base64.b64decode(told.pop("video_base64")) == video.path.read_bytes()
     assert base64.b64decode(told.pop("thumbnail_base64")) == THUMBNAIL
@@ -211,7 +213,7 @@ def test_a_stored_video_is_behind_the_url_of_the_reply_with_its_thumbnail(
     make_delivery: Callable[..., Delivery], bucket: Settings, video: VideoFile, thumbnail_path: Path
 ) -> None:
     delivery = make_delivery(bucket, job_id="stored-1", url_expires_seconds=60)
-    told = delivery.deliver(video, thumbnail_path, "f", METADATA)
+    told = delivery.deliver(video, thumbnail_path, F, METADATA)
 
     answer = requests.get(told["video_url"], timeout=10)
     assert answer.content == video.path.read_bytes()
@@ -228,8 +230,8 @@ def test_a_stored_video_is_behind_the_url_of_the_reply_with_its_thumbnail(
 def test_a_reply_has_the_same_fields_however_the_video_was_delivered(
     make_delivery: Callable[..., Delivery], bucket: Settings, video: VideoFile
 ) -> None:
-    inline = make_delivery(Settings()).deliver(video, None, "f", METADATA)
-    stored = make_delivery(bucket, job_id="fields-1").deliver(video, None, "f", METADATA)
+    inline = make_delivery(Settings()).deliver(video, None, F, METADATA)
+    stored = make_delivery(bucket, job_id="fields-1").deliver(video, None, F, METADATA)
     assert inline.keys() == stored.keys()
     assert inline["thumbnail_base64"] is stored["thumbnail_url"] is None
 
@@ -240,7 +242,7 @@ def test_of_a_public_bucket_the_address_is_plain_and_does_not_end(
     settings = with_bucket(store.origin, bucket_public_base_url=f"{store.origin}/cdn/")
     store.on("PUT /avatars/avatar/public-1.mp4", Answer())
     url = store.on("GET /cdn/avatar/public-1.mp4", Answer(body=b"x"))
-    told = make_delivery(settings, job_id="public-1").deliver(video, None, "f", METADATA)
+    told = make_delivery(settings, job_id="public-1").deliver(video, None, F, METADATA)
     assert told["video_url"] == url
     assert told["expires_at"] is None
 
@@ -257,12 +259,12 @@ def test_an_earlier_run_of_the_same_job_is_found_with_all_that_its_reply_told(
     has_thumbnail: bool,
 ) -> None:
     delivery = make_delivery(bucket, job_id=f"twice-{has_thumbnail}")
-    assert delivery.find_existing("f") is None
+    assert delivery.find_existing(F) is None
 
     picture = thumbnail_path if has_thumbnail else None
-    told = METADATA | delivery.deliver(video, picture, "f", METADATA)
+    told = METADATA | delivery.deliver(video, picture, F, METADATA)
 
-    found = delivery.find_existing("f")
+    found = delivery.find_existing(F)
     assert found is not None
     signed = ("video_url", "thumbnail_url", "expires_at")  # made anew
     assert {name: found[name] for name in found if name not in signed} == {
@@ -277,8 +279,8 @@ def test_an_object_of_another_request_is_not_taken_for_an_earlier_run(
     make_delivery: Callable[..., Delivery], bucket: Settings, video: VideoFile
 ) -> None:
     delivery = make_delivery(bucket, job_id="other-1")
-    delivery.deliver(video, None, "f", METADATA)
-    assert delivery.find_existing("g") is None
+    delivery.deliver(video, None, F, METADATA)
+    assert delivery.find_existing(G) is None
 
 
 def test_an_object_of_other_origin_is_not_taken_for_an_earlier_run(
@@ -286,15 +288,15 @@ def test_an_object_of_other_origin_is_not_taken_for_an_earlier_run(
 ) -> None:
     delivery = make_delivery(bucket, job_id="foreign-1")
     object_store.client.put_object(Bucket=object_store.bucket, Key=delivery.keys.video, Body=b"x")
-    assert delivery.find_existing("f") is None
+    assert delivery.find_existing(F) is None
 
 
 def test_without_a_bucket_no_earlier_run_is_found(
     make_delivery: Callable[..., Delivery], video: VideoFile
 ) -> None:
     delivery = make_delivery(Settings())
-    delivery.deliver(video, None, "f", METADATA)
-    assert delivery.find_existing("f") is None
+    delivery.deliver(video, None, F, METADATA)
+    assert delivery.find_existing(F) is None
 
 
 # A store that fails
@@ -307,7 +309,7 @@ def test_a_store_that_refuses_the_video_is_named_with_its_code(
 ) -> None:
     store.on("PUT /avatars/avatar/job-1.mp4", NO_SPACE)
     with pytest.raises(UploadError, match="the object store answered QuotaExceeded"):
-        make_delivery(with_bucket(store.origin), delivery="s3").deliver(video, None, "f", METADATA)
+        make_delivery(with_bucket(store.origin), delivery="s3").deliver(video, None, F, METADATA)
 
 
 def test_a_video_is_not_stored_before_its_thumbnail(
@@ -319,7 +321,7 @@ def test_a_video_is_not_stored_before_its_thumbnail(
     store.on("PUT /avatars/avatar/job-1.jpg", NO_SPACE)
     delivery = make_delivery(with_bucket(store.origin), delivery="s3")
     with pytest.raises(UploadError):
-        delivery.deliver(video, thumbnail_path, "f", METADATA)
+        delivery.deliver(video, thumbnail_path, F, METADATA)
     assert [asked.path for asked in store.requests] == ["/avatars/avatar/job-1.jpg"]
 
 
@@ -328,7 +330,7 @@ def test_a_store_that_does_not_answer_is_an_error_before_anything_is_generated(
 ) -> None:
     store.on("GET /avatars/avatar/job-1.mp4", Answer(status=None))
     with pytest.raises(UploadError, match="did not answer as it should"):
-        make_delivery(with_bucket(store.origin)).find_existing("f")
+        make_delivery(with_bucket(store.origin)).find_existing(F)
 
 
 # A store that stumbles
@@ -361,7 +363,7 @@ def test_a_store_that_stumbles_is_asked_until_it_stands(
         make_delivery(settings), patience=Patience(20.0, on_wait=lambda: waits.append(1))
     )
 
-    assert delivery.deliver(video, None, "f", METADATA)["delivery"] == "s3"
+    assert delivery.deliver(video, None, F, METADATA)["delivery"] == "s3"
 
     assert len(store.asked("PUT /avatars/avatar/job-1.mp4")) == 7
     assert len(waits) == 6
@@ -375,7 +377,7 @@ def test_a_store_that_refuses_is_asked_once(
     delivery = dataclasses.replace(delivery, patience=Patience(20.0))
 
     with pytest.raises(UploadError, match="QuotaExceeded"):
-        delivery.deliver(video, None, "f", METADATA)
+        delivery.deliver(video, None, F, METADATA)
 
     assert len(store.asked("PUT /avatars/avatar/job-1.mp4")) == 1
 
@@ -396,7 +398,7 @@ def test_a_stop_is_met_while_a_store_is_waited_for(
     begun = time.monotonic()
 
     with pytest.raises(Stopped):
-        delivery.deliver(video, None, "f", METADATA)
+        delivery.deliver(video, None, F, METADATA)
 
     assert time.monotonic() - begun < 60
 
@@ -406,7 +408,7 @@ def test_a_video_whose_store_stays_away_goes_into_the_reply_with_a_warning(
 ) -> None:
     store.on("PUT /avatars/avatar/job-1.mp4", CLOSED)
 
-    told = make_delivery(with_bucket(store.origin)).deliver(video, None, "f", METADATA)
+    told = make_delivery(with_bucket(store.origin)).deliver(video, None, F, METADATA)
 
     assert base64.b64decode(told["video_base64"]) == video.path.read_bytes()
     assert told["video_url"] is None
@@ -420,7 +422,7 @@ def test_a_video_that_had_to_go_to_a_bucket_goes_nowhere_else(
     store.on("PUT /avatars/avatar/job-1.mp4", CLOSED)
 
     with pytest.raises(UploadError):
-        make_delivery(with_bucket(store.origin), delivery="s3").deliver(video, None, "f", METADATA)
+        make_delivery(with_bucket(store.origin), delivery="s3").deliver(video, None, F, METADATA)
 
 
 # What is another's
@@ -429,10 +431,10 @@ def test_a_video_that_had_to_go_to_a_bucket_goes_nowhere_else(
 def test_a_key_that_holds_another_jobs_video_is_refused_before_anything_is_generated(
     make_delivery: Callable[..., Delivery], bucket: Settings, video: VideoFile
 ) -> None:
-    make_delivery(bucket, job_id="first", key="latest.mp4").deliver(video, None, "f", METADATA)
+    make_delivery(bucket, job_id="first", key="latest.mp4").deliver(video, None, F, METADATA)
 
     with pytest.raises(InvalidInputError, match="overwrite") as caught:
-        make_delivery(bucket, job_id="second", key="latest.mp4").find_existing("g")
+        make_delivery(bucket, job_id="second", key="latest.mp4").find_existing(G)
     assert caught.value.field == "output.key"
 
 
@@ -445,14 +447,14 @@ def test_it_is_replaced_if_both_the_job_and_the_operator_say_so(
 ) -> None:
     settings = with_bucket(object_store.endpoint_url, allow_overwrite=is_allowed)
     key = f"latest-{is_allowed}.mp4"
-    make_delivery(settings, job_id="first", key=key).deliver(video, None, "f", METADATA)
+    make_delivery(settings, job_id="first", key=key).deliver(video, None, F, METADATA)
     delivery = make_delivery(settings, job_id="second", key=key, overwrite=True)
 
     if is_allowed:
-        assert delivery.find_existing("g") is None
+        assert delivery.find_existing(G) is None
     else:
         with pytest.raises(InvalidInputError):
-            delivery.find_existing("g")
+            delivery.find_existing(G)
 
 
 @pytest.mark.parametrize("asked", ["auto", "s3"])
@@ -465,15 +467,15 @@ def test_a_key_that_is_taken_meanwhile_stays_anothers(
 ) -> None:
     key = f"meanwhile-{asked}.mp4"
     late = make_delivery(bucket, job_id="late", key=key, delivery=asked)
-    assert late.find_existing("late") is None
-    make_delivery(bucket, job_id="first", key=key).deliver(video, None, "first", METADATA)
+    assert late.find_existing(LATE) is None
+    make_delivery(bucket, job_id="first", key=key).deliver(video, None, FIRST, METADATA)
 
     if asked == "s3":
         with pytest.raises(UploadError) as caught:
-            late.deliver(video, None, "late", METADATA)
+            late.deliver(video, None, LATE, METADATA)
         assert (caught.value.field, caught.value.retryable) == ("output.key", False)
     else:
-        told = late.deliver(video, None, "late", METADATA)
+        told = late.deliver(video, None, LATE, METADATA)
         assert base64.b64decode(told["video_base64"]) == video.path.read_bytes()
     stored = object_store.client.head_object(Bucket="avatars", Key=f"avatar/chosen/{key}")
     assert json.loads(stored["Metadata"][store_client.METADATA_NAME])["fingerprint"] == "first"
@@ -487,7 +489,7 @@ def test_the_record_of_a_chosen_key_lies_where_no_client_can_choose(
     thumbnail_path: Path,
 ) -> None:
     delivery = make_delivery(bucket, job_id="job-7", key="by-a-client.mp4")
-    told = delivery.deliver(video, thumbnail_path, "f", METADATA)
+    told = delivery.deliver(video, thumbnail_path, F, METADATA)
     delivery.keep_result({"output": {}})
 
     keys = object_store.keys()
@@ -503,7 +505,7 @@ def test_the_record_of_a_chosen_key_lies_where_no_client_can_choose(
 def test_the_same_request_of_another_job_is_another_video(
     make_input: Callable[..., dict[str, Any]],
 ) -> None:
-    def fingerprint(job_id: str) -> str:
+    def fingerprint(job_id: str) -> Fingerprint:
         return job_request.parse({"id": job_id, "input": make_input()}).fingerprint
 
     assert fingerprint("a") == fingerprint("a")
@@ -531,3 +533,79 @@ def test_a_result_is_kept_beside_its_video_and_removed_again(
 
 def test_where_there_is_no_bucket_no_result_is_kept(make_delivery: Callable[..., Delivery]) -> None:
     assert make_delivery(Settings()).keep_result({"output": {}}) is None
+
+
+# A request with an id of its own
+
+
+def as_request(make_input: Callable[..., dict[str, Any]], settings: Settings, **fields: Any) -> Any:
+    """The delivery of such a request, as another job each time."""
+    job = {"id": f"job-{time.monotonic_ns()}", "input": make_input(**fields)}
+    return Delivery.from_request(job_request.parse(job), settings)
+
+
+def test_its_objects_bear_its_id_in_a_folder_of_their_own(
+    make_input: Callable[..., dict[str, Any]], bucket: Settings
+) -> None:
+    keys = as_request(make_input, bucket, request_id="order-1").keys
+    assert dataclasses.astuple(keys) == (
+        "avatar/requests/order-1.mp4",
+        "avatar/requests/order-1.jpg",
+        "avatar/requests/order-1.mp4.json",
+        "avatar/requests/order-1.claim",
+        "avatar/requests/order-1.mp4",
+    )
+    with pytest.raises(InvalidInputError) as caught:  # a job's own could come to lie there
+        as_request(make_input, bucket, output={"prefix": "requests/order-1"})
+    assert caught.value.field == "output.prefix"
+
+
+def test_without_a_bucket_it_is_refused_by_its_field(
+    make_input: Callable[..., dict[str, Any]], bucket: Settings
+) -> None:
+    with pytest.raises(StorageNotConfiguredError, match="BUCKET_") as missing:
+        as_request(make_input, Settings(), request_id="order-1")
+    with pytest.raises(InvalidInputError, match=r"output\.delivery") as unused:
+        as_request(make_input, bucket, request_id="order-1", output={"delivery": "inline"})
+    assert missing.value.field == unused.value.field == "request_id"
+
+
+def test_it_is_known_by_what_was_sent_or_by_its_inputs_content(
+    make_input: Callable[..., dict[str, Any]], bucket: Settings, video: VideoFile
+) -> None:
+    first = as_request(make_input, bucket, request_id="known")
+    first.deliver(video, None, Fingerprint("sent", "content"), METADATA)
+
+    again = as_request(make_input, bucket, request_id="known")
+    for fingerprint in (Fingerprint("sent"), Fingerprint("other", "content")):
+        assert again.find_existing(fingerprint)["sha256"] == METADATA["sha256"]
+    assert again.find_existing(Fingerprint("other")) is None  # not known yet
+    with pytest.raises(InvalidInputError, match="another request") as caught:
+        again.find_existing(Fingerprint("other", "other"))
+    assert caught.value.field == "request_id"
+
+
+@pytest.mark.parametrize("looks_in_vain", [0, 1])  # or it came between the look and the upload
+def test_a_video_that_another_worker_has_put_there_meanwhile_is_the_answer(
+    make_input: Callable[..., dict[str, Any]],
+    bucket: Settings,
+    video: VideoFile,
+    monkeypatch: pytest.MonkeyPatch,
+    looks_in_vain: int,
+) -> None:
+    name = f"meanwhile-{looks_in_vain}"
+    own, other = (as_request(make_input, bucket, request_id=name) for _ in range(2))
+    told = other.deliver(video, None, F, METADATA)
+    find = Delivery.find_existing
+    looks: list[Fingerprint] = []
+
+    def look(self: Delivery, fingerprint: Fingerprint) -> Any:
+        looks.append(fingerprint)
+        return None if len(looks) <= looks_in_vain else find(self, fingerprint)
+
+    monkeypatch.setattr(Delivery, "find_existing", look)
+    answer = own.deliver(video, None, F, METADATA | {"sha256": "1" * 64, "seed": 8})
+
+    assert (answer["sha256"], answer["seed"]) == (METADATA["sha256"], METADATA["seed"])
+    assert answer["key"] == told["key"]
+    assert answer["reused"] is True

@@ -131,6 +131,33 @@ def test_two_deliveries_of_a_job_have_one_fingerprint_and_another_request_has_an
     assert parse(user_data=1, output={"key": "a.mp4"}).fingerprint == parse().fingerprint
 
 
+def test_a_request_with_an_id_has_one_fingerprint_whatever_its_job_is() -> None:
+    def fingerprint(job_id: str, **fields: Any) -> job_request.Fingerprint:
+        job = {"id": job_id, "input": {"image": IMAGE, "audio": AUDIO, **fields}}
+        return job_request.parse(job).fingerprint
+
+    same = fingerprint("a", request_id="order-1", seed=1)
+    life: Any = {"url_expires_seconds": 60, "delivery": "s3", "overwrite": True}
+    assert fingerprint("b", request_id="order-1", seed=1, output=life, user_data=1) == same
+    for change in ({"request_id": "order-2"}, {"seed": 2}, {"output": {"thumbnail": True}}):
+        assert fingerprint("a", **({"request_id": "order-1", "seed": 1} | change)) != same
+    assert fingerprint("order-1", seed=1) != same  # a job of that name
+
+
+@pytest.mark.parametrize("name", ["a", "Order-1_2.3", "6f1c1d5e-8f2a", "x" * 128])
+def test_a_request_id_is_taken_as_it_is(name: str) -> None:
+    assert parse(request_id=name).input.request_id == name
+
+
+@pytest.mark.parametrize(
+    "name", ["a/b", "../a", ".", "-a", "a b", "a\n", "ä", "a?b", "x" * 129, ["a"], {"a": 1}, True]
+)
+def test_a_request_id_that_cannot_stand_in_a_key_is_refused_by_its_field(name: Any) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        parse(request_id=name)
+    assert caught.value.field == "request_id"
+
+
 def test_an_id_that_cannot_stand_in_a_key_is_replaced() -> None:
     assert job_request.safe_id("sync-1a2b-e1") == "sync-1a2b-e1"
     for hostile in ["../../etc", "a\nb", "", None, "x" * 200, "\ud800"]:

@@ -26,6 +26,7 @@ class Proxy:
         self.failures: list[
             Any
         ] = []  # for the next requests: (status, code of the store) or seconds to wait
+        self.left_out: tuple[str, ...] = ()  # headers, in small letters, that do not pass
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -43,8 +44,13 @@ class Proxy:
                     headers: Mapping[str, str] = {}
                 else:
                     time.sleep(failure or 0)
+                    sent = {
+                        name: value
+                        for name, value in self.headers.items()
+                        if name.lower() not in proxy.left_out
+                    }
                     answer = requests.request(
-                        self.command, target + self.path, headers=dict(self.headers), data=body
+                        self.command, target + self.path, headers=sent, data=body
                     )
                     status, content, headers = answer.status_code, answer.content, answer.headers
                 self.send_response(status)

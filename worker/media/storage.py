@@ -4,9 +4,8 @@ The worker's one way to a store. `store_client` makes the calls; `store_proof` f
 job whether they will do.
 """
 
-import json
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,25 +17,19 @@ from avatar_client.contract.bucket import BucketSettings
 from avatar_client.contract.job_errors import InvalidInputError, StoreRefusedError
 from avatar_client.contract.request import OutputOptions
 from worker.media import store_client, store_proof
+from worker.media.claim import Claim
 from worker.media.store_client import (
-    METADATA_NAME,
     NO_PATIENCE,
     STORE_ERRORS,
     Patience,
     StoreClient,
+    StoredObject,
 )
 
-CHOSEN_FOLDER = "chosen"  # of the operator's bucket: what clients name lies apart
+# Of the operator's bucket: what clients name lies apart from what bears a job's id.
+CHOSEN_FOLDER, REQUESTS_FOLDER = "chosen", "requests"
 # What stores say that do not know `If-None-Match` on an upload.
 UNKNOWN_CONDITION = ("NotImplemented", "501", "InvalidArgument", "InvalidRequest", "400")
-
-
-@dataclass(frozen=True, slots=True)
-class StoredObject:
-    """An object that is there already."""
-
-    size_bytes: int
-    metadata: dict[str, Any]  # what `put` was given; empty for an object of other origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +39,9 @@ class ObjectKeys:
     video: str
     thumbnail: str
     result: str  # that the control plane did not take
+    # of a request with an id of its own:
+    claim: str | None = None  # while one of several workers makes it
+    remembered: str | None = None  # where its video lies if its id alone says where
 
 
 class ObjectExistsError(StoreRefusedError):
@@ -66,29 +62,50 @@ class Storage:
         self._client = StoreClient(bucket, allow_private=allow_private)
         self.bucket_name = self._client.bucket_name
 
-    def keys(self, output: OutputOptions, job_id: str) -> ObjectKeys:
+    def keys(self, output: OutputOptions, job_id: str, request_id: str | None = None) -> ObjectKeys:
         """Where the objects of a job lie.
 
-        What the worker names, it names by the job's id: nobody else's objects are there. In the
-        operator's bucket, the keys that clients choose lie in a folder of their own.
+        What the worker names, it names by the request's id or else by the job's: nobody else's
+        objects are there. In the operator's bucket, what bears a name that clients choose lies in
+        folders of its own.
 
         Raises:
-            InvalidInputError: a prefix that leads into that folder.
+            InvalidInputError: a prefix that leads into such a folder.
         """
-        folder = self._settings.key(output.prefix)
         is_shared = not self._settings.from_client
-        if is_shared and (output.prefix or "").split("/")[0] == CHOSEN_FOLDER:
+        first = (output.prefix or "").split("/")[0]
+        if is_shared and first in (CHOSEN_FOLDER, REQUESTS_FOLDER):
             raise InvalidInputError(
-                f"must not begin with {CHOSEN_FOLDER!r}, where the objects with a key of their "
-                "client's lie",
+                f"must not begin with {first!r}, where the objects lie that clients have named",
                 field="output.prefix",
             )
-        made = "/".join(part for part in (folder, job_id) if part)
+        chosen, requests = (CHOSEN_FOLDER, REQUESTS_FOLDER) if is_shared else (None, None)
+        if request_id is None:
+            made = self._settings.key(output.prefix, job_id)
+        else:
+            made = self._settings.key(requests, output.prefix, request_id)
         video = f"{made}.mp4"
         if output.key:
-            chosen = CHOSEN_FOLDER if is_shared else None
             video = self._settings.key(chosen, output.prefix, output.key)
-        return ObjectKeys(video=video, thumbnail=f"{made}.jpg", result=f"{made}.mp4.json")
+        keys = ObjectKeys(video=video, thumbnail=f"{made}.jpg", result=f"{made}.mp4.json")
+        if request_id is None:
+            return keys
+        # whatever else the request says, these two follow from its id
+        remembered = self._settings.key(requests, request_id)
+        return replace(keys, claim=f"{remembered}.claim", remembered=f"{remembered}.mp4")
+
+    def claim(self, keys: ObjectKeys, fingerprint: str, patience: Patience) -> Claim | None:
+        """What has one worker of all make a request; None where the store cannot say who.
+
+        Raises:
+            UploadError: the store refused or did not answer.
+        """
+        if keys.claim is None or not store_proof.honours_conditions(
+            self._client, keys.claim, patience
+        ):
+            return None
+        client = StoreClient(self._settings, allow_private=self._client.allow_private)
+        return Claim(client, keys.claim, fingerprint, is_kept=keys.video != keys.remembered)
 
     def put(
         self,
@@ -167,21 +184,7 @@ class Storage:
         Raises:
             UploadError: the store refused the credentials or did not answer.
         """
-        client = self._client
-        try:
-            answer = client.call(
-                lambda: client.s3.get_object(Bucket=self.bucket_name, Key=key), patience
-            )
-            # GET and not HEAD: an error of HEAD has no body, so a wrong secret key would look the
-            # same as a key that does not exist
-            answer["Body"].close()
-            return StoredObject(answer["ContentLength"], _parse_metadata(answer["Metadata"]))
-        except STORE_ERRORS as error:
-            # without the right to list, S3 denies access to a key that does not exist
-            if store_client.code(error) in ("NoSuchKey", "AccessDenied"):
-                self._require_own_key(error, key)
-                return None
-            raise client.failure(error) from error
+        return self._client.look(key, patience)
 
     def url(self, key: str, expires_seconds: int) -> str:
         """An address from which anyone can GET the object until it expires.
@@ -221,25 +224,3 @@ class Storage:
             UploadError: it cannot; says why.
         """
         store_proof.read_back(self._client, key, patience)
-
-    def _require_own_key(self, error: Exception, key: str) -> None:
-        """Returns unless the store says that it looked for another key than the one meant.
-
-        Raises:
-            StoreRefusedError: the endpoint's host stands for the bucket, in a way that cannot be
-                told from outside: the bucket's name would become a folder.
-        """
-        if store_client.told(error).get("Key") == f"{self.bucket_name}/{key}":
-            raise StoreRefusedError(
-                "the endpoint's host stands for the bucket already: objects would lie in a folder "
-                "of the bucket's name; give the store's own host",
-                field=self._client.field,
-            )
-
-
-def _parse_metadata(values: dict[str, str]) -> dict[str, Any]:
-    try:
-        metadata = json.loads(values.get(METADATA_NAME, "{}"))
-    except (ValueError, RecursionError):
-        return {}
-    return metadata if isinstance(metadata, dict) else {}

@@ -28,7 +28,11 @@ from botocore.exceptions import (
 from avatar_client.contract import bucket as stores
 from avatar_client.contract.bucket import BucketSettings
 from avatar_client.contract.bucket_session import session
-from avatar_client.contract.job_errors import InputDownloadError, UploadError
+from avatar_client.contract.job_errors import (
+    InputDownloadError,
+    StoreRefusedError,
+    UploadError,
+)
 from worker.media import download
 from worker.media.store_http import StoreHttp
 
@@ -69,6 +73,7 @@ RETRYABLE_CODES = {
     "XAmzContentSHA256Mismatch",  # a body that was damaged on its way
     "BadDigest",
 }
+UNMET_CONDITION = {"PreconditionFailed", "412", "NoSuchKey", "404"}
 RETRYABLE_STATUSES = {408, 425, 429, 500, 502, 503, 504, *range(520, 525)}
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 20.0  # each about twice as long
 
@@ -128,6 +133,15 @@ class Patience:
 
 
 NO_PATIENCE = Patience()
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """An object that is there already."""
+
+    size_bytes: int
+    etag: str  # another for each content
+    metadata: dict[str, Any]  # what it was put with; empty for an object of other origin
 
 
 class StoreClient:
@@ -215,6 +229,56 @@ class StoreClient:
         options = stores.upload_options(self.settings, content_type)
         return {**options, "Metadata": {METADATA_NAME: text}}
 
+    def look(self, key: str, patience: Patience) -> StoredObject | None:
+        """The object under the key, or None.
+
+        Raises:
+            UploadError: the store refused the credentials or did not answer.
+        """
+        try:
+            answer = self.call(
+                lambda: self.s3.get_object(Bucket=self.bucket_name, Key=key), patience
+            )
+            # GET and not HEAD: an error of HEAD has no body, so a wrong secret key would look the
+            # same as a key that does not exist
+            answer["Body"].close()
+            return StoredObject(
+                answer["ContentLength"],
+                str(answer.get("ETag", "")),
+                _parse_metadata(answer["Metadata"]),
+            )
+        except STORE_ERRORS as error:
+            # without the right to list, S3 denies access to a key that does not exist
+            if code(error) in ("NoSuchKey", "AccessDenied"):
+                self._require_own_key(error, key)
+                return None
+            raise self.failure(error) from error
+
+    def write_note(
+        self, key: str, note: dict[str, Any], patience: Patience, *, if_match: str | None = None
+    ) -> str | None:
+        """The ETag of a note, now that it is there; None: it was not to be written.
+
+        It is written where nothing is or, with `if_match`, over the note that has this ETag.
+
+        Raises:
+            UploadError: the store refused or did not answer.
+        """
+        # the ETag is made of the body, and what is read again is the metadata
+        body = json.dumps(note).encode()
+        options = self.upload_options("application/json", note)
+        condition: dict[str, Any] = {"IfMatch": if_match} if if_match else {"IfNoneMatch": "*"}
+        place: dict[str, Any] = {"Bucket": self.bucket_name, "Key": key}
+        try:
+            answer = self.call(
+                lambda: self.s3.put_object(**place, Body=body, **condition, **options), patience
+            )
+            return str(answer["ETag"])
+        except STORE_ERRORS as error:
+            if code(error) in UNMET_CONDITION:
+                return None
+            raise self.failure(error) from error
+
     def delete(self, key: str, version_id: str | None = None) -> None:
         """Removes an object, or a version of it; there need not be one.
 
@@ -242,9 +306,31 @@ class StoreClient:
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
+    def _require_own_key(self, error: Exception, key: str) -> None:
+        """Returns unless the store says that it looked for another key than the one meant.
+
+        Raises:
+            StoreRefusedError: the endpoint's host stands for the bucket, in a way that cannot be
+                told from outside: the bucket's name would become a folder.
+        """
+        if told(error).get("Key") == f"{self.bucket_name}/{key}":
+            raise StoreRefusedError(
+                "the endpoint's host stands for the bucket already: objects would lie in a folder "
+                "of the bucket's name; give the store's own host",
+                field=self.field,
+            )
+
     def _add_condition(self, params: dict[str, Any], **_: Any) -> None:
         if self.only_if_absent:
             params["headers"]["If-None-Match"] = "*"
+
+
+def _parse_metadata(values: dict[str, str]) -> dict[str, Any]:
+    try:
+        metadata = json.loads(values.get(METADATA_NAME, "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
 @cache

@@ -31,6 +31,7 @@ CONTENT_TYPE = "application/octet-stream"
 
 proofs: dict[str, float] = {}  # of what was proven, until when
 read_stores: set[str] = set()  # stores whose addresses have been read in this process's life
+conditional_stores: dict[str, bool] = {}  # whether they honour conditions, likewise
 
 
 def prove(client: StoreClient, key: str, patience: Patience) -> None:
@@ -73,6 +74,52 @@ def read_back(client: StoreClient, key: str, patience: Patience) -> None:
     if store not in read_stores:
         _read_a_byte(client, key, patience)
         read_stores.add(store)
+
+
+def honours_conditions(client: StoreClient, key: str, patience: Patience) -> bool:
+    """Whether the store writes only where nothing is, and only over what it was told; asked once.
+
+    Some stores refuse such a write and others do it whatever is there. A bucket that keeps whatever
+    is written is not asked.
+
+    Raises:
+        UploadError: the store did not answer.
+    """
+    store = client.identity("")
+    if store not in conditional_stores:
+        is_honoured = not _keeps_objects(client, patience) and _meets_conditions(
+            client, f"{key}.write-test-{uuid.uuid4().hex}", patience
+        )
+        if not is_honoured:
+            logger.warning(
+                "the object store knows no conditional writes: a request that two workers get at "
+                "the same time is made by both"
+            )
+        if len(conditional_stores) >= MAX_PROOFS:
+            conditional_stores.clear()
+        conditional_stores[store] = is_honoured
+    return conditional_stores[store]
+
+
+def _meets_conditions(client: StoreClient, key: str, patience: Patience) -> bool:
+    def is_written(number: int, if_match: str | None = None) -> bool:
+        if client.write_note(key, {"write": number}, patience, if_match=if_match) is not None:
+            return True
+        found = client.look(key, patience)  # by a try whose answer was lost
+        return found is not None and found.metadata == {"write": number}
+
+    try:
+        return (
+            is_written(1)
+            and not is_written(2)
+            and not is_written(3, if_match=f'"{"0" * 32}"')
+            and (found := client.look(key, patience)) is not None
+            and is_written(4, if_match=found.etag)
+        )
+    except StoreRefusedError:  # it has taken an object before: so it is the condition
+        return False
+    finally:
+        _is_removed(client, key, None)
 
 
 def _keeps_objects(client: StoreClient, patience: Patience) -> bool:

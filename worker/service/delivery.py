@@ -22,11 +22,12 @@ from avatar_client.contract.job_errors import (
     UploadError,
 )
 from avatar_client.contract.request import MAX_SEED
-from worker.media.storage import ObjectKeys, Storage
-from worker.media.store_client import NO_PATIENCE, Patience
+from worker.media.claim import ANOTHER_REQUEST, Claim
+from worker.media.storage import ObjectExistsError, ObjectKeys, Storage
+from worker.media.store_client import NO_PATIENCE, Patience, StoredObject
 from worker.media.video import VideoFile
 from worker.own_directory import own_directory
-from worker.service.job_request import JobRequest
+from worker.service.job_request import Fingerprint, JobRequest
 from worker.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,9 @@ NO_ADDRESS = dict.fromkeys(
 )
 
 
+NOT_OF_THE_REPLY = {"fingerprint", "content_fingerprint", "thumbnail"}
+
+
 class _StoredRecord(BaseModel):
     """What a video's object says of it: the metadata of its reply, and whose it is.
 
@@ -54,6 +58,7 @@ class _StoredRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     fingerprint: str
+    content_fingerprint: str = ""
     thumbnail: bool
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     size_bytes: Annotated[int, Field(ge=1)]
@@ -65,6 +70,12 @@ class _StoredRecord(BaseModel):
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)]
     warnings: list[str]
 
+    def is_of(self, fingerprint: Fingerprint) -> bool:
+        """Whether the video was made for this request."""
+        return self.fingerprint == fingerprint.sent or (
+            fingerprint.content is not None and self.content_fingerprint == fingerprint.content
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
@@ -74,7 +85,7 @@ class Delivery:
     keys: ObjectKeys
     expires_seconds: int
     max_inline_characters: int
-    is_key_chosen: bool = False  # by the client; else it follows from the job's id
+    is_key_chosen: bool = False  # by the client; else it follows from the request's or job's id
     may_overwrite: bool = False  # another job's object under the key
     may_fall_back: bool = False  # to the reply, if the store stays away
     patience: Patience = NO_PATIENCE
@@ -90,10 +101,23 @@ class Delivery:
         Raises:
             StorageNotConfiguredError: a bucket was asked for and none is set up.
             InputUrlBlockedError: the client's bucket lies at an address that must not be contacted.
-            InvalidInputError: as `Storage` and its `keys`.
+            InvalidInputError: as `Storage` and its `keys`; a request with an id that keeps nothing.
         """
         options = request.input.output
         bucket = request.bucket or settings.bucket
+        request_id = request.input.request_id
+        if request_id is not None and bucket is None:
+            raise StorageNotConfiguredError(
+                "needs a bucket, which remembers the request: set BUCKET_* on the endpoint, send "
+                "s3Config, or leave it out",
+                field="request_id",
+            )
+        if request_id is not None and options.delivery == "inline":
+            raise InvalidInputError(
+                "needs the video in the bucket, which remembers the request: let output.delivery "
+                "be 's3' or 'auto', or leave it out",
+                field="request_id",
+            )
         if options.delivery == "s3" and bucket is None:
             raise StorageNotConfiguredError(
                 "no bucket is set up: set BUCKET_* on the endpoint or send s3Config",
@@ -105,7 +129,11 @@ class Delivery:
             storage = Storage(bucket, allow_private=allow_private)
         return cls(
             storage=storage,
-            keys=storage.keys(options, request.job_id) if storage else ObjectKeys("", "", ""),
+            keys=(
+                storage.keys(options, request.job_id, request_id)
+                if storage
+                else ObjectKeys("", "", "")
+            ),
             expires_seconds=options.url_expires_seconds or settings.bucket_url_expires_seconds,
             max_inline_characters=request.max_inline_characters,
             is_key_chosen=options.key is not None,
@@ -146,46 +174,66 @@ class Delivery:
         if self.storage is not None:
             self.storage.prove(self.keys.video, self.patience)
 
-    def find_existing(self, fingerprint: str) -> dict[str, Any] | None:
-        """The video of an earlier run of this very job, as its reply told it; None: there is none.
+    def find_existing(self, fingerprint: Fingerprint) -> dict[str, Any] | None:
+        """The video of an earlier run of this very request, as its reply told it; None: none yet.
 
         Raises:
             InvalidInputError: under the key that the client chose lies what this job may not
-                replace.
+                replace, or another request has the same id.
             UploadError: the store refused the credentials or did not answer.
         """
-        stored = self.storage.head(self.keys.video, self.patience) if self.storage else None
-        if stored is None:
+        if self.storage is None:
             return None
-        try:
-            record = _StoredRecord.model_validate(stored.metadata)
-        except ValidationError:
-            record = None
-        if (
-            record is not None
-            and record.fingerprint == fingerprint
-            and record.size_bytes == stored.size_bytes
-        ):
-            metadata = record.model_dump(exclude={"fingerprint", "thumbnail"})
-            return metadata | self._addresses(has_thumbnail=record.thumbnail)
+        for key in dict.fromkeys((self.keys.video, self.keys.remembered or self.keys.video)):
+            stored = self.storage.head(key, self.patience)
+            if stored is None:
+                continue
+            record = _record(stored)
+            if key == self.keys.video and record is not None and record.is_of(fingerprint):
+                metadata = record.model_dump(exclude=NOT_OF_THE_REPLY)
+                return metadata | self._addresses(has_thumbnail=record.thumbnail)
+            self._require_own(key, fingerprint)
+        return None
+
+    def _require_own(self, key: str, fingerprint: Fingerprint) -> None:
+        """Returns if what lies there, and is another's, says nothing against this job.
+
+        Raises:
+            InvalidInputError: it does.
+        """
+        if self.keys.remembered is not None and fingerprint.content is None:
+            return  # it may prove to be the same request once its inputs are here
+        if key == self.keys.remembered:
+            raise InvalidInputError(ANOTHER_REQUEST, field="request_id")
         if self.is_key_chosen and not self.may_overwrite:
             raise InvalidInputError(
                 "another object lies there already; choose another key, or let "
                 "output.overwrite be true where the endpoint allows it",
                 field="output.key",
             )
-        return None
+
+    def claim(self, fingerprint: Fingerprint) -> Claim | None:
+        """What has one worker of all make this request; None: nobody else can have it.
+
+        Raises:
+            UploadError: the store refused or did not answer.
+        """
+        if self.storage is None or self.keys.claim is None:
+            return None
+        assert fingerprint.content is not None
+        return self.storage.claim(self.keys, fingerprint.content, self.patience)
 
     def deliver(
         self,
         video: VideoFile,
         thumbnail_path: Path | None,
-        fingerprint: str,
+        fingerprint: Fingerprint,
         metadata: dict[str, Any],
     ) -> dict[str, Any]:
         """The part of the reply that says where the video is, once it is there.
 
-        A store that stays away is waited for; then a video that fits goes into the reply.
+        A store that stays away is waited for; then a video that fits goes into the reply. Where
+        another worker has put the video of the same request there meanwhile, it is that one.
 
         Raises:
             UploadError: the store refused it or did not answer, and it does not fit.
@@ -193,8 +241,14 @@ class Delivery:
         if self.storage is None:
             return self._inline(video, thumbnail_path)
         try:
-            return self._upload(self.storage, video, thumbnail_path, fingerprint, metadata)
-        except UploadError as error:
+            return self._found_meanwhile(fingerprint) or self._upload(
+                self.storage, video, thumbnail_path, fingerprint, metadata
+            )
+        except (UploadError, InvalidInputError) as error:
+            if isinstance(error, ObjectExistsError) and (
+                existing := self._found_meanwhile(fingerprint)
+            ):
+                return existing
             fits = 4 * -(-video.size_bytes // 3) <= self.max_inline_characters
             if not self.may_fall_back or not fits:
                 raise
@@ -203,12 +257,17 @@ class Delivery:
             warnings = [*metadata["warnings"], warning]
             return self._inline(video, thumbnail_path) | {"warnings": warnings}
 
+    def _found_meanwhile(self, fingerprint: Fingerprint) -> dict[str, Any] | None:
+        """The video of this very request if another worker has put it there; else None."""
+        existing = self.find_existing(fingerprint) if self.keys.claim is not None else None
+        return existing and existing | {"reused": True}
+
     def _upload(
         self,
         storage: Storage,
         video: VideoFile,
         thumbnail_path: Path | None,
-        fingerprint: str,
+        fingerprint: Fingerprint,
         metadata: dict[str, Any],
     ) -> dict[str, Any]:
         has_thumbnail = thumbnail_path is not None
@@ -220,14 +279,20 @@ class Delivery:
                 patience=self.patience,
             )
         # the video last: whoever finds it finds the whole result
-        stored = metadata | {"fingerprint": fingerprint, "thumbnail": has_thumbnail}
+        stored = metadata | {
+            "fingerprint": fingerprint.sent,
+            "content_fingerprint": fingerprint.content or "",
+            "thumbnail": has_thumbnail,
+        }
         storage.put(
             video.path,
             self.keys.video,
             content_type="video/mp4",
             metadata=stored,
             patience=self.patience,
-            only_if_absent=self.is_key_chosen and not self.may_overwrite,
+            only_if_absent=(
+                not self.may_overwrite if self.is_key_chosen else self.keys.claim is not None
+            ),
         )
         storage.read_back(self.keys.video, self.patience)
         return self._addresses(has_thumbnail=has_thumbnail)
@@ -271,6 +336,15 @@ class Delivery:
             "video_base64": _base64_of(video.path),
             "thumbnail_base64": _base64_of(thumbnail_path) if thumbnail_path else None,
         }
+
+
+def _record(stored: StoredObject) -> _StoredRecord | None:
+    """What the object says of itself; None if it is none of ours, or another size."""
+    try:
+        record = _StoredRecord.model_validate(stored.metadata)
+    except ValidationError:
+        return None
+    return record if record.size_bytes == stored.size_bytes else None
 
 
 def _base64_of(path: Path) -> str:

@@ -4,12 +4,13 @@ All of it runs in the worker's thread. What the client gets is put together in `
 """
 
 import contextvars
+import hashlib
 import logging
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +22,7 @@ from PIL import Image
 from avatar_client.contract.job_errors import DeadlineExceededError, InvalidInputError
 from avatar_client.contract.presets import PRESETS
 from avatar_client.version import __version__
+from worker.media.claim import Claim
 from worker.media.inputs import Speech, load_portrait, load_speech
 from worker.media.store_client import Patience
 from worker.media.video import write_thumbnail, write_video
@@ -28,7 +30,7 @@ from worker.own_directory import own_directory
 from worker.service import machine, result
 from worker.service.delivery import Delivery
 from worker.service.estimate import JobPlan, ThroughputEstimator
-from worker.service.job_request import JobRequest, draw_seed
+from worker.service.job_request import Fingerprint, JobRequest, draw_seed
 from worker.service.progress import ProgressReporter
 from worker.settings import Settings
 from worker.shapes import VideoPlan, count_frames, fit_size
@@ -45,6 +47,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MIN_FACE_SHARE = 0.02  # of the image's short side: a smaller face has no latent of its own
+FIRST_LOOK_SECONDS, LONGEST_LOOK_SECONDS = 0.5, 5.0  # after another worker's video
 CHECK_SECONDS = 0.25  # between two looks whether a job that waits was stopped
 
 
@@ -65,6 +68,7 @@ class JobRun:
     _directory: Path | None = None  # of its files, while there are any
     _delivery: Delivery | None = None  # once it is decided
     _has_kept_result: bool = False
+    _claim: Claim | None = None  # on a request that other workers may have been given, too
     _sparsity: "SparseAttention | None" = None  # of the preset's attention, if it leaves keys out
 
     @property
@@ -87,9 +91,12 @@ class JobRun:
         Raises:
             JobStoppedError: it was cancelled.
             DeadlineExceededError: it takes longer than the operator allows.
+            UploadError: another worker makes the same request.
         """
         if self.stop.is_set():
             raise JobStoppedError
+        if self._claim is not None:
+            self._claim.require_held()
         limit_seconds = self.settings.job_timeout_seconds
         if limit_seconds and self.elapsed_seconds > limit_seconds:
             raise DeadlineExceededError(
@@ -136,14 +143,18 @@ class JobRun:
             return self._output(engine, existing | {"reused": True})
         self._abandonably(delivery.prove)
         machine.require_room(self._largest_inputs_bytes())
-        with own_directory("job") as directory:
+        with own_directory("job") as directory, ExitStack() as ending:
             self._directory = directory
             with self.stage("download"):
                 portrait, speech = self._fetch(directory)
                 engine.require_fits_memory(portrait, params.resolution)
                 delivery.require_fits_reply(speech.duration_seconds)
+            fingerprint = self._fingerprint_with_content(directory)
             plan = self._plan(portrait, speech)
             machine.require_room(plan.video_room_bytes)
+            existing = self._turn(delivery, fingerprint, ending)
+            if existing is not None:
+                return self._output(engine, existing | {"reused": True})
             if params.dry_run:
                 return self._dry_run_output(engine, throughput, delivery, plan, portrait, speech)
             seed = draw_seed() if params.seed is None else params.seed
@@ -171,7 +182,51 @@ class JobRun:
                 address = self._abandonably(
                     lambda: delivery.deliver(video, thumbnail_path, fingerprint, metadata)
                 )
+            if self._claim is not None:
+                self._claim.is_done = True
             return self._output(engine, metadata | address)
+
+    def _fingerprint_with_content(self, directory: Path) -> Fingerprint:
+        digests = []
+        for name in ("image", "audio"):
+            with (directory / name).open("rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+        return self.request.fingerprint_with(*digests)
+
+    def _turn(
+        self, delivery: Delivery, fingerprint: Fingerprint, ending: ExitStack
+    ) -> dict[str, Any] | None:
+        """The video of this request if another job has made it; None: this one makes it now.
+
+        While another one does, it is waited for. Where a request has no id there is no other.
+        """
+        if self.request.input.request_id is None:
+            return None
+        if self.request.input.dry_run:
+            self._abandonably(lambda: delivery.find_existing(fingerprint))  # or a refusal
+            return None
+        claim = self._abandonably(lambda: delivery.claim(fingerprint))
+        if claim is not None:
+            ending.callback(claim.release)
+        pause_seconds = FIRST_LOOK_SECONDS
+        while True:
+            existing = self._abandonably(lambda: delivery.find_existing(fingerprint))
+            if existing is not None and claim is not None:
+                claim.is_done = True
+            if existing is not None or claim is None or self._claim is not None:
+                return existing
+            if self._abandonably(lambda: claim.take(delivery.patience)):
+                self._claim = claim  # and look once more: it may have been given up for a video
+            else:
+                self.progress.update(0.0, message="Waiting for the worker that makes this video")
+                self._pause(pause_seconds)
+                pause_seconds = min(1.5 * pause_seconds, LONGEST_LOOK_SECONDS)
+
+    def _pause(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            self.check()
+            time.sleep(min(left, CHECK_SECONDS))
 
     def _abandonably(self, call: Callable[[], T]) -> T:
         """The result of a call that may hang: of a store that answers a byte a second, say.

@@ -30,6 +30,18 @@ PLACE_OF_BUCKET = (
 )
 
 
+# What of `output` says where and for how long, and nothing of the video.
+NOT_OF_THE_VIDEO = {"delivery", "url_expires_seconds", "overwrite"}
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """Equal for two deliveries of one request; another for any other request, however alike."""
+
+    sent: str  # with the inputs as the client sent them, addresses as such
+    content: str | None = None  # with what the inputs are; None until they have been fetched
+
+
 @dataclass(frozen=True, slots=True)
 class JobRequest:
     """One checked job."""
@@ -44,12 +56,26 @@ class JobRequest:
         return MAX_INLINE_CHARACTERS["runsync" if self.job_id.startswith("sync-") else "run"]
 
     @property
-    def fingerprint(self) -> str:
-        """Equal for two deliveries of one job; another for any other job, however alike."""
+    def fingerprint(self) -> Fingerprint:
+        """As far as it is known before anything is fetched."""
+        sources = (self.input.image, self.input.audio)
+        sent = self._fingerprint([source.digest for source in sources])
+        has_addresses = any(source.url is not None for source in sources)
+        return Fingerprint(sent, None if has_addresses else sent)
+
+    def fingerprint_with(self, image_sha256: str, audio_sha256: str) -> Fingerprint:
+        """The same with the inputs' content. An address may be another at each sending."""
+        content = self._fingerprint([image_sha256, audio_sha256])
+        return Fingerprint(self.fingerprint.sent, content)
+
+    def _fingerprint(self, digests: list[str]) -> str:
         params = self.input.model_dump(mode="json", include=set(GenerationParams.model_fields))
-        sources = [self.input.image.digest, self.input.audio.digest]
-        text = json.dumps([self.job_id, params, sources], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        identity: list[Any] = [self.job_id]
+        if self.input.request_id is not None:  # whoever sends it again may send another
+            output = self.input.output.model_dump(mode="json", exclude=NOT_OF_THE_VIDEO)
+            identity = ["request", self.input.request_id, output]
+        text = json.dumps([identity, params, digests], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def parse(job: dict[str, Any]) -> JobRequest:

@@ -85,6 +85,7 @@ def video_output(
 ) -> dict[str, Any]:
     """The reply to a job whose video has been delivered."""
     return {
+        "request_id": params.request_id,
         **video,
         "content_type": "video/mp4",
         "parameters": params.model_dump(mode="json", include=TOLD_PARAMETERS),
