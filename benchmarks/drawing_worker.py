@@ -39,6 +39,9 @@ class Drawing:
     def encode(self, portrait: Any, waveform: Any, params: Any) -> Any:
         return SimpleNamespace(warnings=())
 
+    def identity(self, params: Any) -> SimpleNamespace:
+        return SimpleNamespace(weights="", code="", arithmetic="", gpu="")
+
     def sparse_attention(self, params: Any, seed: int) -> None: ...
 
     def denoise(
@@ -48,6 +51,8 @@ class Drawing:
         seed: int,
         on_step: Callable[[int, int], None],
         sparsity: Any,
+        state: Any,
+        on_state: Any,
     ) -> int:
         for step in range(params.num_inference_steps):
             on_step(step + 1, params.num_inference_steps)

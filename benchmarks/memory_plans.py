@@ -23,7 +23,7 @@ from worker.generation.denoiser import Denoiser, Step
 from worker.generation.engine import load_pipeline
 from worker.generation.options import DenoiseOptions
 from worker.generation.pipeline import HunyuanVideoAvatarPipeline
-from worker.generation.sampling import prepare_latents
+from worker.generation.sampling import prepare_latents, unrepeatable_generator
 from worker.loading import loader
 from worker.loading.offload import (
     DECODER_SCRATCH_BYTES,
@@ -79,7 +79,9 @@ def measure(pipeline: HunyuanVideoAvatarPipeline, size: FrameSize) -> dict[str, 
             width=size.width,
         )
     )
-    latents, reference = prepare_latents(conditioning, pipeline.vae.config.scaling_factor)
+    latents, reference = prepare_latents(
+        conditioning, pipeline.vae.config.scaling_factor, unrepeatable_generator()
+    )
     branches = cfg_branches(conditioning, uses_cfg=True)
     denoiser = Denoiser(
         transformer=pipeline.transformer,

@@ -10,7 +10,7 @@ import urllib.request
 from typing import Any, Literal
 from urllib.parse import SplitResult, urlsplit
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 
 from avatar_client.environment import BucketVariables, FromEnvironment
 
@@ -95,6 +95,24 @@ class _JobSettings(FromEnvironment):
         allow_inf_nan=False,
         description="For how long a finished job's result is sent again where RunPod does not take "
         "it, in seconds. No further job is taken meanwhile.",
+    )
+    resume_interval_seconds: float = Field(
+        default=120.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="How often the state of a running job is kept, from which it goes on after the "
+        "worker was lost, in seconds. 0: never.",
+    )
+    resume_dir: str = Field(
+        default="",
+        description="Directory for these states, which must outlive the worker. Empty: on "
+        "`/runpod-volume` if a network volume is mounted there, else in the operator's bucket.",
+    )
+    resume_secret: SecretStr | None = Field(
+        default=None,
+        min_length=16,
+        description="What proves these states to be the worker's own, at least 16 characters, the "
+        "same for all workers. Empty: it follows from `BUCKET_SECRET_ACCESS_KEY`.",
     )
 
 

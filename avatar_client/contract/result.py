@@ -41,6 +41,9 @@ class Metrics(TypedDict):
     attention_density: NotRequired[float]
     attention_error: NotRequired[float]
     attention_fallbacks: NotRequired[int]
+    # of a job that an earlier worker had begun: steps that were not done again, and their seconds
+    resumed_from_step: NotRequired[int]
+    seconds_saved: NotRequired[float]
     model_load_seconds: float | None  # of this worker's start
     model_load_bytes: int | None
     model_load_gigabytes_per_second: float | None

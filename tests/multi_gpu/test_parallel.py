@@ -7,6 +7,7 @@ import torch
 
 from avatar_client.contract import job_errors
 from tests.multi_gpu.jobs import NUM_STEPS, SIDE, TWO, assert_as_alone, conditioning, params
+from worker.generation.denoising_state import DenoisingState
 from worker.generation.engine import Engine
 
 
@@ -71,3 +72,12 @@ def test_the_other_rank_computes_half_of_the_passes(engine: Engine) -> None:
     finally:
         hook.remove()
     assert len(own) == 5
+
+
+def test_all_ranks_go_on_from_the_state_of_the_first(engine: Engine) -> None:
+    states: list[DenoisingState] = []
+    job = (conditioning(engine), params(), 7)
+    whole = engine.denoise(*job, on_state=states.append)
+    assert len(states) > 2
+    for state in (states[1], states[-1]):
+        assert torch.equal(engine.denoise(*job, state=state), whole)

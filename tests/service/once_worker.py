@@ -27,6 +27,8 @@ class CountingDrawing(drawing_worker.Drawing):
         seed: int,
         on_step: Callable[[int, int], None],
         sparsity: Any,
+        state: Any,
+        on_state: Any,
     ) -> int:
         with BEGUN.open("a") as file:
             file.write(f"{os.getpid()} {params.prompt}\n")

@@ -44,13 +44,13 @@ def denoising_steps(
     """The steps of a run, in order.
 
     Raises:
-        ValueError: unusable steps.
+        ValueError: unusable steps, or a first one that needs what one before it has computed.
     """
     count = options.num_inference_steps
     cached = set(range(count)) - resolve_computed_steps(options.computed_steps, count)
     sigmas, timesteps = sampling.noise_levels(scheduler, count, options.flow_shift)
     timesteps = timesteps.to(device)
-    return [
+    steps = [
         Step(
             index=index,
             timestep=timesteps[index : index + 1],
@@ -61,6 +61,14 @@ def denoising_steps(
         )
         for index in range(count)
     ]
+    if not can_begin_at(steps, options.first_step):
+        raise ValueError(f"first_step must be a computed step or {count}, not {options.first_step}")
+    return steps
+
+
+def can_begin_at(steps: Sequence[Step], index: int) -> bool:
+    """Whether the steps from this one on need latents alone; none need nothing."""
+    return index == len(steps) or (0 <= index < len(steps) and not steps[index].reads_cache)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,12 +20,18 @@ from avatar_client.contract import job_errors
 from avatar_client.contract.request import GenerationParams
 from worker.generation.cfg import uses_cfg
 from worker.generation.conditioning import Conditioning
+from worker.generation.denoising_state import (
+    DenoisingState,
+    ModelIdentity,
+    OnState,
+    code_fingerprint,
+)
 from worker.generation.face import TorchScriptFaceDetector
 from worker.generation.options import DenoiseOptions
 from worker.generation.pipeline import HunyuanVideoAvatarPipeline, OnStep
 from worker.generation.prefetch import prefetch
 from worker.generation.torchscript import NoArithmeticError
-from worker.loading import loader, model_directory
+from worker.loading import loader, manifest, model_directory
 from worker.loading.offload import (
     DECODER_SCRATCH_BYTES,
     GIB,
@@ -73,6 +79,7 @@ class Engine:
     has_float8: bool = False  # whether the linear layers can compute in 8 bits here
     has_sparse_attention: bool = False  # whether attention can leave blocks of keys out here
     ranks: RankController | None = None  # of the other GPUs; None: there are none
+    weights: str = ""  # the fingerprint of the model directory
 
     @classmethod
     def start(cls, settings: Settings) -> "Engine":
@@ -150,7 +157,16 @@ class Engine:
         # Its tensors are in no memory plan: where weights have to make room, all keys are seen.
         has_room = plan is not None and plan.all_resident
         has_sparse_attention = has_room and sparse_attention_works(device)
-        engine = cls(pipeline, device, load_seconds, report, plan, has_float8, has_sparse_attention)
+        engine = cls(
+            pipeline,
+            device,
+            load_seconds,
+            report,
+            plan,
+            has_float8,
+            has_sparse_attention,
+            weights=manifest.fingerprint(location.path),
+        )
         if device.type == "cuda":
             engine.warm_up()
         return engine
@@ -228,21 +244,45 @@ class Engine:
         seed: int,
         on_step: OnStep | None = None,
         sparsity: SparseAttention | None = None,
+        state: DenoisingState | None = None,
+        on_state: OnState | None = None,
     ) -> torch.Tensor:
         """Latents of the video, from all ranks that it has work for.
 
         `on_step(step, num_steps)` may raise to stop between two steps. `sparsity`, from
-        `sparse_attention`, tells afterwards what this rank's attention left out.
+        `sparse_attention`, tells afterwards what this rank's attention left out. `on_state` is
+        given the states that a later call goes on from as its `state`; it must not wait.
         """
         options = self._options(params)
+        if state is not None:
+            options = replace(options, first_step=state.step)
         job: AbstractContextManager[BranchParallel] = nullcontext(NoParallel())
         if self.ranks is not None:
             job = self.ranks.job(conditioning, options, seed, _num_cfg_branches(params))
         with _failures_as_ours(), job as parallel:
-            latents = self.denoise_part(conditioning, options, seed, parallel, on_step, sparsity)
+            latents = self.denoise_part(
+                conditioning, options, seed, parallel, on_step, sparsity, state, on_state
+            )
             if not torch.isfinite(latents).all():
                 raise job_errors.GenerationError("the model computed no numbers")
             return latents
+
+    def identity(self, params: GenerationParams) -> ModelIdentity:
+        """What a state of such a video must agree with to go on here."""
+        options = self._options(params)
+        dtypes = [f"{name} {getattr(self.pipeline, name).dtype}" for name in ("transformer", "vae")]
+        arithmetic = [
+            self.device.type,
+            *dtypes,
+            f"float8 {options.float8}",
+            f"attention {options.attention_tolerance or 'exact'}",
+        ]
+        return ModelIdentity(
+            weights=self.weights,
+            code=code_fingerprint(),
+            arithmetic=", ".join(arithmetic),
+            gpu=self.gpu_name or "CPU",
+        )
 
     def sparse_attention(self, params: GenerationParams, seed: int) -> SparseAttention | None:
         """The sparse attention of one video; None: all of it is computed."""
@@ -262,6 +302,8 @@ class Engine:
         parallel: BranchParallel,
         on_step: OnStep | None = None,
         sparsity: SparseAttention | None = None,
+        state: DenoisingState | None = None,
+        on_state: OnState | None = None,
     ) -> torch.Tensor:
         """The same, by what this rank does of it. The other ranks do no more; raises as torch."""
         generator = torch.Generator(self.device).manual_seed(seed)
@@ -272,6 +314,8 @@ class Engine:
             on_step=on_step,
             parallel=parallel,
             sparsity=sparsity,
+            state=state,
+            on_state=on_state,
         )
 
     def decode_frames(

@@ -26,6 +26,7 @@ class DenoiseOptions:
     attention_tolerance: float | None = None
     # What the latents are rounded to after each step; None: bfloat16, as in the reference.
     latents_dtype: torch.dtype | None = None
+    first_step: int = 0  # the steps before it were done in an earlier run
 
     @classmethod
     def from_params(

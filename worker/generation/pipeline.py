@@ -32,7 +32,8 @@ from worker.generation.conditioning import (
     require_box,
     require_waveform,
 )
-from worker.generation.denoiser import Denoiser, denoising_steps
+from worker.generation.denoiser import Denoiser, can_begin_at, denoising_steps
+from worker.generation.denoising_state import DenoisingState, OnState
 from worker.generation.face import TorchScriptFaceDetector, largest_face
 from worker.generation.image import face_mask, resize, scale_box, to_llava_pixels, to_pixels
 from worker.generation.options import DenoiseOptions
@@ -42,7 +43,7 @@ from worker.generation.pipeline_output import (
     as_output,
     require_output_type,
 )
-from worker.generation.sampling import prepare_latents
+from worker.generation.sampling import prepare_latents, unrepeatable_generator
 from worker.generation.text import (
     NEGATIVE_PROMPT,
     PROMPT_PREFIX,
@@ -300,8 +301,10 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
         on_step: OnStep | None = None,
         parallel: BranchParallel | None = None,
         sparsity: SparseAttention | None = None,
+        state: DenoisingState | None = None,
+        on_state: OnState | None = None,
     ) -> Tensor:
-        """Latents of the video (1, C, kept latents, h, w), still scaled, from noise.
+        """Latents of the video (1, C, kept latents, h, w), still scaled, from noise or a state.
 
         Args:
             conditioning: what `encode` returned.
@@ -311,17 +314,23 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
                 step counted from 1; what it raises ends the loop and reaches the caller.
             parallel: the other ranks that run this loop too; rank 0's noise counts.
             sparsity: as the options ask for it, for one who reads its report.
+            state: what `on_state` was given after `options.first_step` steps; needed on rank 0
+                alone, whose latents count.
+            on_state: called before `on_step`, after each step from which a state can go on.
 
         Raises:
-            ValueError: noise of another shape; unusable steps.
+            ValueError: noise or a state of another shape; unusable steps.
         """
         parallel = parallel or NoParallel()
         scaling_factor = self.vae.config.scaling_factor
+        generator = generator or unrepeatable_generator()
         noise = prepare_latents(conditioning, scaling_factor, generator, latents, reference_noise)
+        if state is not None:
+            noise = state.restored(like=noise, generator=generator)
         latents, reference_latents = map(parallel.broadcast, noise)
         steps = denoising_steps(options, self.scheduler, latents.device)
         if sparsity is None and options.attention_tolerance is not None:
-            seed = generator.initial_seed() if generator is not None else 0
+            seed = generator.initial_seed()
             sparsity = SparseAttention(options.attention_tolerance, seed, latents.device)
         denoiser = self.denoiser_class(
             transformer=self.transformer,
@@ -333,11 +342,16 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
             sparsity=sparsity,
         )
         with self.in_use("transformer"), self.progress_bar(total=len(steps)) as progress:
-            for step in steps:
+            progress.update(options.first_step)
+            for step in steps[options.first_step :]:
                 parallel.begin_step()
                 latents = denoiser.step(latents, step)
                 progress.update()
                 parallel.end_step()
+                if on_state is not None and can_begin_at(steps, step.index + 1):
+                    on_state(
+                        DenoisingState.of(step.index + 1, latents, reference_latents, generator)
+                    )
                 if on_step is not None:
                     on_step(step.index + 1, len(steps))
         return latents[:, :, : conditioning.plan.kept_latents]

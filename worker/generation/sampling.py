@@ -42,10 +42,17 @@ def draw_noise(
     return noise.to(device, torch.float32)
 
 
+def unrepeatable_generator() -> torch.Generator:
+    """One that the system has seeded; the global generator stays untouched."""
+    generator = torch.Generator()
+    generator.seed()
+    return generator
+
+
 def prepare_latents(
     conditioning: Conditioning,
     scaling_factor: float,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator,
     latents: Tensor | None = None,
     reference_noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # (1, C, T, h, w), (1, C, 33, h, w)
@@ -53,16 +60,13 @@ def prepare_latents(
 
     Args:
         scaling_factor: of the autoencoder's latents.
-        generator: draws the noise, then the portrait's; None draws unrepeatable noise.
+        generator: draws the noise, then the portrait's.
         latents: the noise instead, (1, C, plan.noise_latents, h, w).
         reference_noise: the noise in the portrait's latents instead, (1, C, 33, h, w).
 
     Raises:
         ValueError: noise of another shape.
     """
-    if generator is None:
-        generator = torch.Generator()
-        generator.seed()  # from the system: the global generator stays untouched
     plan = conditioning.plan
     mean, std = conditioning.reference_mean, conditioning.reference_std
     _, channels, _, *size = mean.shape

@@ -15,6 +15,7 @@ from worker import atomic_file
 
 NAME = "manifest.json"
 JOURNAL = "unfinished.json"  # stands in a directory until its manifest does
+NUM_PARTS, PART_BYTES = 16, 2**16  # of a file of weights, for the fingerprint without a manifest
 
 
 def write(model_dir: Path, content: Mapping[str, Any]) -> None:
@@ -41,6 +42,26 @@ def read(model_dir: Path) -> dict[str, Any] | None:
     if not unchanged:
         raise ValueError(f"{path} was changed or cut")
     return content
+
+
+def fingerprint(model_dir: Path) -> str:
+    """Another one for other weights.
+
+    Without a manifest it is of parts of each file that holds weights, spread over its length: so
+    it misses a change of few values.
+    """
+    content = read(model_dir)
+    if content is not None:
+        return hashlib.sha256(json.dumps(content["files"], sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for path in sorted(model_dir.glob("*/*.safetensors")):
+        size_bytes = path.stat().st_size
+        digest.update(f"{path.relative_to(model_dir)} {size_bytes}\0".encode())
+        with path.open("rb") as file:
+            for part in range(NUM_PARTS):
+                file.seek(size_bytes * part // NUM_PARTS)
+                digest.update(file.read(PART_BYTES))
+    return digest.hexdigest()
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -178,6 +178,46 @@ class Storage:
         """
         self._client.delete(key)
 
+    def get(self, key: str, max_bytes: int, patience: Patience = NO_PATIENCE) -> bytes | None:
+        """The content of an object, or None if there is none.
+
+        Raises:
+            UploadError: the store refused or did not answer, or the object is larger.
+        """
+        client = self._client
+
+        def get() -> bytes:
+            answer = client.s3.get_object(Bucket=self.bucket_name, Key=key)
+            content: bytes = answer["Body"].read()  # which compares its length
+            return content
+
+        try:
+            return client.call(get, patience, max_content_bytes=max_bytes)
+        except STORE_ERRORS as error:
+            if store_client.code(error) in store_client.MISSING:
+                return None
+            raise client.failure(error) from error
+
+    def ages(self, prefix: str) -> dict[str, float]:
+        """Keys below a prefix, at most a thousand, and the seconds since each was written.
+
+        Raises:
+            UploadError: the store refused or did not answer.
+        """
+        client = self._client
+        now = datetime.now(UTC)
+        try:
+            answer = client.call(
+                lambda: client.s3.list_objects_v2(Bucket=self.bucket_name, Prefix=prefix),
+                NO_PATIENCE,
+            )
+            return {
+                each["Key"]: (now - each["LastModified"]).total_seconds()
+                for each in answer.get("Contents", [])
+            }
+        except STORE_ERRORS as error:
+            raise client.failure(error) from error
+
     def head(self, key: str, patience: Patience = NO_PATIENCE) -> StoredObject | None:
         """The object under the key, or None.
 

@@ -73,6 +73,8 @@ RETRYABLE_CODES = {
     "XAmzContentSHA256Mismatch",  # a body that was damaged on its way
     "BadDigest",
 }
+# Of a key that is not there: without the right to list, S3 denies access to it.
+MISSING = {"NoSuchKey", "AccessDenied"}
 UNMET_CONDITION = {"PreconditionFailed", "412", "NoSuchKey", "404"}
 RETRYABLE_STATUSES = {408, 425, 429, 500, 502, 503, 504, *range(520, 525)}
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 20.0  # each about twice as long
@@ -184,18 +186,25 @@ class StoreClient:
         for operation in ("PutObject", "CompleteMultipartUpload"):
             events.register(f"before-call.s3.{operation}", self._add_condition)
 
-    def call(self, call: Callable[[], T], patience: Patience, num_bytes: int = 0) -> T:
+    def call(
+        self,
+        call: Callable[[], T],
+        patience: Patience,
+        num_bytes: int = 0,
+        max_content_bytes: int = 0,
+    ) -> T:
         """The result of calls of `s3`, which are tried for as long as patience lasts.
 
         Args:
             num_bytes: of the file that is sent.
+            max_content_bytes: of an object that is read; 0: none of it is.
 
         Raises:
             one of STORE_ERRORS: of the last try, or one that no further try mends.
         """
 
         def one_try() -> T:
-            self._http.begin(num_bytes, patience.check)
+            self._http.begin(num_bytes, patience.check, max_content_bytes)
             return call()
 
         return patience.of(one_try, STORE_ERRORS, is_retryable)
@@ -248,8 +257,7 @@ class StoreClient:
                 _parse_metadata(answer["Metadata"]),
             )
         except STORE_ERRORS as error:
-            # without the right to list, S3 denies access to a key that does not exist
-            if code(error) in ("NoSuchKey", "AccessDenied"):
+            if code(error) in MISSING:
                 self._require_own_key(error, key)
                 return None
             raise self.failure(error) from error

@@ -46,16 +46,19 @@ class StoreHttp:
         self._host = host
         self._field = field
         self._wait = Wait(ANSWER_SECONDS, nothing_to_check)
+        self._max_content_bytes = 0
         self._pool = connection_pool(Rule(field, allow_private), self._wait)
         weakref.finalize(self, self._pool.close)  # botocore's clients are not closed by hand
 
-    def begin(self, num_bytes: int, check: Callable[[], None]) -> None:
+    def begin(self, num_bytes: int, check: Callable[[], None], max_content_bytes: int = 0) -> None:
         """Sets the deadline of the next call and all its requests, and what may stop it.
 
         Args:
             num_bytes: that are sent with it.
             check: is asked at least every half second; what it raises ends the call.
+            max_content_bytes: of an object; 0: none of it is read.
         """
+        self._max_content_bytes = max_content_bytes
         self._wait.begin(ANSWER_SECONDS + num_bytes / BYTES_PER_SECOND, check)
 
     def send(self, request: AWSPreparedRequest, **_: Any) -> AWSResponse:
@@ -102,18 +105,20 @@ class StoreHttp:
         )
         response = self._pool.handle_request(sent)
         try:
-            is_read = not request.stream_output or response.status >= 300
-            content = self._read(response) if is_read else b""
+            is_answer = not request.stream_output or response.status >= 300
+            max_bytes = MAX_ANSWER_BYTES if is_answer else self._max_content_bytes
+            content = self._read(response, max_bytes) if max_bytes else b""
         finally:
             response.close()
         told = HTTPHeaders.from_pairs(_text(response.headers))
         return AWSResponse(request.url, response.status, told, _Raw(content))
 
-    def _read(self, response: httpcore.Response) -> bytes:
+    @staticmethod
+    def _read(response: httpcore.Response, max_bytes: int) -> bytes:
         content = bytearray()
         for chunk in response.iter_stream():
             content += chunk
-            if len(content) > MAX_ANSWER_BYTES:
+            if len(content) > max_bytes:
                 raise ConnectionAbortedError
         return bytes(content)
 

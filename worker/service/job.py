@@ -6,6 +6,7 @@ All of it runs in the worker's thread. What the client gets is put together in `
 import contextvars
 import hashlib
 import logging
+import math
 import shutil
 import threading
 import time
@@ -32,6 +33,7 @@ from worker.service.delivery import Delivery
 from worker.service.estimate import JobPlan, ThroughputEstimator
 from worker.service.job_request import Fingerprint, JobRequest, draw_seed
 from worker.service.progress import ProgressReporter
+from worker.service.resume import JobState, Resumption
 from worker.settings import Settings
 from worker.shapes import VideoPlan, count_frames, fit_size
 
@@ -54,6 +56,8 @@ CHECK_SECONDS = 0.25  # between two looks whether a job that waits was stopped
 class JobStoppedError(Exception):
     """The client cancelled the job: nothing is posted."""
 
+    retryable = False
+
 
 @dataclass(slots=True)
 class JobRun:
@@ -70,6 +74,7 @@ class JobRun:
     _has_kept_result: bool = False
     _claim: Claim | None = None  # on a request that other workers may have been given, too
     _sparsity: "SparseAttention | None" = None  # of the preset's attention, if it leaves keys out
+    _state: JobState | None = None  # once there is something to restore or to keep
 
     @property
     def elapsed_seconds(self) -> float:
@@ -122,8 +127,13 @@ class JobRun:
         if self._delivery is not None and self._has_kept_result:
             self._delivery.drop_kept_result()
 
-    def execute(self, engine: "Engine", throughput: ThroughputEstimator) -> dict[str, Any]:
-        """What the client gets. No file stays behind.
+    def execute(
+        self,
+        engine: "Engine",
+        throughput: ThroughputEstimator,
+        resumption: Resumption | None = None,
+    ) -> dict[str, Any]:
+        """What the client gets. No file stays behind, but for a state if the job may come again.
 
         Raises:
             WorkerError: the job cannot be served, or failed.
@@ -157,34 +167,74 @@ class JobRun:
                 return self._output(engine, existing | {"reused": True})
             if params.dry_run:
                 return self._dry_run_output(engine, throughput, delivery, plan, portrait, speech)
-            seed = draw_seed() if params.seed is None else params.seed
-            conditioning, latents = self._denoise(engine, plan, portrait, speech, seed)
-            throughput.record(plan.flops, self.stage_seconds["denoise_seconds"])
-            # closed, or a stopped job's frames are still decoded while the next job begins
-            with (
-                self.stage("decode"),
-                closing(engine.decode_frames(conditioning, latents)) as frames,
-            ):
-                thumbnail_path = directory / "thumbnail.jpg" if params.output.thumbnail else None
-                video = write_video(
-                    directory / "video.mp4",
-                    self._watched(frames, plan.video.num_frames, thumbnail_path),
-                    fps=params.fps,
-                    height=plan.size.height,
-                    width=plan.size.width,
-                    recording=speech.recording,
-                    metadata={"seed": str(seed), "worker": __version__},
-                    max_bytes=delivery.max_bytes,
+            with self._resumable(engine, plan, portrait, speech, resumption):
+                return self._generate(
+                    engine, throughput, delivery, fingerprint, plan, portrait, speech
                 )
-            warnings = (*speech.warnings, *conditioning.warnings)
-            metadata = result.video_metadata(params, plan, video, seed, warnings)
-            with self.stage("upload"):
-                address = self._abandonably(
-                    lambda: delivery.deliver(video, thumbnail_path, fingerprint, metadata)
-                )
-            if self._claim is not None:
-                self._claim.is_done = True
-            return self._output(engine, metadata | address)
+
+    def _resumable(
+        self,
+        engine: "Engine",
+        plan: JobPlan,
+        portrait: Image.Image,
+        speech: Speech,
+        resumption: Resumption | None,
+    ) -> JobState:
+        """The state of an earlier try of this job, if there is one, and of this try."""
+        state = self._state = JobState(resumption, plan.num_inference_steps)
+        if resumption is not None:
+            name = resumption.name(self.request, portrait, speech.waveform)
+            identity = engine.identity(self.request.input)
+            state.restore(name, identity, self._abandonably, self.check)
+        if state.seed is None:
+            seed = self.request.input.seed
+            state.seed = draw_seed() if seed is None else seed
+        return state
+
+    def _generate(
+        self,
+        engine: "Engine",
+        throughput: ThroughputEstimator,
+        delivery: Delivery,
+        fingerprint: Fingerprint,
+        plan: JobPlan,
+        portrait: Image.Image,
+        speech: Speech,
+    ) -> dict[str, Any]:
+        """The reply to a job, once its video is made and delivered."""
+        params, state, directory = self.request.input, self._state, self._directory
+        assert state is not None
+        assert state.seed is not None
+        assert directory is not None
+        conditioning, latents = self._denoise(engine, plan, portrait, speech, state)
+        flops = plan.flops * (1 - plan.share_done(state.first_step))
+        if flops:
+            throughput.record(flops, self.stage_seconds["denoise_seconds"])
+        # closed, or a stopped job's frames are still decoded while the next job begins
+        with (
+            self.stage("decode"),
+            closing(engine.decode_frames(conditioning, latents)) as frames,
+        ):
+            thumbnail_path = directory / "thumbnail.jpg" if params.output.thumbnail else None
+            video = write_video(
+                directory / "video.mp4",
+                self._watched(frames, plan.video.num_frames, thumbnail_path),
+                fps=params.fps,
+                height=plan.size.height,
+                width=plan.size.width,
+                recording=speech.recording,
+                metadata={"seed": str(state.seed), "worker": __version__},
+                max_bytes=delivery.max_bytes,
+            )
+        warnings = (*state.warnings, *speech.warnings, *conditioning.warnings)
+        metadata = result.video_metadata(params, plan, video, state.seed, warnings)
+        with self.stage("upload"):
+            address = self._abandonably(
+                lambda: delivery.deliver(video, thumbnail_path, fingerprint, metadata)
+            )
+        if self._claim is not None:
+            self._claim.is_done = True
+        return self._output(engine, metadata | address)
 
     def _fingerprint_with_content(self, directory: Path) -> Fingerprint:
         digests = []
@@ -228,11 +278,14 @@ class JobRun:
             self.check()
             time.sleep(min(left, CHECK_SECONDS))
 
-    def _abandonably(self, call: Callable[[], T]) -> T:
+    def _abandonably(self, call: Callable[[], T], limit_seconds: float = math.inf) -> T:
         """The result of a call that may hang: of a store that answers a byte a second, say.
 
         A stop or the deadline is met at once. The call is then left behind, in a thread that ends
         with it or with the process.
+
+        Raises:
+            TimeoutError: it took longer than the limit.
         """
         outcome: list[T | BaseException] = []
         context = contextvars.copy_context()  # the job's id, for the thread's log lines
@@ -245,9 +298,12 @@ class JobRun:
 
         thread = threading.Thread(target=run, name="store", daemon=True)
         thread.start()
+        end = time.monotonic() + limit_seconds
         while thread.is_alive():
             thread.join(CHECK_SECONDS)
             self.check()
+            if thread.is_alive() and time.monotonic() > end:
+                raise TimeoutError
         [answer] = outcome
         if isinstance(answer, BaseException):
             raise answer
@@ -314,15 +370,30 @@ class JobRun:
         )
 
     def _denoise(
-        self, engine: "Engine", plan: JobPlan, portrait: Image.Image, speech: Speech, seed: int
+        self,
+        engine: "Engine",
+        plan: JobPlan,
+        portrait: Image.Image,
+        speech: Speech,
+        state: JobState,
     ) -> "tuple[Conditioning, Tensor]":
-        params = self.request.input
+        params, seed = self.request.input, state.seed
+        assert seed is not None
         with self.stage("preprocess"):
             conditioning = engine.encode(portrait, speech.waveform, params)
         with self.stage("denoise"):
             self._sparsity = engine.sparse_attention(params, seed)
+            if state.restored is not None:
+                self.progress.skip(plan.share_done(state.first_step))
+            state.begin_denoising()
             latents = engine.denoise(
-                conditioning, params, seed, self._step_report(plan), self._sparsity
+                conditioning,
+                params,
+                seed,
+                self._step_report(plan),
+                self._sparsity,
+                state.restored,
+                state.offer,
             )
         logger.info(
             "denoised in %.1f s by %d processes",
@@ -358,4 +429,6 @@ class JobRun:
         metrics = result.job_metrics(
             params, engine, self.stage_seconds, self.elapsed_seconds, self._sparsity
         )
+        if self._state is not None:
+            metrics |= self._state.metrics
         return result.video_output(params, video, metrics, self.settings.avatar_model)

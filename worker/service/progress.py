@@ -55,6 +55,8 @@ class ProgressReporter:
         self._interval_seconds = interval_seconds
         self._started = time.monotonic()
         self._progress = 0.0
+        self._skipped = 0.0  # of it: what an earlier try of the job had done
+        self._skipped_share = 0.0  # the same, of the stage in which that was
         self._newest: dict[str, Any] | None = None
         self._changed = asyncio.Event()
         self._closing = asyncio.Event()
@@ -90,6 +92,13 @@ class ProgressReporter:
         """Says that the object store is waited for. Callable from any thread."""
         self.update(0.0, message="Waiting for the object store")
 
+    def skip(self, share: float) -> None:
+        """Says that this share of the current stage was done by an earlier try of the job."""
+        before = self._progress
+        self._skipped_share = share
+        self.update(share)
+        self._skipped = self._progress - before
+
     def update(
         self,
         share: float,
@@ -104,7 +113,9 @@ class ProgressReporter:
         ends_at = STAGES[index + 1].begins_at if index + 1 < len(STAGES) else 1.0
         self._progress = max(self._progress, begins_at + (ends_at - begins_at) * share)
         elapsed_seconds = time.monotonic() - self._started
-        known = (self.stage == "denoise" and share > 0) or index > _INDEX["denoise"]
+        is_begun = self.stage == "denoise" and share > self._skipped_share
+        known = is_begun or index > _INDEX["denoise"]
+        own = self._progress - self._skipped  # what took the seconds that have passed
         message = message or STAGES[index].message
         payload = {
             "stage": self.stage,
@@ -116,7 +127,7 @@ class ProgressReporter:
             "elapsed_seconds": round(elapsed_seconds, 1),
             # before the first step nothing is known about this GPU
             "eta_seconds": (
-                round(elapsed_seconds * (1 / self._progress - 1), 1) if known else None
+                round(elapsed_seconds * (1 - self._progress) / own, 1) if known else None
             ),
             "message": f"{message} {step}/{total_steps}" if step is not None else message,
         }

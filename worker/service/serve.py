@@ -114,6 +114,7 @@ class Scaler(rp_scale.JobScaler):  # type: ignore[misc]  # the SDK is untyped
 
     def kill_worker(self) -> None:
         """Takes no more jobs; the one that runs is finished, and can still be cancelled."""
+        self._worker.expect_end()
         self._draining.set()
 
     async def run(self) -> None:

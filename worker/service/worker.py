@@ -22,6 +22,7 @@ from worker.service.estimate import ThroughputEstimator
 from worker.service.job import JobRun, JobStoppedError
 from worker.service.job_request import JobRequest
 from worker.service.progress import PostProgress, ProgressReporter
+from worker.service.resume import Resumption
 from worker.settings import Settings
 
 if TYPE_CHECKING:  # imports torch
@@ -56,12 +57,15 @@ class Worker:
         self._engine = engine
         self._last_run: JobRun | None = None
         self._throughput = _estimator(engine) if engine else ThroughputEstimator()
+        self._resumption = Resumption.from_settings(settings)
         # one thread: one job on the GPU, also while a stopped one is still leaving it
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generate")
 
     def load(self) -> None:
         """Loads the model; a failure is kept in `load_error` for the fitness check."""
         inputs.sandbox.start()  # beside the model, so that the first job finds it ready
+        if self._resumption is not None:
+            self._resumption.sweep()
         try:
             self._load_once()
         except Exception as error:
@@ -85,6 +89,11 @@ class Worker:
     def damaged(self) -> bool:
         """Whether the process must not run another job."""
         return self._damaged or (self._engine is not None and self._engine.is_lost)
+
+    def expect_end(self) -> None:
+        """Has the running job keep each state at once: the platform may not wait for its end."""
+        if self._resumption is not None:
+            self._resumption.is_ending = True
 
     def shutdown(self) -> None:
         """Ends the other ranks' processes, if there are any, and this one with them, at once."""
@@ -177,7 +186,7 @@ class Worker:
     def _run(self, run: JobRun) -> dict[str, Any]:
         """The output of a job, whatever happens in it. Runs in the worker's thread."""
         try:
-            output = run.execute(self._load_once(), self._throughput)
+            output = run.execute(self._load_once(), self._throughput, self._resumption)
             # the SDK drops what cannot be sent without a word
             json.dumps(output, allow_nan=False, ensure_ascii=False).encode()
             logger.info("done in %.1f s", run.elapsed_seconds)

@@ -66,6 +66,7 @@ def test_a_result_has_the_fields_of_the_contract_and_their_types(
     result = result_of(output=output, user_data={"order": 5})
     assert set(result) == JobResult.__required_keys__
     of_drafts = {"attention_density", "attention_error", "attention_fallbacks"}
+    of_drafts |= {"resumed_from_step", "seconds_saved"}
     assert set(result["metrics"]) == set(Metrics.__annotations__) - of_drafts
     require(result, JobResult)
 
