@@ -43,6 +43,7 @@ STORED_OUTPUT: Mapping[str, TypeAdapter[Any]] = {
     "warnings": TypeAdapter(Annotated[list[Line], Field(max_length=20)]),
     "size_bytes": TypeAdapter(Whole),
     "total_seconds": TypeAdapter(Number),  # of its metrics
+    "cost_usd": TypeAdapter(Number),  # likewise
 }
 Status = Literal[
     "SENDING", "IN_QUEUE", "IN_PROGRESS", "COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"

@@ -87,6 +87,7 @@ def caption(record: Record) -> str:
         ("{:g} frames a second", (output.get("fps"),)),
         ("seed {}", (output.get("seed"),)),
         ("made in {}", (made_in,)),
+        ("${:.3f}", (output.get("cost_usd"),)),
     ]
     facts = [form.format(*values) for form, values in known if None not in values]
     warnings = "".join(f"<p>{escape(text)}</p>" for text in output.get("warnings", []))

@@ -82,6 +82,13 @@ class _JobSettings(FromEnvironment):
         allow_inf_nan=False,
         description="The worker's own limit for one job, in seconds. 0: none.",
     )
+    price_per_second: float | None = Field(
+        default=None,
+        ge=0,
+        allow_inf_nan=False,
+        description="What a second of this worker costs, all its GPUs together, in US dollars: a "
+        "dry run and a job's metrics then tell the cost. Empty: they do not.",
+    )
     store_retry_seconds: float = Field(
         default=300.0,
         ge=0,

@@ -139,6 +139,11 @@ class VideoPlan:
         return TEMPORAL_COMPRESSION * (self.kept_latents - 1) + 1
 
 
+def uses_cfg(guidance_scale: float) -> bool:
+    """Whether there is an unconditional CFG branch to go away from: a second pass each step."""
+    return guidance_scale > 1
+
+
 def window_tokens(size: FrameSize) -> int:
     """Video tokens of one forward pass: a window and the reference frame."""
     return (WINDOW_LATENTS + 1) * size.tokens

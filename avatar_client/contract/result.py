@@ -33,6 +33,7 @@ class Metrics(TypedDict):
     decode_seconds: NotRequired[float]
     upload_seconds: NotRequired[float]
     total_seconds: float
+    cost_usd: float | None  # of them, in US dollars; None unless the operator has set a price
     peak_memory_gib: float | None  # None without a GPU
     gpu: str | None
     num_gpus: int | None  # that worked on this job
@@ -107,7 +108,8 @@ class DryRunResult(TypedDict):
 
     dry_run: Literal[True]
     plan: Plan
-    estimate_seconds: float | None  # None before this worker's first video
+    estimate_seconds: float | None  # of the whole job; None before this worker's first video
+    estimate_usd: float | None  # what they cost; None unless the operator has set a price
     warnings: list[str]  # those of the video that the job would make
     user_data: Any
     worker: WorkerIdentity

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from avatar_client.contract.presets import PRESETS, REFERENCE_SCHEDULE
-from worker.service.estimate import JobPlan, ThroughputEstimator
+from avatar_client.contract.presets import PRESETS
+from worker.service.estimate import JobPlan, ThroughputEstimator, cost_usd
 from worker.shapes import FrameSize, VideoPlan
 
-PLAN = JobPlan(FrameSize(256, 256), VideoPlan(129), 50, REFERENCE_SCHEDULE)
+PLAN = JobPlan(FrameSize(256, 256), VideoPlan(129), "quality", 50, 2)
 
 
 def test_a_computed_step_costs_what_was_counted_on_the_published_model() -> None:
@@ -22,9 +22,7 @@ def test_a_second_window_doubles_the_cost() -> None:
 
 
 def test_presets_cost_less_in_their_order() -> None:
-    plans = [
-        replace(PLAN, step_cache_schedule=preset.step_cache_schedule) for preset in PRESETS.values()
-    ]
+    plans = [replace(PLAN, preset=preset) for preset in PRESETS]
     costs = [plan.flops for plan in plans]
     assert costs == sorted(costs, reverse=True)
     assert costs[-1] < costs[0] / 2
@@ -39,21 +37,58 @@ def test_the_share_of_the_work_follows_the_computed_steps() -> None:
     assert shares[15] - shares[14] == pytest.approx(60 * (shares[17] - shares[16]))
 
 
-def test_a_worker_learns_its_rate_from_the_job_it_has_finished() -> None:
+def test_without_guidance_it_costs_half() -> None:
+    assert replace(PLAN, num_cfg_branches=1).flops == PLAN.flops / 2
+
+
+def test_a_worker_learns_from_the_job_it_has_finished_what_another_size_takes() -> None:
     throughput = ThroughputEstimator("NVIDIA H200")
-    before = throughput.estimate_seconds(1e18)
-    throughput.record(1e18, 7.0)
-    assert before is not None
-    assert before != throughput.estimate_seconds(1e18) == 7.0
+    before = throughput.estimate_seconds(PLAN)
+    throughput.record(PLAN, denoise_seconds=7.0, total_seconds=10.0)
+    assert before != throughput.estimate_seconds(PLAN) == 10.0
+    longer = replace(PLAN, video=VideoPlan(150))  # two windows, and some frames more
+    assert throughput.estimate_seconds(longer) == round(14 + 3 * 150 / 129, 1)
 
 
-def test_two_gpus_are_taken_for_twice_as_fast_until_a_job_shows_it() -> None:
-    alone, together = (ThroughputEstimator("NVIDIA H200", num_gpus=number) for number in (1, 2))
-    alone_seconds = alone.estimate_seconds(1e18)
-    assert alone_seconds is not None
-    assert together.estimate_seconds(1e18) == pytest.approx(alone_seconds / 2)
+def test_each_preset_is_learned_for_itself() -> None:
+    throughput = ThroughputEstimator("NVIDIA H200")
+    draft = replace(PLAN, preset="draft")
+    before = throughput.estimate_seconds(draft)
+    throughput.record(PLAN, denoise_seconds=70.0, total_seconds=100.0)
+    assert throughput.estimate_seconds(draft) == before
+    throughput.record(draft, denoise_seconds=1.0, total_seconds=2.0)
+    assert throughput.estimate_seconds(PLAN) == 100.0
+    assert throughput.estimate_seconds(draft) == 2.0
+
+
+def test_on_a_gpu_that_is_not_known_another_presets_rate_has_to_do() -> None:
+    throughput = ThroughputEstimator("Voodoo 2")
+    throughput.record(PLAN, denoise_seconds=7.0, total_seconds=10.0)
+    assert throughput.estimate_seconds(replace(PLAN, num_inference_steps=25)) is not None
+    estimate = throughput.estimate_seconds(replace(PLAN, preset="balanced"))
+    assert estimate is not None
+    assert estimate < 10
+
+
+def test_two_gpus_denoise_twice_as_fast_until_a_job_shows_otherwise() -> None:
+    long = replace(PLAN, size=FrameSize(704, 768), video=VideoPlan(1500))
+    alone, two, four = (
+        ThroughputEstimator("NVIDIA H200", num_gpus=number).estimate_seconds(long)
+        for number in (1, 2, 4)
+    )
+    assert alone is not None
+    assert two is not None
+    assert four is not None
+    assert alone - two == pytest.approx(2 * (two - four), abs=0.2)
 
 
 def test_nobody_guesses_for_a_gpu_that_is_not_known() -> None:
-    assert ThroughputEstimator("Voodoo 2").estimate_seconds(1e18) is None
-    assert ThroughputEstimator(None).estimate_seconds(1e18) is None
+    assert ThroughputEstimator("Voodoo 2").estimate_seconds(PLAN) is None
+    assert ThroughputEstimator(None).estimate_seconds(PLAN) is None
+
+
+def test_the_cost_is_the_time_at_the_operators_price() -> None:
+    assert cost_usd(452.0, 0.00155) == 0.7006
+    assert cost_usd(452.0, 0.0) == 0
+    assert cost_usd(452.0, None) is None
+    assert cost_usd(None, 0.00155) is None

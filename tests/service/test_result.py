@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from avatar_client.contract.presets import PRESETS
 from avatar_client.contract.request import JobInput
 from avatar_client.version import __version__
 from worker.generation.engine import Engine
@@ -15,7 +14,7 @@ from worker.service import result
 from worker.service.estimate import JobPlan
 from worker.shapes import FrameSize, VideoPlan
 
-PLAN = JobPlan(FrameSize(256, 320), VideoPlan(150), 50, PRESETS["balanced"].step_cache_schedule)
+PLAN = JobPlan(FrameSize(256, 320), VideoPlan(150), "balanced", 50, 2)
 
 
 @pytest.fixture
@@ -27,7 +26,7 @@ def params(make_input: Callable[..., dict[str, Any]]) -> JobInput:
 
 def test_a_dry_run_tells_the_plan_the_delivery_and_the_estimate(params: JobInput) -> None:
     output = result.dry_run_output(
-        params, PLAN, {"delivery": "inline"}, 12.0004, 99.5, ("w",), "demo"
+        params, PLAN, {"delivery": "inline"}, 12.0004, 99.5, 0.002, ("w",), "demo"
     )
     assert output.pop("worker")["model"] == "demo"
     assert output == {
@@ -44,6 +43,7 @@ def test_a_dry_run_tells_the_plan_the_delivery_and_the_estimate(params: JobInput
             "delivery": "inline",
         },
         "estimate_seconds": 99.5,
+        "estimate_usd": 0.199,
         "warnings": ["w"],
         "user_data": {"order": 1},
     }
@@ -83,9 +83,10 @@ def test_a_reply_names_what_shaped_the_video_and_who_made_it(params: JobInput) -
 def test_metrics_tell_the_stages_the_gpu_and_how_the_model_was_loaded(
     params: JobInput, engine: Engine
 ) -> None:
-    metrics = result.job_metrics(params, engine, {"denoise_seconds": 1.5}, 2.0004)
+    metrics = result.job_metrics(params, engine, {"denoise_seconds": 1.5}, 2.0004, 0.001)
     report = engine.load_report
     assert (metrics["denoise_seconds"], metrics["total_seconds"]) == (1.5, 2.0)
+    assert metrics["cost_usd"] == 0.002
     assert (metrics["num_gpus"], metrics["gpu"]) == (1, engine.gpu_name)
     assert metrics["model_load_bytes"] == report.num_bytes > 0
     assert metrics["model_load_gigabytes_per_second"] == pytest.approx(

@@ -17,7 +17,7 @@ from avatar_client.contract.job_errors import InvalidInputError
 from avatar_client.contract.request import GenerationParams
 from studio import views
 from studio.fields import controls, page_values, request_fields
-from studio.history import History, Record
+from studio.history import History, Record, stored_output
 from studio.snippets import Request, curl, python
 from studio.tracker import JobState
 from worker.service import job_request
@@ -267,6 +267,24 @@ def test_a_failure_is_told_in_words_and_as_text_alone() -> None:
     text = views.status(JobState(record(status="FAILED", error=error), False))
     assert "The portrait &lt;b&gt;no&lt;/b&gt; face. Trying again may help." in text
     assert "<b>" not in text
+
+
+def test_a_finished_video_tells_what_it_took_and_what_it_cost_if_that_is_known() -> None:
+    metrics = {"total_seconds": 452.0, "cost_usd": 0.7006}
+    stored = stored_output({"seed": 7, "metrics": metrics})
+    known = Record(
+        id="1",
+        created_at="",
+        endpoint="",
+        portrait="p",
+        speech="s",
+        fields={},
+        status="COMPLETED",
+        output=stored,
+    )
+    assert "made in 7 min 32 s · $0.701" in views.caption(known)
+    stored = stored_output({"seed": 7, "metrics": metrics | {"cost_usd": None}})
+    assert "$" not in views.caption(replace(known, output=stored))
 
 
 def test_a_job_that_nobody_follows_says_how_to_go_on() -> None:

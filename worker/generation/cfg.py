@@ -29,11 +29,6 @@ class CFGBranch:
     step_cache: StepCache = field(default_factory=StepCache)
 
 
-def uses_cfg(guidance_scale: float) -> bool:
-    """Whether there is an unconditional branch to go away from."""
-    return guidance_scale > 1
-
-
 def cfg_branches(conditioning: Conditioning, *, uses_cfg: bool) -> list[CFGBranch]:
     """The unconditional and the conditional branch; without CFG the conditional one alone."""
     audio = pad_circular_audio(conditioning.audio_embeds, conditioning.plan)

@@ -18,7 +18,6 @@ from PIL import Image
 
 from avatar_client.contract import job_errors
 from avatar_client.contract.request import GenerationParams
-from worker.generation.cfg import uses_cfg
 from worker.generation.conditioning import Conditioning
 from worker.generation.denoising_state import (
     DenoisingState,
@@ -50,7 +49,7 @@ from worker.multi_gpu.controller import RankController
 from worker.multi_gpu.parallel import BranchParallel, NoParallel
 from worker.multi_gpu.process_group import NUM_CFG_BRANCHES, RANK_COUNTS
 from worker.settings import Settings
-from worker.shapes import LONG_SIDE, SAMPLE_RATE_HZ, fit_size
+from worker.shapes import LONG_SIDE, SAMPLE_RATE_HZ, fit_size, uses_cfg
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,7 @@ import torch
 
 from avatar_client.contract.presets import PRESETS, computed_step_indices
 from avatar_client.contract.request import GenerationParams
-from worker.generation.cfg import uses_cfg
-from worker.shapes import ComputedSteps
+from worker.shapes import ComputedSteps, uses_cfg
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,12 +1,13 @@
-"""How long a job will take, before it runs: arithmetic on sizes, no GPU.
+"""How long a job will take and what that costs, before it runs: arithmetic on sizes, no GPU.
 
 The work of a forward pass is counted from the tokens; how fast this worker gets through it is
 learned from the jobs that it has finished.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from avatar_client.contract.presets import StepCacheSchedule, computed_step_indices
+from avatar_client.contract.presets import PRESETS, computed_step_indices
 from worker.shapes import FrameSize, VideoPlan, window_tokens
 
 TYPICAL_TEXT_TOKENS = 400  # valid length of the prompt, with the portrait's 576 tokens cut in
@@ -15,11 +16,20 @@ BLOCKS = 60
 BLOCK_PARAMETERS = 12.46e9
 CACHED_SHARE = 1 / BLOCKS  # a cached step runs one block of 60
 
-# Sustained bfloat16 rate of this worker, in FLOP/s: a computed step with both CFG branches at
-# 704 x 768, 9.75e15, in 16.9 s on an H200 (benchmarks/generation.py). The H100 has the same
-# arithmetic.
-RATES = {"H200": 5.7e14, "H100": 5.7e14}
 
+class Throughput(NamedTuple):
+    """How fast a worker is."""
+
+    flops_per_second: float  # of denoising
+    seconds_per_pixel: float  # of the finished video, all that is not denoising
+
+
+# One GPU: a computed step with both CFG branches at 704 x 768, 9.75e15, in 14.8 s on an H200, and
+# in 13.4 s in 8 bits; 129 frames decoded in 5.6 s (benchmarks/generation.py). The H100 has the same
+# arithmetic. What `draft` leaves out of its attention depends on the model: none is counted.
+IN_16_BITS = Throughput(6.6e14, 8.0e-8)
+IN_8_BITS = Throughput(7.3e14, 8.0e-8)
+KNOWN_GPUS = ("H200", "H100")
 
 # Five times what a grainy portrait takes in the encoder's settings (worker/media/video.py); pure
 # noise takes 0.69. Sound is small beside it.
@@ -37,8 +47,9 @@ class JobPlan:
 
     size: FrameSize
     video: VideoPlan
+    preset: str
     num_inference_steps: int
-    step_cache_schedule: StepCacheSchedule
+    num_cfg_branches: int
 
     @property
     def num_computed_steps(self) -> int:
@@ -47,10 +58,16 @@ class JobPlan:
 
     @property
     def flops(self) -> float:
-        """Floating-point operations of the denoising loop, both CFG branches."""
+        """Floating-point operations of the denoising loop, all CFG branches."""
         tokens = window_tokens(self.size) + TYPICAL_TEXT_TOKENS
         forward = 2 * BLOCK_PARAMETERS / 2 * tokens + 4 * BLOCKS * WIDTH * tokens**2
-        return 2 * forward * self.video.num_windows * self._cost(self.num_inference_steps)
+        passes = self.num_cfg_branches * self.video.num_windows
+        return passes * forward * self._cost(self.num_inference_steps)
+
+    @property
+    def num_pixels(self) -> int:
+        """Pixels of all frames."""
+        return self.video.num_frames * self.size.height * self.size.width
 
     @property
     def video_room_bytes(self) -> int:
@@ -67,23 +84,44 @@ class JobPlan:
         return computed + CACHED_SHARE * (step - computed)
 
     def _computed_steps(self) -> tuple[int, ...]:
-        return computed_step_indices(self.num_inference_steps, self.step_cache_schedule)
+        schedule = PRESETS[self.preset].step_cache_schedule
+        return computed_step_indices(self.num_inference_steps, schedule)
 
 
 @dataclass(slots=True)
 class ThroughputEstimator:
-    """This worker's throughput: the last finished job's, or the table's for its GPU before that."""
+    """This worker's throughput by preset: as its last job had it, or else the table's."""
 
     gpu_name: str | None = None
     num_gpus: int = 1
-    _measured: float | None = None  # FLOP/s
+    _measured: dict[str, Throughput] = field(default_factory=dict)  # by preset, the latest last
 
-    def record(self, flops: float, seconds: float) -> None:
-        """Learns from a finished denoising loop."""
-        self._measured = flops / seconds
+    def record(self, plan: JobPlan, denoise_seconds: float, total_seconds: float) -> None:
+        """Learns from a finished job."""
+        self._measured.pop(plan.preset, None)
+        self._measured[plan.preset] = Throughput(
+            plan.flops / denoise_seconds, (total_seconds - denoise_seconds) / plan.num_pixels
+        )
 
-    def estimate_seconds(self, flops: float) -> float | None:
-        """Seconds for that much work; None if neither this worker nor the table knows."""
-        known = (rate for name, rate in RATES.items() if name in (self.gpu_name or ""))
-        rate = self._measured or self.num_gpus * next(known, 0.0)
-        return round(flops / rate, 1) if rate else None
+    def estimate_seconds(self, plan: JobPlan) -> float | None:
+        """Seconds for the whole job; None if neither this worker nor the table knows."""
+        known = self._measured.get(plan.preset) or self._of_the_table(plan.preset)
+        if known is None and self._measured:
+            known = list(self._measured.values())[-1]
+        if known is None:
+            return None
+        denoise_seconds = plan.flops / known.flops_per_second
+        return round(denoise_seconds + plan.num_pixels * known.seconds_per_pixel, 1)
+
+    def _of_the_table(self, preset: str) -> Throughput | None:
+        if not any(name in (self.gpu_name or "") for name in KNOWN_GPUS):
+            return None
+        alone = IN_8_BITS if PRESETS[preset].float8 else IN_16_BITS
+        return alone._replace(flops_per_second=self.num_gpus * alone.flops_per_second)
+
+
+def cost_usd(seconds: float | None, price_per_second: float | None) -> float | None:
+    """What so much of the worker's time costs; None if the time or the price is not known."""
+    if seconds is None or price_per_second is None:
+        return None
+    return round(seconds * price_per_second, 6)

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from avatar_client.contract.job_errors import DeadlineExceededError, InvalidInputError
-from avatar_client.contract.presets import PRESETS
 from avatar_client.version import __version__
 from worker.media.claim import Claim
 from worker.media.inputs import Speech, load_portrait, load_speech
@@ -35,7 +34,7 @@ from worker.service.job_request import Fingerprint, JobRequest, draw_seed
 from worker.service.progress import ProgressReporter
 from worker.service.resume import JobState, Resumption
 from worker.settings import Settings
-from worker.shapes import VideoPlan, count_frames, fit_size
+from worker.shapes import VideoPlan, count_frames, fit_size, uses_cfg
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -207,9 +206,6 @@ class JobRun:
         assert state.seed is not None
         assert directory is not None
         conditioning, latents = self._denoise(engine, plan, portrait, speech, state)
-        flops = plan.flops * (1 - plan.share_done(state.first_step))
-        if flops:
-            throughput.record(flops, self.stage_seconds["denoise_seconds"])
         # closed, or a stopped job's frames are still decoded while the next job begins
         with (
             self.stage("decode"),
@@ -234,6 +230,9 @@ class JobRun:
             )
         if self._claim is not None:
             self._claim.is_done = True
+        if state.first_step == 0:  # a part of a job would teach another throughput
+            denoise_seconds = self.stage_seconds["denoise_seconds"]
+            throughput.record(plan, denoise_seconds, sum(self.stage_seconds.values()))
         return self._output(engine, metadata | address)
 
     def _fingerprint_with_content(self, directory: Path) -> Fingerprint:
@@ -346,7 +345,8 @@ class JobRun:
             size=fit_size(portrait.height, portrait.width, params.resolution),
             video=VideoPlan(count_frames(len(speech.waveform), params.fps)),
             num_inference_steps=params.num_inference_steps,
-            step_cache_schedule=PRESETS[params.preset].step_cache_schedule,
+            preset=params.preset,
+            num_cfg_branches=2 if uses_cfg(params.guidance_scale) else 1,
         )
 
     def _dry_run_output(
@@ -364,7 +364,8 @@ class JobRun:
             plan,
             delivery.describe(),
             speech.duration_seconds,
-            throughput.estimate_seconds(plan.flops),
+            throughput.estimate_seconds(plan),
+            self.settings.price_per_second,
             (*speech.warnings, *engine.foresee(portrait, params)),
             self.settings.avatar_model,
         )
@@ -427,7 +428,12 @@ class JobRun:
     def _output(self, engine: "Engine", video: dict[str, Any]) -> dict[str, Any]:
         params = self.request.input
         metrics = result.job_metrics(
-            params, engine, self.stage_seconds, self.elapsed_seconds, self._sparsity
+            params,
+            engine,
+            self.stage_seconds,
+            self.elapsed_seconds,
+            self.settings.price_per_second,
+            self._sparsity,
         )
         if self._state is not None:
             metrics |= self._state.metrics

@@ -10,7 +10,7 @@ from avatar_client.contract.request import JobInput
 from avatar_client.version import __version__
 from worker import import_guard
 from worker.media.video import VideoFile
-from worker.service.estimate import JobPlan
+from worker.service.estimate import JobPlan, cost_usd
 
 if TYPE_CHECKING:  # imports torch
     from worker.generation.engine import Engine
@@ -32,6 +32,7 @@ def dry_run_output(
     delivery: Mapping[str, Any],  # as `Delivery.describe` says it
     duration_seconds: float,
     estimate_seconds: float | None,  # None: nothing is known of this GPU yet
+    price_per_second: float | None,
     warnings: Sequence[str],
     model: str,
 ) -> dict[str, Any]:
@@ -50,6 +51,7 @@ def dry_run_output(
             **delivery,
         },
         "estimate_seconds": estimate_seconds,
+        "estimate_usd": cost_usd(estimate_seconds, price_per_second),
         "warnings": list(warnings),
         "user_data": params.user_data,
         "worker": worker_identity(model),
@@ -100,12 +102,14 @@ def job_metrics(
     engine: "Engine",
     stage_seconds: Mapping[str, float],
     total_seconds: float,
+    price_per_second: float | None,
     sparsity: "SparseAttention | None" = None,
 ) -> dict[str, Any]:
     """What the job took, and on what."""
     return {
         **stage_seconds,
         "total_seconds": round(total_seconds, 3),
+        "cost_usd": cost_usd(total_seconds, price_per_second),
         "peak_memory_gib": engine.peak_memory_gib,
         "gpu": engine.gpu_name,
         "num_gpus": engine.num_gpus(params),
