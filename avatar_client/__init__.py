@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         JobNotFoundError,
         JobTimedOutError,
         RequestRefusedError,
+        SignatureError,
         WaitTimeoutError,
     )
     from avatar_client.responses import JobError, JobStatus, Progress
@@ -68,6 +69,7 @@ __all__ = [
     "JobTimedOutError",
     "Progress",
     "RequestRefusedError",
+    "SignatureError",
     "UploadError",
     "WaitTimeoutError",
     "WorkerError",

@@ -1,7 +1,8 @@
 """Make a talking-avatar video on an endpoint, from a shell.
 
 The API key is read from RUNPOD_API_KEY, the endpoint from RUNPOD_ENDPOINT_ID unless it is named by
---endpoint, and a bucket for inputs of more than 10 MB from BUCKET_*.
+--endpoint, a bucket for inputs of more than 10 MB from BUCKET_*, and the key with which results
+must be signed, if any, from RESULT_SIGNING_KEY.
 """
 
 import argparse
@@ -130,7 +131,12 @@ def _endpoint(named: str | None) -> AvatarEndpoint:
         raise ValueError("name the endpoint by --endpoint or RUNPOD_ENDPOINT_ID")
     if settings.runpod_api_key is None:
         raise ValueError("put the API key into RUNPOD_API_KEY")
-    return AvatarEndpoint(address, settings.runpod_api_key, settings.bucket)
+    return AvatarEndpoint(
+        address,
+        settings.runpod_api_key,
+        settings.bucket,
+        signing_key=settings.result_signing_key,
+    )
 
 
 def _parser(options: list[Option]) -> argparse.ArgumentParser:

@@ -41,6 +41,7 @@ class _Endpoint:
         api_key: is sent to the endpoint and to nobody else.
         uploads: a bucket for inputs that are too large for a request.
         poll_seconds: the shortest pause between two questions about a job; it grows with time.
+        signing_key: the endpoint's `RESULT_SIGNING_KEY`: a result must then be signed with it.
 
     Raises:
         ValueError: an address or a key that cannot be one.
@@ -53,10 +54,12 @@ class _Endpoint:
         uploads: BucketSettings | None = None,
         *,
         poll_seconds: float = 1.0,
+        signing_key: str | SecretStr | None = None,
     ) -> None:
         self.url = protocol.base_url(url)
         self.uploads = uploads
         self.poll_seconds = poll_seconds
+        self.signing_key = protocol.checked_signing_key(signing_key)
         key = api_key.get_secret_value() if isinstance(api_key, SecretStr) else api_key
         self._api_options: dict[str, Any] = {
             "base_url": self.url,
@@ -81,7 +84,8 @@ class _Endpoint:
 class _Job:
     """What both jobs are made of."""
 
-    def __init__(self, job_id: str) -> None:
+    def __init__(self, job_id: str, signing_key: SecretStr | None) -> None:
+        self._signing_key = signing_key
         try:
             self.id = checked_id(job_id)
         except ValueError as error:
@@ -92,7 +96,7 @@ class _Job:
         return f"{type(self).__name__}({self.id!r})"
 
     def _remember(self, answer: dict[str, Any]) -> JobStatus:
-        status = protocol.read_status(answer)
+        status = protocol.read_status(answer, self._signing_key)
         if status.is_over:
             self._result = status
         return status
@@ -116,8 +120,9 @@ class AvatarEndpoint(_Endpoint):
         uploads: BucketSettings | None = None,
         *,
         poll_seconds: float = 1.0,
+        signing_key: str | SecretStr | None = None,
     ) -> None:
-        super().__init__(url, api_key, uploads, poll_seconds=poll_seconds)
+        super().__init__(url, api_key, uploads, poll_seconds=poll_seconds, signing_key=signing_key)
         self._api = httpx.Client(**self._api_options)
         self._store = httpx.Client(**self._store_options, event_hooks={"request": [hide_query]})
 
@@ -239,7 +244,7 @@ class AvatarJob(_Job):
     """One job of an endpoint."""
 
     def __init__(self, endpoint: AvatarEndpoint, job_id: str) -> None:
-        super().__init__(job_id)
+        super().__init__(job_id, endpoint.signing_key)
         self._endpoint = endpoint
 
     def status(self) -> JobStatus:
@@ -247,6 +252,7 @@ class AvatarJob(_Job):
 
         Raises:
             JobNotFoundError: the endpoint does not know it, or no longer.
+            SignatureError: its result is not signed with the endpoint's `signing_key`.
             EndpointError: the endpoint did not answer, after several attempts.
         """
         return self._remember(self._endpoint._ask(protocol.status(self.id)))
@@ -307,8 +313,9 @@ class AsyncAvatarEndpoint(_Endpoint):
         uploads: BucketSettings | None = None,
         *,
         poll_seconds: float = 1.0,
+        signing_key: str | SecretStr | None = None,
     ) -> None:
-        super().__init__(url, api_key, uploads, poll_seconds=poll_seconds)
+        super().__init__(url, api_key, uploads, poll_seconds=poll_seconds, signing_key=signing_key)
         self._api = httpx.AsyncClient(**self._api_options)
         self._store = httpx.AsyncClient(
             **self._store_options, event_hooks={"request": [hide_query_async]}
@@ -407,7 +414,7 @@ class AsyncAvatarJob(_Job):
     """`AvatarJob` for asyncio. Cancelling a task that waits does not cancel the job."""
 
     def __init__(self, endpoint: AsyncAvatarEndpoint, job_id: str) -> None:
-        super().__init__(job_id)
+        super().__init__(job_id, endpoint.signing_key)
         self._endpoint = endpoint
 
     async def status(self) -> JobStatus:

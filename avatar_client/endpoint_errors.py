@@ -12,11 +12,15 @@ URL, or a traceback.
     |- JobFailedError            the worker said why
     |- JobCancelledError
     |- JobTimedOutError          over its execution timeout
+    |- SignatureError            a result that the worker has not signed
     |- WaitTimeoutError          over the caller's own limit; the job goes on
     `- DownloadError             no video, or not the one that the worker made
 """
 
-from avatar_client.responses import JobError
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # which raises one of these
+    from avatar_client.responses import JobError
 
 
 class EndpointError(Exception):
@@ -42,7 +46,7 @@ class EndpointUnavailableError(EndpointError):
 class JobFailedError(EndpointError):
     """The job failed; `code`, `message`, `field` and `retryable` are the worker's."""
 
-    def __init__(self, job_id: str, error: JobError) -> None:
+    def __init__(self, job_id: str, error: "JobError") -> None:
         super().__init__(f"job {job_id} failed: {error}")
         self.job_id = job_id
         self.code = error.code
@@ -57,6 +61,10 @@ class JobCancelledError(EndpointError):
 
 class JobTimedOutError(EndpointError):
     """The platform ended the job."""
+
+
+class SignatureError(EndpointError, ValueError):
+    """A result that is not what the worker has signed for this job, or no longer counts."""
 
 
 class WaitTimeoutError(EndpointError, TimeoutError):

@@ -5,9 +5,10 @@ import os
 from collections.abc import Mapping
 from typing import ClassVar, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
+from avatar_client.contract import signature
 from avatar_client.contract.bucket import (
     SEVEN_DAYS_SECONDS,
     AddressingStyle,
@@ -207,7 +208,24 @@ _SIGNS_OF_A_BUCKET = (
 )
 
 
-class ClientSettings(BucketVariables):
+class ResultSigning(FromEnvironment):
+    """The key that the worker and those who get its results share."""
+
+    result_signing_key: SecretStr | None = Field(
+        default=None,
+        description="Signs each result, so that whoever has the key knows it for this worker's: 32 "
+        "characters or more, as `openssl rand -hex 32` makes them. Empty: no signature.",
+    )
+
+    @field_validator("result_signing_key")
+    @classmethod
+    def _usable(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            signature.require_key(value.get_secret_value())
+        return value
+
+
+class ClientSettings(BucketVariables, ResultSigning):
     """What the command `avatar` finds in the environment."""
 
     runpod_api_key: SecretStr | None = None

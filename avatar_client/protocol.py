@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+from pydantic import SecretStr
 
 from avatar_client import request_body
-from avatar_client.contract import plain_json
+from avatar_client.contract import plain_json, signature
 from avatar_client.endpoint_errors import (
     AuthenticationError,
     EndpointError,
@@ -23,6 +24,7 @@ from avatar_client.endpoint_errors import (
     JobNotFoundError,
     JobTimedOutError,
     RequestRefusedError,
+    SignatureError,
     WaitTimeoutError,
 )
 from avatar_client.responses import JobStatus, plain
@@ -150,6 +152,19 @@ def checked_key(api_key: str) -> str:
     return api_key
 
 
+def checked_signing_key(key: str | SecretStr | None) -> SecretStr | None:
+    """The key, if one is given.
+
+    Raises:
+        ValueError: no worker starts with such a key.
+    """
+    text = key.get_secret_value() if isinstance(key, SecretStr) else key
+    if text is None:
+        return None
+    signature.require_key(text)
+    return SecretStr(text)
+
+
 def read(
     call: Call, outcome: Outcome, attempt: int, pause_seconds: float
 ) -> dict[str, Any] | Pause:
@@ -184,14 +199,17 @@ def read(
     return Pause(max(pause_seconds * 2 ** (attempt - 1), _retry_after(outcome)))
 
 
-def read_status(answer: dict[str, Any]) -> JobStatus:
+def read_status(answer: dict[str, Any], signing_key: SecretStr | None = None) -> JobStatus:
     """The status of a job in an answer.
 
     Raises:
+        SignatureError: a result that no worker with this key has signed for this job.
         EndpointUnavailableError: there is none.
     """
     try:
-        return JobStatus.parse(answer)
+        return JobStatus.parse(answer, signing_key=signing_key)
+    except SignatureError:
+        raise
     except ValueError:
         raise EndpointUnavailableError("the endpoint's answer is not about a job") from None
 

@@ -9,12 +9,13 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, SecretStr, TypeAdapter, ValidationError
 
-from avatar_client.contract import plain_json
+from avatar_client.contract import plain_json, signature
 from avatar_client.contract.job_errors import WorkerError
 from avatar_client.contract.redaction import redact
 from avatar_client.contract.request import JobInput
+from avatar_client.endpoint_errors import SignatureError
 
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT")
 MAX_TEXT_CHARACTERS = 1000
@@ -115,16 +116,26 @@ class JobStatus:
         return self.status in OVER
 
     @classmethod
-    def parse(cls, body: dict[str, Any]) -> Self:
+    def parse(cls, body: dict[str, Any], *, signing_key: str | SecretStr | None = None) -> Self:
         """The status in an answer of the endpoint, or in what it posts to a webhook.
 
+        Args:
+            signing_key: the endpoint's `RESULT_SIGNING_KEY`. A result must then be signed with it,
+                for this very job. What the platform says of a job is not signed.
+
         Raises:
-            ValueError: there is none.
+            SignatureError: it is not; a ValueError, too.
+            ValueError: there is no status, or the key is none.
         """
         job_id, status, output = body.get("id"), body.get("status"), body.get("output")
         if not isinstance(job_id, str) or not isinstance(status, str):
             raise ValueError("neither the id nor the status of a job")
         completed = status == "COMPLETED" and isinstance(output, dict)
+        if signing_key is not None and status == "COMPLETED":
+            if isinstance(signing_key, SecretStr):
+                signing_key = signing_key.get_secret_value()
+            if (reason := signature.problem(signing_key, job_id, output)) is not None:
+                raise SignatureError(reason)
         return cls(
             id=checked_id(job_id),
             status=plain(status),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from worker.settings import Settings
+from worker.settings import Settings, secret_values
 
 BUCKET = {
     "BUCKET_ENDPOINT_URL": "https://s3.example.com",
@@ -44,6 +44,22 @@ def test_no_key_stands_in_the_settings_text() -> None:
     assert settings.bucket is not None
     assert "the-secret" not in f"{settings!r} {settings} {settings.bucket!r}"
     assert settings.bucket.secret_access_key.get_secret_value() == "the-secret"
+
+
+@pytest.mark.parametrize("key", ["too-short-a-key", "x" * 31 + " y", "é" * 40, "x" * 1025])
+def test_a_signing_key_that_is_none_keeps_the_worker_from_starting_and_is_not_shown(
+    key: str,
+) -> None:
+    with pytest.raises(ValueError, match=r"RESULT_SIGNING_KEY: .*openssl rand") as caught:
+        Settings.from_env({"RESULT_SIGNING_KEY": key})
+    assert key not in str(caught.value)
+
+
+def test_a_signing_key_stands_in_no_text_of_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = "0123456789abcdef" * 2
+    assert key not in repr(Settings.from_env({"RESULT_SIGNING_KEY": key}))
+    monkeypatch.setenv("RESULT_SIGNING_KEY", key)
+    assert key in secret_values()  # which no log shows
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from urllib.parse import SplitResult, urlsplit
 
 from pydantic import Field, SecretStr
 
-from avatar_client.environment import BucketVariables, FromEnvironment
+from avatar_client.environment import BucketVariables, FromEnvironment, ResultSigning
 
-SECRET_NAMES = re.compile(r"SECRET|TOKEN|PASSWORD|API_KEY|ACCESS_KEY|CREDENTIAL")
+SECRET_NAMES = re.compile(r"SECRET|TOKEN|PASSWORD|(API|ACCESS|SIGNING|PRIVATE)_KEY|CREDENTIAL")
 
 
 class _JobSettings(FromEnvironment):
@@ -123,8 +123,8 @@ class _JobSettings(FromEnvironment):
     )
 
 
-class Settings(BucketVariables, _JobSettings):
-    """The worker's settings, checked. Listed in this order: the last base's, the first's, these."""
+class Settings(ResultSigning, BucketVariables, _JobSettings):
+    """The worker's settings, checked. Listed from the last base's to the first's, then these."""
 
     allow_overwrite: bool = Field(
         default=True,

@@ -86,6 +86,7 @@ class JobResult(TypedDict):
     reused: NotRequired[Literal[True]]  # the job had been done before: this is from the bucket
     metrics: Metrics
     worker: WorkerIdentity
+    signature: NotRequired[str]  # where the endpoint has a key for it
 
 
 class Plan(TypedDict):
@@ -113,3 +114,4 @@ class DryRunResult(TypedDict):
     warnings: list[str]  # those of the video that the job would make
     user_data: Any
     worker: WorkerIdentity
+    signature: NotRequired[str]

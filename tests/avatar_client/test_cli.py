@@ -68,6 +68,19 @@ def test_a_video_is_made_and_its_path_is_all_that_is_printed(run: Callable[..., 
     assert "warning: no face was found" in told
 
 
+def test_a_result_that_is_not_signed_is_refused_where_there_is_a_key_for_it(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RESULT_SIGNING_KEY", "0123456789abcdef" * 2)
+    code, printed, told = run("download", "job-1")
+    assert (code, printed) == (1, "")
+    assert "the result is not signed" in told
+    monkeypatch.setenv("RESULT_SIGNING_KEY", "short")
+    code, _, told = run("download", "job-1")
+    assert code == 2
+    assert "RESULT_SIGNING_KEY" in told
+
+
 def test_every_field_of_a_request_is_an_option(
     run: Callable[..., Any], server: ScriptedServer
 ) -> None:

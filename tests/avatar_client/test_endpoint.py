@@ -21,9 +21,11 @@ from avatar_client import (
     JobStatus,
     JobTimedOutError,
     RequestRefusedError,
+    SignatureError,
     WaitTimeoutError,
     protocol,
 )
+from avatar_client.contract import signature
 from tests.avatar_client.answers import (
     AUDIO,
     CANCEL,
@@ -35,7 +37,7 @@ from tests.avatar_client.answers import (
     SECRET_URL,
     STATUS,
 )
-from tests.avatar_client.client_kinds import KEY
+from tests.avatar_client.client_kinds import KEY, KINDS, clients
 from tests.support.scripted_server import CLOSED, Answer, ScriptedServer
 
 
@@ -43,6 +45,22 @@ from tests.support.scripted_server import CLOSED, Answer, ScriptedServer
 def test_the_key_stands_in_no_text_of_the_objects(kind: type[Any]) -> None:
     endpoint = kind("abc", KEY)
     assert KEY not in f"{endpoint!r} {endpoint} {endpoint.job('x')!r} {vars(endpoint)}"
+
+
+def test_a_result_that_the_worker_did_not_sign_is_no_result(server: ScriptedServer) -> None:
+    signing_key = "0123456789abcdef" * 2
+    signed = {"seed": 7, "signature": signature.sign(signing_key, "job-1", {"seed": 7}, 60)}
+    for kind in KINDS:
+        with clients(kind) as make:
+            client = make(f"{server.origin}/v2/local", signing_key=signing_key)
+            assert signing_key not in f"{client!r} {vars(client)}"
+            server.on(STATUS, RUNNING, DONE | {"output": signed})
+            assert client.job("job-1").wait().output == signed
+            server.on(STATUS, RUNNING, DONE)
+            with pytest.raises(SignatureError, match="is not signed"):
+                client.job("job-1").wait()
+            with pytest.raises(ValueError, match="openssl"):
+                make("abc", signing_key="short")
 
 
 def test_health_is_what_the_endpoint_says(client: Any, server: ScriptedServer) -> None:

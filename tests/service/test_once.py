@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import re
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,14 +12,16 @@ from typing import Any
 import pytest
 import requests
 
-from avatar_client import AvatarEndpoint
+from avatar_client import AvatarEndpoint, JobStatus, SignatureError
 from local_endpoint import JobRecord, LocalEndpoint, WorkerProcess
 from tests.conftest import BucketServer
+from tests.support.scripted_server import Answer, ScriptedServer
 
 SCRIPT = Path(__file__).with_name("once_worker.py")
 NUM_CLIENTS = 20
 NUM_TIMES = 5
 LEASE_SECONDS = 4.0
+SIGNING_KEY = "a-key-of-the-operators-that-no-log-has"
 JOB_SECONDS = 240.0  # far more than a job takes
 
 
@@ -59,6 +62,7 @@ def site(object_store: BucketServer, tmp_path_factory: pytest.TempPathFactory) -
         "RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS": "true",
         **object_store.environment,
         "BUCKET_PREFIX": "once",
+        "RESULT_SIGNING_KEY": SIGNING_KEY,
     }
     with contextlib.ExitStack() as ending:
         endpoint = ending.enter_context(LocalEndpoint(hold_seconds=1.0, lost_after_seconds=3600.0))
@@ -90,6 +94,13 @@ def run(site: Site, job: dict[str, Any]) -> JobRecord:
     return site.endpoint.wait(site.endpoint.submit({"input": job}), JOB_SECONDS)
 
 
+def wait_until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + JOB_SECONDS
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 def same(job: JobRecord) -> tuple[Any, ...]:
     assert job.status == "COMPLETED", job
     return tuple(job.output[name] for name in ("request_id", "key", "sha256", "seed"))
@@ -101,7 +112,9 @@ def test_each_of_many_requests_is_made_once_by_two_workers_and_answered_each_tim
     def client(number: int) -> list[dict[str, Any]]:
         media = make_input()
         image, audio = (base64.b64decode(media.pop(name)) for name in ("image", "audio"))
-        with AvatarEndpoint(site.endpoint.url, site.endpoint.api_key, poll_seconds=0.3) as endpoint:
+        with AvatarEndpoint(
+            site.endpoint.url, site.endpoint.api_key, poll_seconds=0.3, signing_key=SIGNING_KEY
+        ) as endpoint:
             request = media | {"request_id": f"order-{number}", "prompt": f"client {number}."}
             jobs = [endpoint.submit(image, audio, **request) for _ in range(NUM_TIMES)]
             return [job.wait(timeout_seconds=JOB_SECONDS).output or {} for job in jobs]
@@ -197,6 +210,29 @@ def test_a_job_that_is_stopped_gives_its_request_up(
     site.hold.unlink()
     assert site.endpoint.wait(waiting, JOB_SECONDS).status == "COMPLETED"
     assert "once/requests/stopped.claim" not in site.objects()
+
+
+def test_a_webhook_brings_a_signed_result_of_its_own_job(
+    site: Site, make_input: Callable[..., dict[str, Any]]
+) -> None:
+    with ScriptedServer() as receiver:
+        job = {"webhook": receiver.on("POST /done", Answer())}
+        ids = [
+            site.endpoint.submit(job | {"input": make_input(prompt="signed", user_data=n)})
+            for n in range(2)
+        ]
+        for job_id in ids:
+            site.endpoint.wait(job_id, JOB_SECONDS)
+        wait_until(lambda: len(receiver.asked("POST /done")) == 2)
+        bodies = [asked.json for asked in receiver.asked("POST /done")]
+
+    for body, other in (bodies, bodies[::-1]):
+        told = JobStatus.parse(body, signing_key=SIGNING_KEY)
+        assert told.output == site.endpoint.state(told.id).output
+        replayed = body | {"output": other["output"]}
+        with pytest.raises(SignatureError):
+            JobStatus.parse(replayed, signing_key=SIGNING_KEY)
+    assert not any(SIGNING_KEY in worker.log for worker in site.workers)
 
 
 def test_a_request_that_could_not_be_remembered_is_refused(

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from avatar_client.contract import signature
 from avatar_client.contract.job_errors import InternalError, WorkerError
 from worker import logs
 from worker.media import inputs
@@ -183,10 +184,23 @@ class Worker:
                 await self._wait(future, run)
                 return
 
+    def _sign(self, request: JobRequest, output: dict[str, Any]) -> None:
+        key = self.settings.result_signing_key
+        if key is None:
+            return
+        asked_seconds = request.input.output.url_expires_seconds
+        output["signature"] = signature.sign(
+            key.get_secret_value(),
+            request.job_id,
+            output,
+            asked_seconds or self.settings.bucket_url_expires_seconds,
+        )
+
     def _run(self, run: JobRun) -> dict[str, Any]:
         """The output of a job, whatever happens in it. Runs in the worker's thread."""
         try:
             output = run.execute(self._load_once(), self._throughput, self._resumption)
+            self._sign(run.request, output)
             # the SDK drops what cannot be sent without a word
             json.dumps(output, allow_nan=False, ensure_ascii=False).encode()
             logger.info("done in %.1f s", run.elapsed_seconds)
