@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Two processes; each takes its share in the order of the files, and what is left of the other's.
-PYTEST := $(BIN)/pytest -n 2 --dist worksteal
+# Three processes for two cores, because tests wait for a third of their time; each takes its share
+# in the order of the files, and what is left of another's.
+PYTEST := $(BIN)/pytest -n 3 --dist worksteal
 
 STUDIO_VENV := .venv-studio
 
@@ -16,7 +17,8 @@ demo: $(VENV)/ready
 studio: $(VENV)/ready $(STUDIO_VENV)/ready
 	$(STUDIO_VENV)/bin/python -m studio
 
-test: lint types unit
+test: $(VENV)/ready # the quick checks beside the tests
+	$(MAKE) --no-print-directory --jobs=2 lint types unit
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -31,9 +33,10 @@ types: $(VENV)/ready
 unit: $(VENV)/ready
 	$(PYTEST) --cov --cov-report=term:skip-covered
 
-# The longest cases, one of them at the published width (10 GB), and processes killed in mid-job.
+# The longest cases: the demo model speaks, one has the published width (10 GB), processes are killed
+# in mid-job.
 slow: $(VENV)/ready
-	$(PYTEST) -m "slow or large" tests/training tests # the longest of them first
+	$(PYTEST) -m "slow or large" tests/demo tests # the longest of them first
 
 # The demo model on more faces and voices: for a new demo model.
 talks: $(VENV)/ready

@@ -108,7 +108,7 @@ def test_a_baked_directory_is_a_pipeline(baked: dict[str, Path], variant: str) -
     assert pipeline.transformer.config.float8_blocks is (variant == "fp8")
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["fp8", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_the_handler_serves_a_job_from_a_baked_directory(
     baked: dict[str, Path],
     variant: str,

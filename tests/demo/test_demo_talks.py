@@ -185,6 +185,7 @@ def test_the_model_is_whole_and_small() -> None:
     assert sum(path.stat().st_size for path in DEMO_DIR.rglob("*") if path.is_file()) <= 12e6
 
 
+@pytest.mark.slow
 def test_a_face_that_was_never_seen_speaks_with_a_voice_that_was_never_heard(
     speak: Callable[..., Video],
 ) -> None:

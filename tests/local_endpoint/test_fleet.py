@@ -21,7 +21,7 @@ from local_endpoint import Fleet, LocalEndpoint
 from tests.conftest import ONE_THREAD
 
 ROOT = Path(__file__).parents[2]
-STEPS = 20  # a job that can be met while it runs
+STEPS = 8  # a job that can be met while it runs
 JOB_SECONDS = 300.0
 
 

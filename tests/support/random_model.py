@@ -64,9 +64,10 @@ def _transformer() -> HunyuanVideoAvatarTransformer3DModel:
 def _vae() -> AutoencoderKLHunyuanVideo:
     return AutoencoderKLHunyuanVideo(
         latent_channels=LATENT_CHANNELS,
-        block_out_channels=(4, 4, 4, 4),
+        block_out_channels=(2, 2, 2, 2),
         layers_per_block=0,
-        norm_num_groups=4,
+        norm_num_groups=2,
+        mid_block_add_attention=False,
     )
 
 
