@@ -71,7 +71,7 @@ RUN IMPORT_GUARD=require python -m worker doctor --imports \
 FROM packages AS bake
 COPY builder builder
 COPY worker/__init__.py worker/atomic_file.py worker/import_guard.py worker/
-COPY worker/loading/__init__.py worker/loading/manifest.py worker/loading/
+COPY worker/loading/__init__.py worker/loading/manifest.py worker/loading/preview.py worker/loading/
 COPY worker/model worker/model
 
 

@@ -86,8 +86,16 @@ def _download(endpoint: AvatarEndpoint, parsed: argparse.Namespace, *_: Any) -> 
 
 
 def _wait_and_download(job: AvatarJob, target: Path) -> int:
+    preview_path = target.with_suffix(".preview.jpg")
     with progress_bar() as show:
-        output = job.wait(on_status=show).output or {}
+
+        def on_status(status: JobStatus) -> None:
+            show(status)
+            if status.progress is not None and status.progress.preview is not None:
+                with contextlib.suppress(OSError):  # what matters is the video
+                    preview_path.write_bytes(status.progress.preview)
+
+        output = job.wait(on_status=on_status).output or {}
     if output.get("dry_run"):
         print(json.dumps(output, indent=2))  # noqa: T201
         return DONE
@@ -95,6 +103,7 @@ def _wait_and_download(job: AvatarJob, target: Path) -> int:
     for warning in warnings[:MAX_WARNINGS] if isinstance(warnings, list) else ():
         _say(f"warning: {plain(warning)}")
     print(job.download(target))  # noqa: T201
+    preview_path.unlink(missing_ok=True)
     return DONE
 
 

@@ -9,9 +9,16 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, Field, SecretStr, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    TypeAdapter,
+    ValidationError,
+)
 
-from avatar_client.contract import plain_json, signature
+from avatar_client.contract import plain_json, preview, signature
 from avatar_client.contract.job_errors import WorkerError
 from avatar_client.contract.redaction import redact
 from avatar_client.contract.request import JobInput
@@ -32,6 +39,13 @@ def plain(text: Any) -> str:
     return "".join(character for character in line if character.isprintable())
 
 
+def small_jpeg(value: Any) -> bytes | None:
+    """The JPEG of a preview; None where there is none, or something else."""
+    with contextlib.suppress(ValueError):
+        return preview.read(value)
+    return None
+
+
 Text = Annotated[str, AfterValidator(plain)]
 Count = Annotated[int, Field(ge=0, le=10**9)]
 Seconds = Annotated[float, Field(ge=0, le=10**9, allow_inf_nan=False)]
@@ -50,6 +64,8 @@ class Progress:
     total_steps: Count | None = None
     elapsed_seconds: Seconds | None = None
     eta_seconds: Seconds | None = None
+    # a middle frame as it will roughly look: a JPEG; None unless asked for, and at first
+    preview: Annotated[bytes | None, BeforeValidator(small_jpeg)] = field(default=None, repr=False)
 
     @staticmethod
     def parse(output: Any) -> "Progress | None":

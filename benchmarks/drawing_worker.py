@@ -22,7 +22,7 @@ SIDE = 256  # px
 class Drawing:
     """What the service asks of an engine."""
 
-    gpu_name = peak_memory_gib = stuck_error = None
+    gpu_name = peak_memory_gib = stuck_error = latent_to_rgb = None
     num_ranks = 1
     is_lost = False
     load_seconds = 0.0
@@ -44,6 +44,8 @@ class Drawing:
 
     def sparse_attention(self, params: Any, seed: int) -> None: ...
 
+    def preview(self, conditioning: Any) -> None: ...
+
     def denoise(
         self,
         conditioning: Any,
@@ -53,6 +55,7 @@ class Drawing:
         sparsity: Any,
         state: Any,
         on_state: Any,
+        preview: Any,
     ) -> int:
         for step in range(params.num_inference_steps):
             on_step(step + 1, params.num_inference_steps)

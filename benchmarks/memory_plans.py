@@ -55,6 +55,7 @@ def late_step(index: int, *, cached: bool) -> Step:
     return Step(
         index=index,
         timestep=timestep,
+        sigma=0.5,
         sigma_change=0.0,
         guidance_weight=1.0,
         reads_cache=cached,

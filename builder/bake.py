@@ -121,8 +121,10 @@ class Bake:
                 self._delete_sources(files)
         with _errors(self.target):
             from builder.convert import finish
+            from builder.preview import add_preview
 
             finish(self.target)
+            add_preview(self.target)
             (self.target / "NOTICE").write_text(read_upstream().notice)
             self._publish()
 

@@ -18,6 +18,7 @@ from avatar_client import (
 )
 from avatar_client.contract.job_errors import InvalidInputError
 from avatar_client.request_body import MAX_BODY_BYTES
+from studio import preview
 from studio.connection import Connection
 from studio.history import History, Record, stored_output
 
@@ -36,6 +37,7 @@ class JobState:
     left_seconds: float | None = None
     elapsed_seconds: float = 0.0  # since this process began to track it
     note: str = ""  # what it waits for
+    preview: str | None = None  # a `data:` URL of the studio's own making
 
 
 class TrackedJob:
@@ -50,6 +52,7 @@ class TrackedJob:
         self.progress_at = 0.0
         self.started_at = time.monotonic()
         self.note = ""
+        self.preview: str | None = None
 
     def state(self) -> JobState:
         """The job now; the remaining time counts down between two polls, unless there is a note."""
@@ -58,7 +61,7 @@ class TrackedJob:
         if left is not None:
             left = max(0.0, left - (now - self.progress_at))
         elapsed = now - self.started_at
-        return JobState(self.record, True, self.progress, left, elapsed, self.note)
+        return JobState(self.record, True, self.progress, left, elapsed, self.note, self.preview)
 
 
 class JobTracker:
@@ -150,6 +153,7 @@ class JobTracker:
                     tracked.job = await endpoint.submit(
                         self.history.portrait(tracked.record),
                         self.history.speech(tracked.record),
+                        preview=True,
                         **tracked.record.fields,
                     )
                     self._save(tracked, job_id=tracked.job.id, status="IN_QUEUE")
@@ -169,7 +173,7 @@ class JobTracker:
         while True:
             try:
                 async for status in job.updates():
-                    self._note(tracked, status)
+                    await self._note(tracked, status)
                 break
             except EndpointUnavailableError:
                 tracked.note = "The endpoint does not answer. Trying again"
@@ -181,9 +185,12 @@ class JobTracker:
         output = stored_output(status.output or {})
         self._save(tracked, status=status.status, output=output, error=error)
 
-    def _note(self, tracked: TrackedJob, status: JobStatus) -> None:
+    async def _note(self, tracked: TrackedJob, status: JobStatus) -> None:
         tracked.note = "" if tracked.note != "Cancelling" else tracked.note
         if status.progress is not None:
+            jpeg = status.progress.preview
+            if jpeg is not None and (not tracked.progress or jpeg != tracked.progress.preview):
+                tracked.preview = await asyncio.to_thread(preview.redrawn, jpeg)
             tracked.progress, tracked.progress_at = status.progress, time.monotonic()
         if not status.is_over and status.status != tracked.record.status:
             self._save(tracked, status=status.status)

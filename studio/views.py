@@ -177,5 +177,14 @@ def _progress(state: JobState) -> str:
         f"<span>{'' if percent is None else f'{percent} %'}</span></div>"
         f'<div class="bar" role="progressbar" aria-label="Progress" aria-valuemin="0" '
         f'aria-valuemax="100"{value}><div{width}></div></div>'
-        f"<p>{escape(', '.join(details))}</p></div>"
+        f"<p>{escape(', '.join(details))}</p>{_preview(state)}</div>"
+    )
+
+
+def _preview(state: JobState) -> str:
+    if state.preview is None:
+        return ""
+    return (
+        f'<img class="preview" src="{escape(state.preview)}" decoding="sync" '
+        'alt="How a moment in the middle will roughly look">'
     )

@@ -19,12 +19,14 @@ from transformers import WhisperFeatureExtractor, WhisperModel
 from training import architecture, audio_encoder, autoencoder, transformer
 from training.speech import SpeechCorpus
 from worker.generation.pipeline import HunyuanVideoAvatarPipeline
-from worker.loading import manifest
+from worker.loading import manifest, preview
+from worker.model.latent_to_rgb import LatentToRGB
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
 
 logger = logging.getLogger("training")
 
 HERE = Path(__file__).parent
+PREVIEW_PEOPLE = 16  # whose pictures the previews are fitted to
 CARD = HERE / "model_card.md"
 
 
@@ -123,6 +125,8 @@ def write(work: Path, model_dir: Path) -> None:
             for name, value in load_file(path).items()
         }
         save_file(halved, path, metadata={"format": "pt"})
+    vae = AutoencoderKLHunyuanVideo.from_pretrained(model_dir / "vae").eval()
+    preview.save(LatentToRGB.fit(vae, autoencoder.drawn_people(PREVIEW_PEOPLE)), model_dir)
     (model_dir / "README.md").write_text(CARD.read_text())
     files = sorted(path for path in model_dir.rglob("*") if path.is_file())
     names = [str(path.relative_to(model_dir)) for path in files if path.name != manifest.NAME]

@@ -1,6 +1,7 @@
 """Trains the small autoencoder: pictures of the drawn world, through latents and back."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -194,6 +195,16 @@ def train_autoencoder(
         stored.quant_conv.weight[half:] = 0
         stored.quant_conv.bias[half:] = 2 * math.log(POSTERIOR_STD)
     return stored
+
+
+def drawn_people(count: int, seed: int = 97) -> Iterator[Tensor]:
+    """A picture (3, H, W) of each of so many people, as they speak."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        face = world.random_face(rng)
+        motion = world.speaking_motion(rng, random_track(rng, TRACK_FRAMES), 25, 30)
+        moment = int(rng.integers(TRACK_FRAMES))
+        yield world.render(face, motion[moment : moment + 1], SIZE, SIZE, torch.device("cpu"))[0]
 
 
 @torch.inference_mode()

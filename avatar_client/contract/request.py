@@ -342,6 +342,11 @@ class JobInput(GenerationParams):
         description="Checks everything, fetches and probes the media, answers the plan, an "
         "estimate and the warnings.",
     )
+    preview: bool = Field(
+        False,
+        description="While the job runs, about ten times a small JPEG of a middle frame in the "
+        "progress, as it will roughly look.",
+    )
     s3_config: Annotated[S3Config | None, BeforeValidator(no_bucket_if_empty)] = Field(
         default=None,
         alias="s3Config",

@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 
 from avatar_client.cli import main
+from avatar_client.contract import preview
+from tests.avatar_client.answers import PROGRESS
 from tests.avatar_client.client_kinds import KEY
+from tests.support.pictures import jpeg
 from tests.support.scripted_server import Answer, ScriptedServer
 
 ROOT = Path(__file__).parents[2]
@@ -124,6 +127,23 @@ def test_every_field_of_a_request_is_an_option(
         "policy": {"executionTimeout": 60_000},
         "webhook": "https://example.com/",
     }
+
+
+def test_the_newest_preview_lies_beside_the_video_until_that_is_there(
+    run: Callable[..., Any], server: ScriptedServer
+) -> None:
+    picture = jpeg()
+    running = {"id": "job-1", "status": "IN_PROGRESS"}
+    shown = {**PROGRESS, "preview": preview.to_data_url(picture)}
+    failed = {"id": "job-1", "status": "FAILED", "error": "GENERATION_FAILED: no"}
+    server.on(STATUS, {**running, "output": shown}, {**running, "output": PROGRESS}, failed)
+    assert run("generate", *INPUTS, "--preview", "--output", "a.mp4")[0] == 1
+    assert server.asked(RUN)[0].json["input"]["preview"] is True
+    assert Path("a.preview.jpg").read_bytes() == picture
+
+    server.on(STATUS, {"id": "job-1", "status": "COMPLETED", "output": RESULT})
+    assert run("download", "job-1", "--output", "a.mp4")[0] == 0
+    assert [path.name for path in Path().iterdir()] == ["a.mp4"]
 
 
 def test_a_field_that_is_not_given_is_left_to_the_worker(

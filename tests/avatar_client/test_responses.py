@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 
 from avatar_client import JobError, JobStatus
+from avatar_client.contract import preview
 from tests.avatar_client.answers import DONE, PROGRESS, RUNNING, SECRET_URL
+from tests.support.pictures import jpeg
 
 CODES = {"IN_QUEUE": False, "IN_PROGRESS": False} | dict.fromkeys(
     ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"), True
@@ -22,6 +24,14 @@ def test_a_message_of_a_worker_steers_no_terminal() -> None:
 @pytest.mark.parametrize("output", [None, "text", [], {"percent": 3}, {**PROGRESS, "progress": 42}])
 def test_an_odd_progress_is_no_progress(output: Any) -> None:
     assert JobStatus.parse({**RUNNING, "output": output}).progress is None
+
+
+def test_a_preview_is_read_and_an_odd_one_leaves_the_progress_as_it_is() -> None:
+    picture = jpeg()
+    for sent, read in ((preview.to_data_url(picture), picture), ("https://example.com/a", None)):
+        progress = JobStatus.parse({**RUNNING, "output": {**PROGRESS, "preview": sent}}).progress
+        assert progress is not None
+        assert (progress.step, progress.preview) == (PROGRESS["step"], read)
 
 
 @pytest.mark.parametrize("status", list(CODES))

@@ -55,7 +55,7 @@ def test_a_portrait_and_a_speech_become_a_video_in_a_file(
     portrait.write_bytes(make_portrait())
     seen: list[JobStatus] = []
 
-    job = client.submit(portrait, make_speech(1.0), **DRAFT, user_data={"order": 5})
+    job = client.submit(portrait, make_speech(1.0), **DRAFT, user_data={"order": 5}, preview=True)
     result = job.wait(on_status=seen.append, timeout_seconds=JOB_SECONDS)
     path = job.download(tmp_path / "video.mp4")
 
@@ -64,6 +64,9 @@ def test_a_portrait_and_a_speech_become_a_video_in_a_file(
     assert num_frames(path) == result.output["num_frames"]
     stages = [status.progress.stage for status in seen if status.progress]
     assert stages == sorted(stages, key=STAGES.index)
+    previews = [status.progress.preview for status in seen if status.progress]
+    assert previews[-1] is not None
+    assert previews[-1].startswith(b"\xff\xd8")
     assert {status.status for status in seen} >= {"IN_PROGRESS", "COMPLETED"}
 
 

@@ -30,7 +30,7 @@ from tests.builder.toy_repository import (
 )
 from tests.conftest import ONE_THREAD
 from worker.generation.pipeline import HunyuanVideoAvatarPipeline
-from worker.loading import manifest
+from worker.loading import manifest, preview
 from worker.loading.model_directory import require_whole
 
 TRANSFORMERS = "ckpts/hunyuan-video-t2v-720p/transformers"
@@ -104,6 +104,7 @@ def model_dir(baked: dict[str, Path], tmp_path: Path) -> Path:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_baked_directory_is_a_pipeline(baked: dict[str, Path], variant: str) -> None:
     require_whole(baked[variant], hashes=True)
+    assert preview.NAME in (manifest.read(baked[variant]) or {})["files"]
     pipeline = HunyuanVideoAvatarPipeline.from_pretrained(baked[variant])
     assert pipeline.transformer.config.float8_blocks is (variant == "fp8")
 

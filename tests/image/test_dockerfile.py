@@ -247,7 +247,7 @@ def planned(network: nn.Module, dtype: torch.dtype) -> list[PlannedTensors]:
 def test_the_bake_is_given_the_modules_that_it_imports_and_no_more() -> None:
     code = """
 import sys
-import builder.bake, builder.convert, builder.layers
+import builder.bake, builder.convert, builder.layers, builder.preview
 print(*(name for name in sys.modules if name.partition(".")[0] in ("worker", "builder")))
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)

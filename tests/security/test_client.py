@@ -141,6 +141,7 @@ FIELDS: list[Callable[[Any], dict[str, Any]]] = [
             "total_steps": odd,
             "eta_seconds": odd,
             "elapsed_seconds": odd,
+            "preview": odd,
         }
     },
 ]
@@ -155,6 +156,7 @@ def test_odd_values_in_an_answer_are_told_in_a_line_or_left_out(
     texts = [status.status, str(status.error or "")]
     if isinstance(status.progress, Progress):
         texts += [status.progress.stage, status.progress.message]
+        assert status.progress.preview is None
         for seconds in (status.progress.eta_seconds, status.progress.elapsed_seconds):
             assert views.duration(seconds or 0.0)
     for text in texts:

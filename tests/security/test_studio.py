@@ -13,11 +13,13 @@ from starlette.responses import FileResponse, PlainTextResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from avatar_client import Progress
-from studio import views
+from avatar_client.contract.preview import read
+from studio import preview, views
 from studio.connection import Connection
 from studio.guard import GuardMiddleware, is_own_host
 from studio.history import History, Record, stored_output
 from studio.tracker import JobState
+from tests.support.pictures import jpeg
 from tests.support.scripted_server import ScriptedServer
 
 SCRIPTS = [
@@ -89,6 +91,19 @@ def test_no_text_of_an_endpoint_or_a_file_becomes_an_element(text: str) -> None:
             assert tag in ALLOWED_TAGS, html
             odd = attributes.keys() - ALLOWED_ATTRIBUTES
             assert odd <= {"aria-valuenow", "controls", "playsinline", "src"}, html
+
+
+def test_a_preview_is_drawn_anew_and_an_image_alone() -> None:
+    secret = b"<script>alert(1)</script>"
+    redrawn = preview.redrawn(jpeg(comment=secret))
+    assert redrawn is not None
+    assert secret not in read(redrawn)
+    html = views.status(JobState(record(), True, None, preview=redrawn))
+    [image] = [attributes for tag, attributes in elements(html) if tag == "img"]
+    assert image.keys() == {"class", "src", "decoding", "alt"}
+    assert image["src"] == redrawn
+    assert preview.redrawn(secret) is None
+    assert preview.redrawn(jpeg()[:60]) is None
 
 
 HOSTILE_HEALTH: list[Any] = [

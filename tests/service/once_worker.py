@@ -29,6 +29,7 @@ class CountingDrawing(drawing_worker.Drawing):
         sparsity: Any,
         state: Any,
         on_state: Any,
+        preview: Any,
     ) -> int:
         with BEGUN.open("a") as file:
             file.write(f"{os.getpid()} {params.prompt}\n")

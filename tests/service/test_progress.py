@@ -64,6 +64,22 @@ def test_the_newest_value_wins_between_two_posts() -> None:
     assert 2 <= len(listener.payloads) <= (time.monotonic() - begun) / 0.1 + 2
 
 
+def test_a_preview_stays_until_there_is_a_newer_one() -> None:
+    """A client asks now and then, and must not miss it."""
+    listener = Listener()
+
+    async def job() -> None:
+        async with ProgressReporter(listener, interval_seconds=0.0) as progress:
+            for preview in (None, "first", None, "second", None):
+                progress.update(0.5, preview=preview)
+                await asyncio.sleep(0.02)
+
+    asyncio.run(job())
+    seen = [payload.get("preview") for payload in listener.payloads]
+    assert seen == [None, "first", "first", "second", "second"]
+    assert "preview" not in listener.payloads[0]
+
+
 def test_a_client_that_refuses_every_value_does_not_stop_the_job() -> None:
     async def refuse(payload: dict[str, Any]) -> None:
         raise ConnectionError("gone")

@@ -10,7 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
+from avatar_client.contract.preview import to_data_url
 from tests.studio.test_browser import StudioProcess, job_in_address, make, unfold
+from tests.support.pictures import jpeg
 from tests.support.scripted_server import Answer, ScriptedServer
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -31,6 +33,8 @@ ROUTE = "/v2/x"
 def server() -> Iterator[ScriptedServer]:
     """An endpoint that puts markup wherever it can."""
     progress = {"stage": SCRIPTS, "progress": 0.5, "message": SCRIPTS, "step": 1, "total_steps": 2}
+    markup = f"data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' onload='{RUN}'/>"
+    odd = [progress | {"preview": each} for each in (SCRIPTS, markup, to_data_url(jpeg()))]
     error = {"code": SCRIPTS, "message": SCRIPTS, "field": SCRIPTS, "retryable": True}
     with ScriptedServer() as server:
         counts = dict.fromkeys(("idle", "running", "inQueue"), SCRIPTS)
@@ -39,7 +43,10 @@ def server() -> Iterator[ScriptedServer]:
         server.on(
             f"GET {ROUTE}/status/job-1",
             {"id": "job-1", "status": SCRIPTS, "output": None},
-            *[{"id": "job-1", "status": "IN_PROGRESS", "output": progress}] * 8,
+            *[
+                {"id": "job-1", "status": "IN_PROGRESS", "output": each}
+                for each in (progress, *odd, *4 * odd[-1:])
+            ],
             {"id": "job-1", "status": "FAILED", "output": {"error_info": error}, "error": SCRIPTS},
         )
         yield server
@@ -93,6 +100,10 @@ def test_no_text_of_an_endpoint_runs_in_the_page(
     expect(page.locator("#audio").get_by_text("0:01")).to_be_visible()
     make(page)
     expect(page.locator("#result .card")).to_contain_text("<img src=x", timeout=60_000)
+    require_no_script(page)
+    picture = page.locator("#result .card img.preview")  # the only one that is a picture
+    expect(picture).to_be_visible(timeout=60_000)
+    assert picture.evaluate("image => image.naturalWidth") == 64
     require_no_script(page)
     failed = page.locator("#result .card.failed")
     expect(failed).to_contain_text("<script>", timeout=60_000)

@@ -76,14 +76,21 @@ def is_over(state: JobState) -> bool:
 def test_a_job_leaves_its_verified_video_in_the_history(
     tracker: JobTracker, connection: Connection, portrait: Path, speech: Path
 ) -> None:
+    previews = []
+
+    def look(state: JobState) -> bool:
+        previews.append(state.preview)
+        return is_over(state)
+
     async def story() -> JobState:
         record = await tracker.start(connection, portrait, speech, SHORT)
-        return await until(tracker, record.id, is_over)
+        return await until(tracker, record.id, look)
 
     record = asyncio.run(story()).record
 
     assert record.status == "COMPLETED"
     assert record.output["seed"] == 1
+    assert any(previews)
     assert tracker.history.video(record).stat().st_size == record.output["size_bytes"]
     assert History(tracker.history.directory).all() == [record]
     texts = [path.read_bytes() for path in tracker.history.directory.rglob("*.json")]

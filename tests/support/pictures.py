@@ -15,6 +15,11 @@ def chart(height: int = 48, width: int = 64) -> NDArray[np.uint8]:
     return pixels.round().astype(np.uint8)
 
 
+def jpeg(height: int = 48, width: int = 64, **options: Any) -> bytes:
+    """A small JPEG, as a preview is."""
+    return encoded(Image.fromarray(chart(height, width)), "JPEG", **options)
+
+
 def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
     """The picture as a file."""
     buffer = io.BytesIO()

@@ -19,6 +19,8 @@ from training.architecture import (
     text_encoder,
 )
 from worker.generation.pipeline import HunyuanVideoAvatarPipeline
+from worker.loading import preview
+from worker.model.latent_to_rgb import LatentToRGB
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
 
 SEED = 20250526
@@ -41,7 +43,9 @@ def write(model_dir: Path) -> None:
             audio_encoder=_audio_encoder().eval(),
             feature_extractor=WhisperFeatureExtractor(feature_size=80),
         )
+        weight = torch.randn(12, LATENT_CHANNELS, 3, 3) / 10
     pipeline.save_pretrained(model_dir)
+    preview.save(LatentToRGB(weight, torch.full((12,), 0.5)), model_dir)
 
 
 def _transformer() -> HunyuanVideoAvatarTransformer3DModel:

@@ -24,7 +24,7 @@ from training.scenes import EYES_CROP, FACE_CROP, Scene, SceneBuffer, num_frames
 from training.speech import SpeechCorpus, formant_speech
 from training.transformer import Windows, denoising_loss
 from worker.generation import sampling
-from worker.loading import loader
+from worker.loading import loader, preview
 from worker.loading.model_directory import require_whole
 from worker.shapes import WINDOW_LATENTS, FrameSize, VideoPlan
 
@@ -292,9 +292,11 @@ def test_the_training_makes_a_directory_that_the_worker_loads(
         2,
     )
     denoiser.save_pretrained(tmp_path / "transformer")
+    monkeypatch.setattr(command, "PREVIEW_PEOPLE", 1)
     command.write(tmp_path, tmp_path / "model")
 
     require_whole(tmp_path / "model", hashes=True)
+    assert preview.load(tmp_path / "model", 16) is not None
     components, _ = loader.load(tmp_path / "model", cpu, {"default": torch.float32})
     face = world.random_face(np.random.default_rng(0))
     picture = world.portrait(face, 64, 64)

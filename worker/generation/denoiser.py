@@ -13,6 +13,7 @@ from torch import Tensor
 from worker.generation import cfg, sampling
 from worker.generation.conditioning import POSITIVE, Conditioning
 from worker.generation.options import DenoiseOptions
+from worker.generation.preview import FramePreview
 from worker.model.sparse_attention import SparseAttention
 from worker.model.transformer import CachedTokens, HunyuanVideoAvatarTransformer3DModel
 from worker.multi_gpu.parallel import BranchParallel
@@ -27,6 +28,7 @@ class Step:
 
     index: int
     timestep: Tensor  # (1,)
+    sigma: float  # the noise level
     sigma_change: float  # of the noise level, below 0
     guidance_weight: float
     reads_cache: bool  # a cached step
@@ -54,6 +56,7 @@ def denoising_steps(
         Step(
             index=index,
             timestep=timesteps[index : index + 1],
+            sigma=sigmas[index].item(),
             sigma_change=(sigmas[index + 1] - sigmas[index]).item(),
             guidance_weight=cfg.guidance_weight(index, count, options.guidance_scale),
             reads_cache=index in cached,
@@ -82,6 +85,7 @@ class Denoiser:
     options: DenoiseOptions
     parallel: BranchParallel  # with the ranks that compute the other branches
     sparsity: SparseAttention | None = None  # after the first steps
+    preview: FramePreview | None = None  # sees what each step predicts
 
     def step(self, latents: Tensor, step: Step) -> Tensor:  # 2 x (1, C, T, h, w) float32
         """The latents after the step; where windows overlap, their mean."""
@@ -94,6 +98,8 @@ class Denoiser:
             window = sampling.gather_circular(latents, 2, start, WINDOW_LATENTS)
             velocities = self.parallel.all_gather(self.velocities(window, start, step))
             velocity = cfg.apply_cfg(velocities, step.guidance_weight)
+            if self.preview is not None:
+                self.preview.see(window, velocity, step.sigma, self._frames(start))
             window = window + velocity * step.sigma_change
             window = window.to(self.options.latents_dtype or torch.bfloat16).float()
             sampling.add_circular(total, 2, start, window)
@@ -115,7 +121,7 @@ class Denoiser:
         early = step.is_prompt_guided
         prompts = [branch.early_prompt for branch in self.branches] if early else [POSITIVE]
         batch = len(prompts)
-        frames = sampling.circular_indices(start, WINDOW_LATENTS, told.plan.sampled_latents)
+        frames = self._frames(start)
         face_mask = told.face_mask * (cfg.EARLY_FACE_MASK_SCALE if early else 1.0)
         motion = window.new_ones(batch, 4)
         output = self.transformer(
@@ -142,6 +148,11 @@ class Denoiser:
             for branch, image, text in zip(self.branches, tokens.image, tokens.text, strict=True):
                 branch.step_cache.write(frames, image, text)
         return list(output.sample.float().split(1))
+
+    def _frames(self, start: int) -> list[int]:
+        """The latent frames of the video that the window from `start` on covers."""
+        size = self.conditioning.plan.sampled_latents
+        return sampling.circular_indices(start, WINDOW_LATENTS, size)
 
     def _read_cache(self, frames: Sequence[int]) -> CachedTokens:
         tokens = [branch.step_cache.read(frames) for branch in self.branches]

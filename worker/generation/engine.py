@@ -29,8 +29,9 @@ from worker.generation.face import TorchScriptFaceDetector
 from worker.generation.options import DenoiseOptions
 from worker.generation.pipeline import HunyuanVideoAvatarPipeline, OnStep
 from worker.generation.prefetch import prefetch
+from worker.generation.preview import FramePreview
 from worker.generation.torchscript import NoArithmeticError
-from worker.loading import loader, manifest, model_directory
+from worker.loading import loader, manifest, model_directory, preview
 from worker.loading.offload import (
     DECODER_SCRATCH_BYTES,
     GIB,
@@ -43,6 +44,7 @@ from worker.loading.report import LoadReport
 from worker.loading.transfer import Place
 from worker.model import autoencoder, flash_attention_4
 from worker.model.attention import fastest_backend
+from worker.model.latent_to_rgb import LatentToRGB
 from worker.model.linear import float8_works
 from worker.model.sparse_attention import SparseAttention, sparse_attention_works
 from worker.multi_gpu.controller import RankController
@@ -77,6 +79,7 @@ class Engine:
     plan: MemoryPlan | None = None  # None: on a CPU
     has_float8: bool = False  # whether the linear layers can compute in 8 bits here
     has_sparse_attention: bool = False  # whether attention can leave blocks of keys out here
+    latent_to_rgb: LatentToRGB | None = None  # None: no preview is possible
     ranks: RankController | None = None  # of the other GPUs; None: there are none
     weights: str = ""  # the fingerprint of the model directory
 
@@ -156,6 +159,7 @@ class Engine:
         # Its tensors are in no memory plan: where weights have to make room, all keys are seen.
         has_room = plan is not None and plan.all_resident
         has_sparse_attention = has_room and sparse_attention_works(device)
+        channels = pipeline.vae.config.latent_channels
         engine = cls(
             pipeline,
             device,
@@ -164,6 +168,7 @@ class Engine:
             plan,
             has_float8,
             has_sparse_attention,
+            preview.load(location.path, channels),
             weights=manifest.fingerprint(location.path),
         )
         if device.type == "cuda":
@@ -245,12 +250,14 @@ class Engine:
         sparsity: SparseAttention | None = None,
         state: DenoisingState | None = None,
         on_state: OnState | None = None,
+        preview: FramePreview | None = None,
     ) -> torch.Tensor:
         """Latents of the video, from all ranks that it has work for.
 
         `on_step(step, num_steps)` may raise to stop between two steps. `sparsity`, from
         `sparse_attention`, tells afterwards what this rank's attention left out. `on_state` is
         given the states that a later call goes on from as its `state`; it must not wait.
+        `preview`, from the method of that name, shows the video between two steps.
         """
         options = self._options(params)
         if state is not None:
@@ -260,7 +267,7 @@ class Engine:
             job = self.ranks.job(conditioning, options, seed, _num_cfg_branches(params))
         with _failures_as_ours(), job as parallel:
             latents = self.denoise_part(
-                conditioning, options, seed, parallel, on_step, sparsity, state, on_state
+                conditioning, options, seed, parallel, on_step, sparsity, state, on_state, preview
             )
             if not torch.isfinite(latents).all():
                 raise job_errors.GenerationError("the model computed no numbers")
@@ -288,6 +295,12 @@ class Engine:
         tolerance = self._options(params).attention_tolerance
         return None if tolerance is None else SparseAttention(tolerance, seed, self.device)
 
+    def preview(self, conditioning: Conditioning) -> FramePreview | None:
+        """What shows a middle frame of one video while it is made; None: the model has no map."""
+        if self.latent_to_rgb is None:
+            return None
+        return FramePreview(self.latent_to_rgb, conditioning.plan.kept_latents // 2)
+
     def _options(self, params: GenerationParams) -> DenoiseOptions:
         return DenoiseOptions.from_params(
             params, has_float8=self.has_float8, has_sparse_attention=self.has_sparse_attention
@@ -303,6 +316,7 @@ class Engine:
         sparsity: SparseAttention | None = None,
         state: DenoisingState | None = None,
         on_state: OnState | None = None,
+        preview: FramePreview | None = None,
     ) -> torch.Tensor:
         """The same, by what this rank does of it. The other ranks do no more; raises as torch."""
         generator = torch.Generator(self.device).manual_seed(seed)
@@ -315,6 +329,7 @@ class Engine:
             sparsity=sparsity,
             state=state,
             on_state=on_state,
+            preview=preview,
         )
 
     def decode_frames(

@@ -43,6 +43,7 @@ from worker.generation.pipeline_output import (
     as_output,
     require_output_type,
 )
+from worker.generation.preview import FramePreview
 from worker.generation.sampling import prepare_latents, unrepeatable_generator
 from worker.generation.text import (
     NEGATIVE_PROMPT,
@@ -303,6 +304,7 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
         sparsity: SparseAttention | None = None,
         state: DenoisingState | None = None,
         on_state: OnState | None = None,
+        preview: FramePreview | None = None,
     ) -> Tensor:
         """Latents of the video (1, C, kept latents, h, w), still scaled, from noise or a state.
 
@@ -317,6 +319,7 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
             state: what `on_state` was given after `options.first_step` steps; needed on rank 0
                 alone, whose latents count.
             on_state: called before `on_step`, after each step from which a state can go on.
+            preview: sees what each step predicts.
 
         Raises:
             ValueError: noise or a state of another shape; unusable steps.
@@ -340,6 +343,7 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
             options=options,
             parallel=parallel,
             sparsity=sparsity,
+            preview=preview,
         )
         with self.in_use("transformer"), self.progress_bar(total=len(steps)) as progress:
             progress.update(options.first_step)

@@ -41,12 +41,16 @@ if TYPE_CHECKING:
 
     from worker.generation.conditioning import Conditioning
     from worker.generation.engine import Engine
+    from worker.generation.preview import FramePreview
     from worker.model.sparse_attention import SparseAttention
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+NO_PREVIEW = (
+    "no preview is possible: the model has no map for it; python -m builder.preview adds one"
+)
 MIN_FACE_SHARE = 0.02  # of the image's short side: a smaller face has no latent of its own
 FIRST_LOOK_SECONDS, LONGEST_LOOK_SECONDS = 0.5, 5.0  # after another worker's video
 CHECK_SECONDS = 0.25  # between two looks whether a job that waits was stopped
@@ -222,7 +226,12 @@ class JobRun:
                 metadata={"seed": str(state.seed), "worker": __version__},
                 max_bytes=delivery.max_bytes,
             )
-        warnings = (*state.warnings, *speech.warnings, *conditioning.warnings)
+        warnings = (
+            *state.warnings,
+            *speech.warnings,
+            *conditioning.warnings,
+            *self._preview_warnings(engine),
+        )
         metadata = result.video_metadata(params, plan, video, state.seed, warnings)
         with self.stage("upload"):
             address = self._abandonably(
@@ -366,9 +375,13 @@ class JobRun:
             speech.duration_seconds,
             throughput.estimate_seconds(plan),
             self.settings.price_per_second,
-            (*speech.warnings, *engine.foresee(portrait, params)),
+            (*speech.warnings, *engine.foresee(portrait, params), *self._preview_warnings(engine)),
             self.settings.avatar_model,
         )
+
+    def _preview_warnings(self, engine: "Engine") -> tuple[str, ...]:
+        is_missing = self.request.input.preview and engine.latent_to_rgb is None
+        return (NO_PREVIEW,) if is_missing else ()
 
     def _denoise(
         self,
@@ -387,14 +400,16 @@ class JobRun:
             if state.restored is not None:
                 self.progress.skip(plan.share_done(state.first_step))
             state.begin_denoising()
+            preview = engine.preview(conditioning) if params.preview else None
             latents = engine.denoise(
                 conditioning,
                 params,
                 seed,
-                self._step_report(plan),
+                self._step_report(plan, preview),
                 self._sparsity,
                 state.restored,
                 state.offer,
+                preview,
             )
         logger.info(
             "denoised in %.1f s by %d processes",
@@ -403,12 +418,16 @@ class JobRun:
         )
         return conditioning, latents
 
-    def _step_report(self, plan: JobPlan) -> Callable[[int, int], None]:
+    def _step_report(
+        self, plan: JobPlan, preview: "FramePreview | None"
+    ) -> Callable[[int, int], None]:
         """Reports each denoising step, and ends the loop when the job must not go on."""
 
         def on_step(step: int, num_steps: int) -> None:
             self.check()
-            self.progress.update(plan.share_done(step), step=step, total_steps=num_steps)
+            share = plan.share_done(step)
+            picture = preview.data_url(share) if preview is not None else None
+            self.progress.update(share, step=step, total_steps=num_steps, preview=picture)
 
         return on_step
 

@@ -58,6 +58,7 @@ class ProgressReporter:
         self._skipped = 0.0  # of it: what an earlier try of the job had done
         self._skipped_share = 0.0  # the same, of the stage in which that was
         self._newest: dict[str, Any] | None = None
+        self._preview: str | None = None
         self._changed = asyncio.Event()
         self._closing = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -106,8 +107,13 @@ class ProgressReporter:
         step: int | None = None,
         total_steps: int | None = None,
         message: str | None = None,
+        preview: str | None = None,
     ) -> None:
-        """Says that `share` (0 to 1) of the current stage is done. Callable from any thread."""
+        """Says that `share` (0 to 1) of the current stage is done. Callable from any thread.
+
+        A preview, a `data:` URL, goes with all later values too, until there is a newer one: a
+        client asks now and then and gets the newest value alone.
+        """
         index = _INDEX[self.stage]
         begins_at = STAGES[index].begins_at
         ends_at = STAGES[index + 1].begins_at if index + 1 < len(STAGES) else 1.0
@@ -131,6 +137,9 @@ class ProgressReporter:
             ),
             "message": f"{message} {step}/{total_steps}" if step is not None else message,
         }
+        self._preview = preview or self._preview
+        if self._preview is not None:
+            payload["preview"] = self._preview
         self._loop.call_soon_threadsafe(self._offer, payload)
 
     def _offer(self, payload: dict[str, Any]) -> None:
