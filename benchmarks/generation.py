@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLHunyuanVideo
 
-from avatar_client.contract.presets import PRESETS, computed_step_indices
+from avatar_client.contract.presets import PRESETS, REFERENCE_SCHEDULE
 from benchmarks import reference
 from benchmarks.random_model import (
     build_transformer,
@@ -205,7 +205,7 @@ def jobs(steps: dict[str, float], stages: dict[str, float]) -> dict[str, dict[st
     """Seconds of a whole job of one window, by preset and by the published way."""
     found = {}
     for name, preset in PRESETS.items():
-        computed = computed_step_indices(STEPS, preset.step_cache_schedule)
+        computed = preset.step_cache_schedule.computed_steps(STEPS)
         early = sum(index < PROMPT_GUIDED_STEPS for index in computed)
         arithmetic = "8 bits" if preset.float8 else "quality"
         sparse = arithmetic if preset.attention_tolerance is None else "sparse"
@@ -215,7 +215,7 @@ def jobs(steps: dict[str, float], stages: dict[str, float]) -> dict[str, dict[st
         denoise += (len(computed) - early) * steps[f"{sparse}, late step"]
         denoise += (STEPS - len(computed)) * steps[f"{arithmetic}, cached step"]
         found[name] = {"denoise": denoise, "whole": denoise + stages["encode"] + stages["decode"]}
-    num_computed = len(computed_step_indices(STEPS))
+    num_computed = len(REFERENCE_SCHEDULE.computed_steps(STEPS))
     denoise = num_computed * steps["published, computed step"]
     denoise += (STEPS - num_computed) * steps["published, cached step"]
     whole = denoise + stages["published encode"] + stages["published decode"]

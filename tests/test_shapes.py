@@ -1,4 +1,5 @@
 import json
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -6,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from avatar_client.contract.presets import computed_step_indices
+from avatar_client.contract.presets import PRESETS, REFERENCE_SCHEDULE, LogSNRSchedule
 from tests.support.golden_weights import GOLDENS
 from worker.shapes import (
     REFERENCE_COMPUTED_STEPS,
@@ -78,16 +79,41 @@ def test_full_size_has_the_published_number_of_tokens() -> None:
 
 
 def test_fifty_steps_are_cached_as_in_the_reference() -> None:
-    assert computed_step_indices(50) == REFERENCE_COMPUTED_STEPS
+    assert REFERENCE_SCHEDULE.computed_steps(50) == REFERENCE_COMPUTED_STEPS
     assert len(REFERENCE_COMPUTED_STEPS) == 30
 
 
 @given(num_steps=st.integers(1, 200))
-def test_every_schedule_starts_and_ends_in_full_and_never_rests_for_long(num_steps: Any) -> None:
-    steps = computed_step_indices(num_steps)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_schedule_starts_and_ends_in_full(preset: str, num_steps: Any) -> None:
+    steps = PRESETS[preset].step_cache_schedule.computed_steps(num_steps)
     assert sorted(set(steps)) == list(steps)
     assert steps[0] == 0
     assert steps[-1] == num_steps - 1
+    cheaper = [each.step_cache_schedule.computed_steps(num_steps) for each in PRESETS.values()]
+    assert [len(each) for each in cheaper] == sorted((len(each) for each in cheaper), reverse=True)
+
+
+@given(num_steps=st.integers(10, 200), shift=st.floats(0.1, 20))
+def test_steps_even_in_the_signal_to_noise_ratio_are_so_for_every_shift(
+    num_steps: Any, shift: float
+) -> None:
+    def log_snr(step: int) -> float:
+        left = 1 - step / num_steps
+        sigma = shift * left / (1 + (shift - 1) * left)
+        return math.log((1 - sigma) / sigma)
+
+    steps = LogSNRSchedule(24).computed_steps(num_steps)
+    assert 3 <= len(steps) <= max(math.ceil(0.24 * num_steps), 4)
+    inner = list(pairwise(steps[1:-1]))
+    reached = min((log_snr(later) - log_snr(step) for step, later in inner), default=0)
+    # none could have come a step earlier without being nearer than another two are
+    assert all(log_snr(later - 1) - log_snr(step) < reached + 1e-9 for step, later in inner)
+
+
+@given(num_steps=st.integers(1, 200))
+def test_the_references_schedule_never_rests_for_long(num_steps: Any) -> None:
+    steps = REFERENCE_SCHEDULE.computed_steps(num_steps)
     assert max((later - step for step, later in pairwise(steps)), default=1) <= 5
     assert set(range(-(-3 * num_steps // 10))) <= set(steps)
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from avatar_client.contract.presets import computed_step_indices
+from avatar_client.contract.presets import REFERENCE_SCHEDULE
 
 SAMPLE_RATE_HZ = 16_000
 AUDIO_STATES_HZ = 50  # states of the speech encoder, two a frame of video at 25 frames a second
@@ -162,7 +162,7 @@ def resolve_computed_steps(
     if num_inference_steps < 1:
         raise ValueError("num_inference_steps must be at least 1")
     if computed_steps is None:
-        return frozenset(computed_step_indices(num_inference_steps))
+        return frozenset(REFERENCE_SCHEDULE.computed_steps(num_inference_steps))
     if computed_steps == "reference":
         return frozenset(step for step in REFERENCE_COMPUTED_STEPS if step < num_inference_steps)
     steps = frozenset(int(step) for step in computed_steps)

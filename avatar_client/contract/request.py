@@ -37,7 +37,7 @@ from avatar_client.contract.bucket import (
     ServerSideEncryption,
 )
 from avatar_client.contract.job_errors import InputUrlBlockedError, InvalidInputError
-from avatar_client.contract.presets import PRESETS, computed_step_indices
+from avatar_client.contract.presets import PRESETS
 
 MAX_SEED = 2**53 - 1  # the largest whole number that every JSON reader keeps exact
 MAX_PROMPT_CHARACTERS = 2000
@@ -268,7 +268,7 @@ class GenerationParams(_Frozen):
         "quality",
         description="Steps of 50 that are computed in full: "
         + ", ".join(
-            f"{name} {len(computed_step_indices(50, preset.step_cache_schedule))}"
+            f"{name} {len(preset.step_cache_schedule.computed_steps(50))}"
             for name, preset in PRESETS.items()
         )
         + "; the last two in 8 bits. The fewer, the quicker, and the less exact.",

@@ -38,7 +38,7 @@ def test_a_quicker_preset_computes_fewer_steps() -> None:
         assert steps is not None
         counts.append(len(steps))
 
-    assert counts == [30, 19, 12]
+    assert counts == [30, 17, 12]
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def test_a_dry_run_tells_the_plan_the_delivery_and_the_estimate(params: JobInput
             "duration_seconds": 12.0,
             "num_windows": 2,
             "num_inference_steps": 50,
-            "num_computed_steps": 19,
+            "num_computed_steps": 17,
             "delivery": "inline",
         },
         "estimate_seconds": 99.5,

@@ -5,7 +5,7 @@ from typing import Self
 
 import torch
 
-from avatar_client.contract.presets import PRESETS, computed_step_indices
+from avatar_client.contract.presets import PRESETS
 from avatar_client.contract.request import GenerationParams
 from worker.shapes import ComputedSteps, uses_cfg
 
@@ -37,9 +37,7 @@ class DenoiseOptions:
             num_inference_steps=params.num_inference_steps,
             guidance_scale=params.guidance_scale,
             flow_shift=params.flow_shift,
-            computed_steps=computed_step_indices(
-                params.num_inference_steps, preset.step_cache_schedule
-            ),
+            computed_steps=preset.step_cache_schedule.computed_steps(params.num_inference_steps),
             float8=preset.float8 and has_float8,
             attention_tolerance=preset.attention_tolerance if has_sparse_attention else None,
         )

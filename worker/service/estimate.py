@@ -7,7 +7,7 @@ learned from the jobs that it has finished.
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from avatar_client.contract.presets import PRESETS, computed_step_indices
+from avatar_client.contract.presets import PRESETS
 from worker.shapes import FrameSize, VideoPlan, window_tokens
 
 TYPICAL_TEXT_TOKENS = 400  # valid length of the prompt, with the portrait's 576 tokens cut in
@@ -84,8 +84,7 @@ class JobPlan:
         return computed + CACHED_SHARE * (step - computed)
 
     def _computed_steps(self) -> tuple[int, ...]:
-        schedule = PRESETS[self.preset].step_cache_schedule
-        return computed_step_indices(self.num_inference_steps, schedule)
+        return PRESETS[self.preset].step_cache_schedule.computed_steps(self.num_inference_steps)
 
 
 @dataclass(slots=True)
