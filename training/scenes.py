@@ -275,7 +275,7 @@ class SceneEncoder:
         scale = self._vae.config.scaling_factor
         mel = torch.from_numpy(spec.mel).float().to(device)
         states = encode_speech(mel, self._audio_encoder)
-        audio = audio_windows(states, len(clip), world.FPS)[0]
+        audio = audio_windows(states, len(clip), world.FPS)[0].clone()
         audio[spec.num_audio_frames :] = 0
         weight = face_weight(spec.face, *size)[None, None]
         weight = torch.nn.functional.avg_pool2d(weight, 8)[0, 0]

@@ -11,7 +11,6 @@ from worker.generation.sampling import (
     draw_noise,
     gather_circular,
     noise_levels,
-    pad_circular_audio,
     window_audio,
     window_starts,
 )
@@ -79,13 +78,13 @@ def test_a_window_runs_over_the_end_of_circular_latents() -> None:
 
 def test_a_window_has_the_audio_of_its_own_frames() -> None:
     plan = VideoPlan(135)
-    audio = torch.arange(plan.padded_audio_frames).float().view(1, -1, 1, 1, 1)
-    circular = pad_circular_audio(audio + 1, plan)
-    assert circular.shape[1] == 4 * 65
-    audio_frames = window_audio(circular, -10).flatten()
+    audio = torch.arange(plan.num_frames).float().view(1, -1, 1, 1, 1)
+    audio_frames = window_audio(audio + 1, -10, plan.sampled_latents).flatten()
     assert len(audio_frames) == 129
     assert audio_frames[:40].any().item() is False  # the silent end
     assert audio_frames[40:].tolist() == list(range(1, 90))
+    last_frames = window_audio(audio + 1, 30, plan.sampled_latents).flatten()
+    assert last_frames.tolist() == [*range(121, 136), *[0] * 114]
 
 
 def test_noise_repeats_with_its_generator_and_leaves_the_global_one_alone() -> None:

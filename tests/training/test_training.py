@@ -118,7 +118,7 @@ def test_a_window_has_the_audio_that_the_worker_gives_it() -> None:
     for start in (0, 3, 17):
         window = scene.window(start, WINDOW_LATENTS)
         assert torch.equal(window.latents, scene.latents[:, start : start + WINDOW_LATENTS])
-        expected = sampling.window_audio(scene.audio_embeds[None], start)
+        expected = sampling.window_audio(scene.audio_embeds[None], start, 50)
         assert torch.equal(window.audio_embeds, expected[0])
 
 
@@ -131,8 +131,8 @@ def test_a_circular_window_has_the_audio_that_the_worker_gives_it() -> None:
     scene = replace(scene, audio_embeds=audio)
     wrapped = scene.circular_window(ring - 20, 20, WINDOW_LATENTS - 20)
 
-    embeds = sampling.pad_circular_audio(audio[None, : plan.padded_audio_frames], plan)
-    assert torch.equal(wrapped.audio_embeds, sampling.window_audio(embeds, -20)[0])
+    expected = sampling.window_audio(audio[None, : plan.padded_audio_frames], -20, ring)
+    assert torch.equal(wrapped.audio_embeds, expected[0])
     latents = sampling.gather_circular(scene.latents[None], 2, -20, WINDOW_LATENTS)
     assert torch.equal(wrapped.latents, latents[0])
 

@@ -37,6 +37,7 @@ def log_mel(
 def encode_speech(
     mel: Tensor,  # (chunks, 80, 3000)
     audio_encoder: WhisperModel,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:  # (N, E, C)
     """All hidden states of the speech encoder, the chunks joined to one run of 50 a second.
 
@@ -46,7 +47,7 @@ def encode_speech(
     states = []
     for chunk in mel.to(encoder.device, encoder.dtype):  # one by one, to bound the memory
         hidden = encoder(chunk[None], output_hidden_states=True).hidden_states
-        states.append(torch.cat(hidden).transpose(0, 1))  # (1500, E, C)
+        states.append(torch.cat(hidden).transpose(0, 1).to(dtype))  # (1500, E, C)
     return torch.cat(states)
 
 
@@ -58,13 +59,12 @@ def audio_windows(
     """For each video frame the ten states around it, in float16 as the reference keeps them.
 
     A window reaches from 4 states before its frame to 5 after; outside the recording are zeros.
+    The windows are a view: each state lies in memory once, and not in the five that overlap.
     """
     stride = int(AUDIO_STATES_HZ / fps)
-    padded = pad(states, (0, 0, 0, 0, WINDOW_LEAD, WINDOW_STATES))
-    frames = torch.arange(num_frames, device=states.device)
-    offsets = torch.arange(WINDOW_STATES, device=states.device)
-    windows = padded[stride * frames[:, None] + offsets]  # (F, 10, E, C)
-    return windows.half()[None]
+    padded = pad(states.half(), (0, 0, 0, 0, WINDOW_LEAD, WINDOW_STATES))
+    windows = padded.unfold(0, WINDOW_STATES, stride)  # (F', E, C, 10)
+    return windows.movedim(3, 1)[None, :num_frames]
 
 
 def encode_audio(
@@ -72,13 +72,13 @@ def encode_audio(
     fps: float,
     feature_extractor: WhisperFeatureExtractor,
     audio_encoder: WhisperModel,
-) -> Tensor:  # (1, padded_audio_frames, 10, E, C) float16
-    """The audio windows of all video frames, with silence (zeros) up to the padded length.
+) -> Tensor:  # (1, F, 10, E, C) float16
+    """The audio windows of all video frames.
 
     Raises:
         ValueError: less than one frame of audio.
     """
     plan = VideoPlan(count_frames(len(waveform), fps))
-    states = encode_speech(log_mel(waveform, feature_extractor), audio_encoder)
-    windows = audio_windows(states, plan.num_frames, fps)
-    return pad(windows, (0, 0, 0, 0, 0, 0, 0, plan.padded_audio_frames - plan.num_frames))
+    mel = log_mel(waveform, feature_extractor)
+    states = encode_speech(mel, audio_encoder, torch.float16)
+    return audio_windows(states, plan.num_frames, fps)

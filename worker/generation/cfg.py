@@ -9,11 +9,9 @@ Source: arXiv 2207.12598; Tencent-Hunyuan/HunyuanVideo-Avatar@fd59436, its weigh
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from worker.generation.conditioning import NEGATIVE, POSITIVE, Conditioning
-from worker.generation.sampling import pad_circular_audio
 from worker.generation.step_cache import StepCache
 
 PROMPT_GUIDED_STEPS = 10  # then both branches have the prompt, and guidance is by the audio alone
@@ -24,16 +22,17 @@ EARLY_FACE_MASK_SCALE = 0.6  # until then the face gets less of the audio
 class CFGBranch:
     """A branch: its audio, its prompt while the prompt guides, its tokens for cached steps."""
 
-    audio_embeds: Tensor  # (1, 4T, 10, 5, 384)
+    audio_embeds: Tensor  # (1, F, 10, 5, 384)
     early_prompt: int  # row of the pairs in `Conditioning`
     step_cache: StepCache = field(default_factory=StepCache)
 
 
 def cfg_branches(conditioning: Conditioning, *, uses_cfg: bool) -> list[CFGBranch]:
     """The unconditional and the conditional branch; without CFG the conditional one alone."""
-    audio = pad_circular_audio(conditioning.audio_embeds, conditioning.plan)
+    audio = conditioning.audio_embeds
+    silence = audio.new_zeros(()).expand_as(audio)  # which takes no memory
     cond = CFGBranch(audio, early_prompt=POSITIVE)
-    uncond = CFGBranch(torch.zeros_like(audio), early_prompt=NEGATIVE)
+    uncond = CFGBranch(silence, early_prompt=NEGATIVE)
     return [uncond, cond] if uses_cfg else [cond]
 
 

@@ -30,7 +30,7 @@ class Conditioning:
     prompt_embeds: Tensor  # (2, L, D_text)
     prompt_mask: Tensor  # (2, L), 1 = keep, in the reference's positions; on the CPU
     pooled_prompt_embeds: Tensor  # (2, D_pooled)
-    audio_embeds: Tensor  # (1, plan.padded_audio_frames, 10, 5, 384)
+    audio_embeds: Tensor  # (1, num_frames, 10, 5, 384), whose windows share their states
     face_mask: Tensor  # (1, 1, 1, h, w), 1 inside the speaking face
     reference_mean: Tensor  # (1, C, 1, h, w): the portrait's latent distribution
     reference_std: Tensor  # (1, C, 1, h, w)

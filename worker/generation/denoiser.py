@@ -132,7 +132,10 @@ class Denoiser:
             pooled_projections=told.pooled_prompt_embeds[prompts],
             reference_latents=self.reference_latents.expand(batch, -1, -1, -1, -1),
             audio_embeds=torch.cat(
-                [sampling.window_audio(branch.audio_embeds, start) for branch in self.branches]
+                [
+                    sampling.window_audio(branch.audio_embeds, start, told.plan.sampled_latents)
+                    for branch in self.branches
+                ]
             ),
             face_mask=face_mask.expand(batch, -1, -1, -1, -1),
             motion_expression=motion * told.motion_expression,

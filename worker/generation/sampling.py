@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
-from torch.nn.functional import pad
 
 from worker.generation.conditioning import Conditioning
 from worker.shapes import TEMPORAL_COMPRESSION, WINDOW_FRAMES, WINDOW_LATENTS, VideoPlan
@@ -114,15 +113,17 @@ def _indices(tensor: Tensor, dim: int, start: int, length: int) -> Tensor:
     return torch.arange(start, start + length, device=tensor.device) % tensor.shape[dim]
 
 
-def pad_circular_audio(
-    audio_embeds: Tensor,  # (B, padded audio frames, 10, 5, 384)
-    plan: VideoPlan,
-) -> Tensor:  # (B, 4T, 10, 5, 384)
-    """The audio with silence (zeros) up to the end of the circular latents."""
-    missing = TEMPORAL_COMPRESSION * plan.sampled_latents - audio_embeds.shape[1]
-    return pad(audio_embeds, (0, 0, 0, 0, 0, 0, 0, missing))
+def window_audio(
+    audio_embeds: Tensor,  # (B, F, 10, 5, 384)
+    start: int,
+    num_latents: int,
+) -> Tensor:  # (B, 129, 10, 5, 384)
+    """The audio frames of the window that starts at latent frame `start` of the circular latents.
 
-
-def window_audio(audio_embeds: Tensor, start: int) -> Tensor:
-    """The 129 audio frames of the window that starts at latent frame `start`."""
-    return gather_circular(audio_embeds, 1, TEMPORAL_COMPRESSION * start, WINDOW_FRAMES)
+    Behind the speech is silence (zeros), up to the end of the latents.
+    """
+    num_frames = audio_embeds.shape[1]
+    frames = torch.arange(WINDOW_FRAMES, device=audio_embeds.device)
+    frames = (TEMPORAL_COMPRESSION * start + frames) % (TEMPORAL_COMPRESSION * num_latents)
+    window = audio_embeds.index_select(1, frames.clamp(max=num_frames - 1))
+    return window.masked_fill_((frames >= num_frames).view(-1, 1, 1, 1), 0)
