@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from avatar_client.contract import request
+from avatar_client.contract.formats import require_suffix, suffix_of
 from avatar_client.contract.job_errors import InputUrlBlockedError, InvalidInputError, WorkerError
 from avatar_client.endpoint import EXECUTION_TIMEOUT_SECONDS, AvatarEndpoint, AvatarJob
 from avatar_client.endpoint_errors import EndpointError
@@ -56,6 +57,9 @@ def _generate(endpoint: AvatarEndpoint, parsed: argparse.Namespace, options: lis
             for parent in parents:
                 inner = inner.setdefault(parent, {})
             inner[last] = value
+    if parsed.output is not None:
+        container = fields.get("output", {}).get("format", "mp4")
+        require_suffix(parsed.output.name, container, "--output")
     job: AvatarJob | None = None
     try:
         job = endpoint.submit(
@@ -85,8 +89,8 @@ def _download(endpoint: AvatarEndpoint, parsed: argparse.Namespace, *_: Any) -> 
     return _wait_and_download(endpoint.job(parsed.id), parsed.output)
 
 
-def _wait_and_download(job: AvatarJob, target: Path) -> int:
-    preview_path = target.with_suffix(".preview.jpg")
+def _wait_and_download(job: AvatarJob, target: Path | None) -> int:
+    preview_path = (target or Path("avatar")).with_suffix(".preview.jpg")
     with progress_bar() as show:
 
         def on_status(status: JobStatus) -> None:
@@ -102,6 +106,7 @@ def _wait_and_download(job: AvatarJob, target: Path) -> int:
     warnings = output.get("warnings")
     for warning in warnings[:MAX_WARNINGS] if isinstance(warnings, list) else ():
         _say(f"warning: {plain(warning)}")
+    target = target or Path(f"avatar{suffix_of(output.get('content_type'))}")
     print(job.download(target))  # noqa: T201
     preview_path.unlink(missing_ok=True)
     return DONE
@@ -180,9 +185,8 @@ def _parser(options: list[Option]) -> argparse.ArgumentParser:
         added.add_argument(
             "--output",
             type=_target,
-            default="avatar.mp4",
             metavar="FILE",
-            help="default: %(default)s",
+            help="default: avatar.mp4 or avatar.webm",
         )
     return parser
 

@@ -17,6 +17,7 @@ from pydantic import SecretStr
 
 from avatar_client import protocol
 from avatar_client.contract.bucket import BucketSettings
+from avatar_client.contract.formats import suffix_of
 from avatar_client.download import Video, VideoDownload, hide_query, hide_query_async
 from avatar_client.endpoint_errors import DownloadError, JobNotFoundError
 from avatar_client.protocol import Answer, Call, Outcome, Pace, Pause
@@ -105,9 +106,11 @@ class _Job:
         """The video of a job, and the file for it."""
         if not status.is_over:
             raise DownloadError(f"job {self.id} has no video yet: it is {status.status}")
-        video = Video.parse(protocol.completed(status).output)
-        path = Path(path)
-        return video, path / f"{self.id}.mp4" if path.is_dir() else path
+        output = protocol.completed(status).output or {}
+        video, path = Video.parse(output), Path(path)
+        if path.is_dir():
+            path /= f"{self.id}{suffix_of(output.get('content_type'))}"
+        return video, path
 
 
 class AvatarEndpoint(_Endpoint):

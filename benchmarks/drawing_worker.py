@@ -31,12 +31,12 @@ class Drawing:
     def num_gpus(self, params: Any) -> int:
         return 1
 
-    def require_fits_memory(self, portrait: Any, resolution: int) -> None: ...
+    def require_fits_memory(self, portrait: Any, *shape: Any) -> None: ...
 
-    def foresee(self, portrait: Any, params: Any) -> tuple[str, ...]:
+    def foresee(self, portrait: Any, params: Any, size: Any) -> tuple[str, ...]:
         return ()
 
-    def encode(self, portrait: Any, waveform: Any, params: Any) -> Any:
+    def encode(self, portrait: Any, waveform: Any, params: Any, size: Any) -> Any:
         return SimpleNamespace(warnings=())
 
     def identity(self, params: Any) -> SimpleNamespace:

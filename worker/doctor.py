@@ -200,10 +200,10 @@ def check_disk_speed() -> str:
 
 
 def check_encoders() -> str:
-    from worker.media import video
+    from worker.media import encoding
 
-    video.check_encoders()
-    return "H.264 and AAC"
+    encoding.check_encoders()
+    return ", ".join(encoding.encoder_names())
 
 
 def check_storage() -> str:

@@ -61,15 +61,16 @@ def fit_size(height: int, width: int, resolution: int) -> FrameSize:
     Source: arXiv 2505.20156's published code, measured: its sizes for 42 pictures are in the tests.
     """
     scale = resolution / min(height, width)
-    size = _rounded(height * scale, width * scale)
+    size = rounded_size(height * scale, width * scale)
     area = resolution * LONG_SIDE.get(resolution, int(1.5 * resolution))
     if size.height * size.width > area:
         scale = math.sqrt(area / (height * width))
-        size = _rounded(height * scale, width * scale)
+        size = rounded_size(height * scale, width * scale)
     return size
 
 
-def _rounded(height: float, width: float) -> FrameSize:
+def rounded_size(height: float, width: float) -> FrameSize:
+    """The frame size next to that one, both sides multiples of 64."""
     multiples = (max(round(side / FITTED_MULTIPLE), 1) for side in (height, width))
     return FrameSize(*(multiple * FITTED_MULTIPLE for multiple in multiples))
 

@@ -36,6 +36,14 @@ from avatar_client.contract.bucket import (
     Checksums,
     ServerSideEncryption,
 )
+from avatar_client.contract.formats import (
+    FORMATS,
+    SUFFIXES,
+    Codec,
+    Container,
+    VideoFormat,
+    require_suffix,
+)
 from avatar_client.contract.job_errors import InputUrlBlockedError, InvalidInputError
 from avatar_client.contract.presets import PRESETS
 
@@ -44,6 +52,9 @@ MAX_PROMPT_CHARACTERS = 2000
 MAX_USER_DATA_CHARACTERS = 1000
 
 REQUEST_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+Aspect = Literal["source", "1:1", "9:16", "16:9", "4:5"]
+Fit = Literal["cover", "contain"]
+
 KEY_PATTERN = r"^[A-Za-z0-9!_.()=-]+(/[A-Za-z0-9!_.()=-]+)*$"
 
 
@@ -171,8 +182,30 @@ class Motion(_Frozen):
 
 
 class OutputOptions(_Frozen):
-    """How the video is handed over."""
+    """The video's shape and its file, and how it is handed over."""
 
+    aspect: Aspect = Field(
+        "source", description="Aspect ratio of the video. `source`: the portrait's."
+    )
+    fit: Fit = Field(
+        "cover",
+        description="What becomes of a portrait of another ratio. `cover`: the part around the "
+        "face; `contain`: all of it, in the middle of a background.",
+    )
+    background: Annotated[str, Field(pattern=r"^(blur|#[0-9A-Fa-f]{6})$")] | None = Field(
+        None,
+        description="Of `contain`: `blur`, a blurred copy of the picture, or a colour as "
+        "`#1a2b3c`. Empty: `blur`.",
+    )
+    format: Container = Field("mp4", description="The file. A webm's sound is Opus.")
+    codec: Codec | None = Field(
+        None, description="Of the picture: h264 or hevc in an mp4, vp9 in a webm. Empty: the first."
+    )
+    quality: Annotated[int, Field(ge=1, le=51)] | None = Field(
+        None,
+        description="The encoder's crf: the smaller, the better and the larger. Empty: h264 17, "
+        "hevc 19, vp9 24.",
+    )
     delivery: Literal["auto", "s3", "inline"] = Field(
         "auto", description="`inline` is base64 in the reply; `auto`: the bucket if there is one."
     )
@@ -180,7 +213,7 @@ class OutputOptions(_Frozen):
         None,
         description="Name of the object, below `BUCKET_PREFIX`, the folder `chosen` and "
         "`output.prefix`. Empty: `<job id>.mp4` without that folder, or `<request_id>.mp4` in the "
-        "folder `requests`.",
+        "folder `requests`; `.webm` for one.",
     )
     prefix: Annotated[str, Field(max_length=256), AfterValidator(_key)] | None = Field(
         None,
@@ -197,6 +230,28 @@ class OutputOptions(_Frozen):
         "endpoint allows it. Else such a job is refused before anything is generated.",
     )
 
+    @property
+    def video_format(self) -> VideoFormat:
+        """The kind of file."""
+        return FORMATS[self.format]
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        """Refuses what contradicts itself, by the field that can be left out."""
+        chosen = self.video_format
+        if self.codec is not None and self.codec not in chosen.codecs:
+            message = f"{self.format} holds {' or '.join(chosen.codecs)}"
+            raise InvalidInputError(message, field="output.codec")
+        if self.background is not None and (self.fit != "contain" or self.aspect == "source"):
+            message = "there is none but with output.fit 'contain' and another aspect than 'source'"
+            raise InvalidInputError(message, field="output.background")
+        require_suffix(self.key or "", self.format, "output.key")
+        return self
+
+
+# Of `output`: what decides the video's bytes, and not where they go.
+VIDEO_FIELDS = {"aspect", "fit", "background", "format", "codec", "quality"}
+
 
 class S3Config(_Frozen):
     """RunPod's own form of a bucket that comes with a job, and what some stores need beside it."""
@@ -212,7 +267,9 @@ class S3Config(_Frozen):
     kms_key_id: Annotated[str, Field(max_length=2048)] | None = Field(None, alias="kmsKeyId")
     checksums: Checksums = "when_required"
     object_path: Annotated[str, Field(max_length=512), AfterValidator(_key)] | None = Field(
-        None, alias="objectPath", description="A folder, or with `.mp4` at its end the whole key."
+        None,
+        alias="objectPath",
+        description="A folder, or with `.mp4` or `.webm` at its end the whole key.",
     )
 
     @model_validator(mode="before")
@@ -240,7 +297,7 @@ class S3Config(_Frozen):
     @property
     def _path(self) -> tuple[str, str | None]:
         path = self.object_path or ""
-        if not path.lower().endswith(".mp4"):
+        if not path.lower().endswith(SUFFIXES):
             return path, None
         folder, _, name = path.rpartition("/")
         return folder, name

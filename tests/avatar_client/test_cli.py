@@ -195,6 +195,8 @@ def test_a_plan_is_printed_instead_of_a_video(
         (["generate", "--image", "nowhere.png", "--audio", "b.wav"], "image: nowhere.png cannot"),
         (["generate", "--image", "HTTPS://x/a", "--audio", "ftp://x/b"], "audio: only https URLs"),
         (["generate", *INPUTS, "--output", "nowhere/a.mp4"], "there is no directory nowhere"),
+        (["generate", *INPUTS, "--output", "a.webm"], "--output: ends with .webm"),
+        (["generate", *INPUTS, "--output-codec", "vp9"], "output.codec: mp4 holds"),
         (["generate", *INPUTS, "--endpoint", "a b"], "an endpoint is an id"),
         (["generate", *INPUTS, "--execution-timeout-seconds", "1"], "policy.executionTimeout"),
         (["generate", *INPUTS, "--prom", "x"], "--prom"),
@@ -259,6 +261,9 @@ def test_an_earlier_job_is_looked_at_fetched_and_cancelled(
 
     server.on(STATUS, {"id": "job-1", "status": "COMPLETED", "output": RESULT})
     assert run("download", "job-1", "--output", "mine.mp4")[:2] == (0, "mine.mp4\n")
+    webm = {**RESULT, "content_type": "video/webm"}
+    server.on(STATUS, {"id": "job-1", "status": "COMPLETED", "output": webm})
+    assert run("download", "job-1")[:2] == (0, "avatar.webm\n")
     assert Path("mine.mp4").read_bytes() == VIDEO
 
 

@@ -66,6 +66,10 @@ def test_in_a_directory_the_video_takes_the_name_of_the_job(
     finish(server)
     server.on(GET, Answer(body=VIDEO))
     assert client.job("job-1").download(str(tmp_path)) == tmp_path / "job-1.mp4"
+    finish(server, content_type="video/webm")
+    assert client.job("job-1").download(str(tmp_path)) == tmp_path / "job-1.webm"
+    finish(server, content_type="../x")  # of anybody's endpoint
+    assert client.job("job-1").download(str(tmp_path)) == tmp_path / "job-1.mp4"
 
 
 def test_a_video_inside_the_answer_is_checked_too(

@@ -224,6 +224,12 @@ def test_what_clients_name_lies_apart_from_what_bears_a_jobs_id(
     assert keys == ObjectKeys(video, f"{others}.jpg", f"{others}.mp4.json")
 
 
+def test_a_webm_is_called_one(bucket: Callable[..., Any]) -> None:
+    keys = Storage(bucket(prefix="avatar")).keys(OutputOptions(format="webm"), "job-1")
+
+    assert keys == ObjectKeys("avatar/job-1.webm", "avatar/job-1.jpg", "avatar/job-1.webm.json")
+
+
 def test_in_a_clients_own_bucket_all_lies_where_the_client_says(bucket: Callable[..., Any]) -> None:
     store = Storage(bucket(prefix="mine", from_client=True), allow_private=True)
 

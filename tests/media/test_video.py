@@ -2,6 +2,7 @@ import io
 import struct
 import tracemalloc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from PIL import Image
 
 from avatar_client.contract.job_errors import EncodeError, ResultTooLargeError
 from avatar_client.contract.request import MediaSource
+from worker.media.encoding import Encoding, check_encoders
 from worker.media.inputs import AudioSegment, load_speech
-from worker.media.video import VideoFile, check_encoders, write_thumbnail, write_video
+from worker.media.video import VideoFile, write_thumbnail, write_video
 from worker.settings import Settings
 
 
@@ -257,6 +259,70 @@ def test_frames_may_be_views_of_other_arrays(write: Callable[..., Any]) -> None:
     channels_last = channels_first.transpose(0, 2, 3, 1)  # (F, H, W, 3)
 
     assert write([channels_last]).sha256 == write([channels_last.copy()]).sha256
+
+
+HEVC, VP9 = Encoding.of("mp4", "hevc", None), Encoding.of("webm", None, None)
+
+
+def test_no_encoding_that_is_named_is_the_defaults_own() -> None:
+    assert Encoding.of("mp4", None, None) == Encoding.of("mp4", "h264", 17) == Encoding()
+    assert (HEVC.quality, VP9.codec, VP9.quality) == (19, "vp9", 24)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "names"), [(HEVC, ("hevc", "aac")), (VP9, ("vp9", "opus"))], ids=["hevc", "vp9"]
+)
+def test_the_other_codecs_keep_what_h264_keeps(
+    write: Callable[..., Any], encoding: Encoding, names: tuple[str, str]
+) -> None:
+    """Colours, time, sound, the comment, and the same bytes for the same frames."""
+    frames = np.full((75, 64, 96, 3), (200, 60, 30), np.uint8)
+    frames[50] = 255
+    clap = recording(seconds=3.0, rate_hz=44_100, channels=2, hz=1000, click_at=2.0)
+
+    video = write([frames], sound=clap, encoding=encoding)
+
+    with av.open(str(video.path)) as container:
+        picture, voice = container.streams.video[0], container.streams.audio[0]
+        assert (picture.codec_context.name, voice.codec_context.name) == names
+        context = picture.codec_context
+        tags = (context.colorspace, context.color_primaries, context.color_trc, context.color_range)
+        assert tags == (1, 1, 1, 1)
+        if encoding is HEVC:
+            assert context.codec_tag == "hvc1"  # the only one that Apple plays
+        assert container.duration is not None
+        assert container.duration / 1e6 == pytest.approx(3.0, abs=0.03)
+        [comment] = [text for key, text in container.metadata.items() if key.lower() == "comment"]
+        assert comment.startswith("AI-generated; seed: 7")
+    shown = list(pictures(video.path))
+    assert len(shown) == 75
+    assert [time for time, picture in shown if picture.min() > 200] == [2.0]
+    assert np.abs(shown[0][1].mean((0, 1)) - (200, 60, 30)).max() < 3
+    samples, starts_at = sound(video.path)
+    rate_hz = 48_000 if encoding is VP9 else 44_100
+    assert starts_at + np.argmax(np.abs(samples[0]) > 0.2) / rate_hz == pytest.approx(2, abs=0.003)
+    assert write([frames], sound=clap, encoding=encoding).sha256 == video.sha256
+
+
+@pytest.mark.parametrize("encoding", [Encoding(), HEVC, VP9], ids=["h264", "hevc", "vp9"])
+def test_a_video_of_any_codec_fits_its_limit_and_heeds_its_quality(
+    write: Callable[..., Any], encoding: Encoding
+) -> None:
+    def noise() -> Iterator[np.ndarray]:
+        choice = np.random.default_rng(0)
+        yield choice.integers(0, 256, (100, 80, 80, 3), dtype=np.uint8)
+
+    def size(quality: int, **options: Any) -> int:
+        shape = {"height": 80, "width": 80, "sound": recording(4.0)}
+        changed = replace(encoding, quality=quality)
+        return int(write(noise(), encoding=changed, **shape, **options).size_bytes)
+
+    free, low = size(encoding.quality), size(40)
+    assert low < 0.7 * free
+    assert size(encoding.quality, max_bytes=free // 2) <= free // 2
+    finest = replace(encoding, quality=1)
+    assert finest.rate > 30
+    assert size(1) < finest.rate * free
 
 
 class CancelledError(BaseException):

@@ -2,21 +2,25 @@
 
 import asyncio
 import base64
+import io
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
 from PIL import Image
 
 from avatar_client.contract.job_errors import DeadlineExceededError, InvalidInputError, WorkerError
+from avatar_client.contract.request import JobInput
 from tests.support.pictures import encoded
 from worker.generation.engine import Engine
 from worker.service import job_request
 from worker.service.estimate import ThroughputEstimator
 from worker.service.job import JobRun, JobStoppedError
 from worker.service.progress import ProgressReporter
+from worker.service.scene import Scene
 from worker.settings import Settings
 
 
@@ -124,6 +128,81 @@ def test_a_dry_run_warns_of_a_portrait_without_a_face(
     [told] = in_loop(planned)
     assert told.startswith("no face was found")
     assert in_loop(lambda: planned(face_box=[0, 0, 100, 100])) == []
+
+
+@pytest.fixture(scope="module")
+def tall_portrait(make_portrait: Callable[..., bytes]) -> str:
+    """A face of 320 pixels in the upper half of 320 x 560."""
+    image = Image.new("RGB", (320, 560), "grey")
+    image.paste(Image.open(io.BytesIO(make_portrait())), (0, 60))
+    return base64.b64encode(encoded(image, "PNG")).decode()
+
+
+@pytest.mark.parametrize(
+    ("output", "size"),
+    [
+        ({}, (220, 384)),
+        ({"aspect": "16:9", "fit": "contain", "format": "webm"}, (448, 252)),
+        ({"aspect": "4:5", "codec": "hevc", "quality": 30}, (256, 320)),
+    ],
+)
+def test_a_video_has_the_shape_and_the_format_that_its_plan_tells(
+    make_run: Callable[..., JobRun],
+    engine: Engine,
+    tall_portrait: str,
+    output: dict[str, Any],
+    size: tuple[int, int],
+) -> None:
+    asked: dict[str, Any] = {"image": tall_portrait, "face_box": [80, 120, 160, 180]}
+    asked["output"] = {**output, "thumbnail": True}
+    throughput = ThroughputEstimator()
+
+    plan = in_loop(lambda: make_run(**asked, dry_run=True).execute(engine, throughput))["plan"]
+    made = in_loop(lambda: make_run(**asked).execute(engine, throughput))
+
+    assert (plan["width"], plan["height"]) == (made["width"], made["height"]) == size
+    assert made["content_type"] == f"video/{output.get('format', 'mp4')}"
+    with av.open(io.BytesIO(base64.b64decode(made["video_base64"]))) as container:
+        picture = container.streams.video[0].codec_context
+        assert (picture.width, picture.height) == size
+        vp9 = "vp9" if made["content_type"] == "video/webm" else "h264"
+        assert picture.name == output.get("codec", vp9)
+    thumbnail = Image.open(io.BytesIO(base64.b64decode(made["thumbnail_base64"])))
+    assert thumbnail.size == size
+
+
+def test_a_face_that_the_ratio_would_cut_is_refused_before_it_costs_anything(
+    make_run: Callable[..., JobRun], engine: Engine, tall_portrait: str
+) -> None:
+    asked = {"image": tall_portrait, "output": {"aspect": "16:9"}}
+
+    def act() -> None:
+        for is_dry in (True, False):
+            run = make_run(**asked, dry_run=is_dry, face_box=[10, 100, 300, 300])
+            with pytest.raises(InvalidInputError, match="higher than the part") as caught:
+                run.execute(engine, ThroughputEstimator())
+            assert caught.value.field == "output.aspect"
+            assert run.stage_seconds == {}
+
+    in_loop(act)
+
+
+def test_the_face_that_is_found_in_the_whole_portrait_is_the_one_in_its_part(
+    make_speech: Callable[..., bytes], engine: Engine
+) -> None:
+    photo = Image.open(Path(__file__).parents[1] / "data" / "astronaut.jpg").convert("RGB")
+    image = Image.new("RGB", (600, 200), "grey")
+    image.paste(photo, (400, 0))
+    media = {"image": "AA==", "audio": "AA=="}
+    params = JobInput.model_validate({**media, "resolution": 256, "output": {"aspect": "1:1"}})
+
+    scene = Scene.of(image, None, params, engine)  # type: ignore[arg-type]  # nobody hears it
+
+    assert scene.portrait.size == (256, 256)
+    assert scene.params.face_box is not None
+    x, y, width, height = scene.params.face_box
+    assert x < 256 * 95 / 200 < x + width  # where it is in the photo, which is the part
+    assert y < 256 * 65 / 200 < y + height
 
 
 @pytest.mark.parametrize(

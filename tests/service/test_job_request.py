@@ -95,6 +95,14 @@ def test_the_object_path_of_runpods_sdk_is_a_folder_or_a_key(
     assert asked.input.output.key == "mine.mp4"
 
 
+def test_the_object_path_names_the_kind_of_file_that_is_made() -> None:
+    own = {"s3Config": {**S3, "objectPath": "a/b.webm"}}
+    assert parse(own, output={"format": "webm"}).input.output.key == "b.webm"
+    with pytest.raises(InvalidInputError, match=r"ends with \.webm") as caught:
+        parse(own)
+    assert caught.value.field == "s3Config.objectPath"
+
+
 def test_aws_needs_no_endpoint_in_a_job_either() -> None:
     own = {"accessId": "id", "accessSecret": "s", "region": "eu-west-1", "bucketName": "b"}
     bucket = parse({"s3Config": own}).bucket
@@ -126,7 +134,9 @@ def test_no_secret_and_no_content_stands_in_a_requests_text() -> None:
 def test_two_deliveries_of_a_job_have_one_fingerprint_and_another_request_has_another() -> None:
     assert parse(seed=1).fingerprint == parse(seed=1).fingerprint
     different = [parse(seed=2), parse(image=AUDIO), parse(motion={"pose": 1}), parse(fps=12.5)]
-    assert len({request.fingerprint for request in [parse(seed=1), *different]}) == 5
+    shapes = [{"aspect": "1:1"}, {"fit": "contain"}, {"format": "webm"}, {"codec": "hevc"}]
+    different += [parse(seed=1, output=output) for output in (*shapes, {"quality": 20})]
+    assert len({request.fingerprint for request in [parse(seed=1), *different]}) == 10
     # how the video is handed over does not change the video
     assert parse(user_data=1, output={"key": "a.mp4"}).fingerprint == parse().fingerprint
 

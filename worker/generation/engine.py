@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 from avatar_client.contract import job_errors
-from avatar_client.contract.request import GenerationParams
+from avatar_client.contract.request import Aspect, Fit, GenerationParams
+from worker.framing import Framing
 from worker.generation.conditioning import Conditioning
 from worker.generation.denoising_state import (
     DenoisingState,
@@ -51,7 +52,7 @@ from worker.multi_gpu.controller import RankController
 from worker.multi_gpu.parallel import BranchParallel, NoParallel
 from worker.multi_gpu.process_group import NUM_CFG_BRANCHES, RANK_COUNTS
 from worker.settings import Settings
-from worker.shapes import LONG_SIDE, SAMPLE_RATE_HZ, fit_size, uses_cfg
+from worker.shapes import LONG_SIDE, SAMPLE_RATE_HZ, Box, FrameSize, uses_cfg
 
 logger = logging.getLogger(__name__)
 
@@ -194,13 +195,20 @@ class Engine:
             raise RuntimeError(f"the warm-up failed: {error.__cause__}") from error
         logger.info("warmed up in %.1f s", time.monotonic() - started)
 
-    def require_fits_memory(self, portrait: Image.Image, resolution: int) -> None:
+    def require_fits_memory(
+        self,
+        portrait: Image.Image,
+        resolution: int,
+        aspect: Aspect = "source",
+        fit: Fit = "cover",
+    ) -> None:
         """Returns if a video of that portrait fits into the GPU's memory.
 
         Raises:
             InputTooLargeError: it does not; names the resolutions that do.
         """
-        sizes = {each: fit_size(portrait.height, portrait.width, each) for each in LONG_SIDE}
+        given = FrameSize(portrait.height, portrait.width)
+        sizes = {each: Framing.of(given, each, aspect, fit).model for each in LONG_SIDE}
         if self.plan is None or self.plan.fits(sizes[resolution]):
             return
         fitting = [str(each) for each in sorted(sizes) if self.plan.fits(sizes[each])]
@@ -212,9 +220,16 @@ class Engine:
         )
 
     def encode(
-        self, portrait: Image.Image, waveform: np.ndarray, params: GenerationParams
+        self,
+        portrait: Image.Image,
+        waveform: np.ndarray,
+        params: GenerationParams,
+        size: FrameSize | None = None,
     ) -> Conditioning:
-        """What the denoiser is told about portrait, speech and prompt."""
+        """What the denoiser is told about portrait, speech and prompt.
+
+        `size` is that of the frames; None: what fits the portrait.
+        """
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         with _failures_as_ours():
@@ -225,12 +240,22 @@ class Engine:
                 negative_prompt=params.negative_prompt,
                 face_box=params.face_box,
                 resolution=params.resolution,
+                **_sides(size),
                 fps=params.fps,
                 motion_pose=params.motion.pose,
                 motion_expression=params.motion.expression,
             )
 
-    def foresee(self, portrait: Image.Image, params: GenerationParams) -> tuple[str, ...]:
+    def find_face(self, portrait: Image.Image, params: GenerationParams) -> Box | None:
+        """The face that speaks, in pixels of the portrait; None: there is none."""
+        if params.face_box is not None:
+            return params.face_box
+        with _failures_as_ours():
+            return self.pipeline.find_face(portrait, params.resolution)
+
+    def foresee(
+        self, portrait: Image.Image, params: GenerationParams, size: FrameSize | None = None
+    ) -> tuple[str, ...]:
         """The warnings that `encode` would give, in a fraction of its time."""
         with _failures_as_ours():
             return self.pipeline.foresee(
@@ -239,6 +264,7 @@ class Engine:
                 params.negative_prompt,
                 params.face_box,
                 params.resolution,
+                **_sides(size),
             )
 
     def denoise(
@@ -419,6 +445,10 @@ def rank_devices(settings: Settings) -> list[torch.device]:
 def _usable_num_ranks(number: int) -> int:
     """How many ranks, of at most so many, can share the work."""
     return max(count for count in RANK_COUNTS if count <= number)
+
+
+def _sides(size: FrameSize | None) -> dict[str, int]:
+    return {} if size is None else {"height": size.height, "width": size.width}
 
 
 def _num_cfg_branches(params: GenerationParams) -> int:

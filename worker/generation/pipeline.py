@@ -264,16 +264,25 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
         negative_prompt: str | None = None,
         face_box: Box | None = None,
         resolution: int = 704,
+        height: int | None = None,
+        width: int | None = None,
     ) -> tuple[str, ...]:
         """The warnings that `encode` would give, without what costs time."""
         negative_prompt = NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
         prompts = [negative_prompt, PROMPT_PREFIX + prompt]
         warnings = _cut_warnings([tokenize(text, self.tokenizer) for text in prompts])
         if face_box is None:
-            portrait = resize(image, fit_size(image.height, image.width, resolution))
-            if largest_face(portrait, self.face_detector) is None:
+            size = frame_size(image, resolution, height, width)
+            if largest_face(resize(image, size), self.face_detector) is None:
                 warnings.append(NO_FACE)
         return tuple(warnings)
+
+    @torch.no_grad()
+    def find_face(self, image: Image.Image, resolution: int = 704) -> Box | None:
+        """The box of the largest face in pixels of `image`, as `encode` would find it there."""
+        size = fit_size(image.height, image.width, resolution)
+        box = largest_face(resize(image, size), self.face_detector)
+        return scale_box(box, size, FrameSize(image.height, image.width)) if box else None
 
     def _encode_prompts(
         self, negative_prompt: str, prompt: str, portrait: Image.Image

@@ -84,10 +84,10 @@ class Storage:
             made = self._settings.key(output.prefix, job_id)
         else:
             made = self._settings.key(requests, output.prefix, request_id)
-        video = f"{made}.mp4"
+        video = name = f"{made}{output.video_format.suffix}"
         if output.key:
             video = self._settings.key(chosen, output.prefix, output.key)
-        keys = ObjectKeys(video=video, thumbnail=f"{made}.jpg", result=f"{made}.mp4.json")
+        keys = ObjectKeys(video=video, thumbnail=f"{made}.jpg", result=f"{name}.json")
         if request_id is None:
             return keys
         # whatever else the request says, these two follow from its id

@@ -1,4 +1,4 @@
-"""Frames and sound to an mp4 for the web: H.264, AAC, index in front."""
+"""Frames and sound to a file for the web, its index in front."""
 
 import hashlib
 import io
@@ -12,35 +12,34 @@ from typing import TYPE_CHECKING, Any
 
 import av
 import numpy as np
-from av.audio.stream import AudioStream
-from av.codec.codec import UnknownCodecError
 from av.container import OutputContainer
 from av.packet import Packet
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
-from av.video.stream import VideoStream
+from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from numpy.typing import NDArray
 from PIL import Image
 
 from avatar_client.contract.job_errors import EncodeError, ResultTooLargeError
 from worker.atomic_file import atomic_write
+from worker.media.encoding import (
+    CONTAINER_OPTIONS,
+    SOUND_BITS_PER_SECOND,
+    Encoding,
+    add_picture,
+    add_sound,
+    layout,
+)
 
 if TYPE_CHECKING:
     from pydub import AudioSegment
 
-# A face is looked at closely: smooth skin shows bands, and fine hair smears when the head moves,
-# long before the rest of a picture suffers. A grainy portrait at 704 x 704, 25 frames a second:
-# crf 14 7.7 Mbit/s 36.8 dB, 17 2.2 Mbit/s 36.2 dB, 20 0.7 Mbit/s 35.6 dB, 23 0.3 Mbit/s 34.9 dB.
-# Preset slow takes 2.5 times as long as medium and saves nothing.
-PICTURE_OPTIONS = {"crf": "17", "preset": "medium", "profile": "high"}
-GOP_SECONDS = 2  # a player can seek to within this
-SOUND_BITS_PER_SECOND = 128_000  # a channel; beyond it AAC gains nothing
+H264 = Encoding()
 ROOM = 0.85  # of a limited file, for the streams; x264 may be a second's worth over its limit
 MIN_PICTURE_BITS_PER_SECOND = 100_000
 
 
 @dataclass(frozen=True, slots=True)
 class VideoFile:
-    """A finished mp4 and what is known about it."""
+    """A finished video and what is known about it."""
 
     path: Path
     num_frames: int
@@ -58,9 +57,10 @@ def write_video(
     width: int,
     recording: "AudioSegment",
     metadata: Mapping[str, str],
+    encoding: Encoding = H264,
     max_bytes: int | None = None,
 ) -> VideoFile:
-    """An mp4 at `path`; frames are encoded as they come, and nothing stays behind on failure.
+    """A video at `path`; frames are encoded as they come, and nothing stays behind on failure.
 
     Whatever `frames` raises (a cancelled job, a fault of the GPU) comes out unchanged.
 
@@ -78,12 +78,12 @@ def write_video(
         raise ValueError(f"{width} x {height} is odd; yuv420p has one colour for 2 x 2 pixels")
     rate = Fraction(fps).limit_denominator(1000)
     try:
-        with atomic_write(path) as unfinished, _mp4(unfinished) as container:
+        with atomic_write(path) as unfinished, _output(unfinished, encoding) as container:
             facts = "; ".join(f"{name}: {value}" for name, value in metadata.items())
             container.metadata["comment"] = f"AI-generated; {facts}"
             limit = _picture_limit(max_bytes, recording) if max_bytes else None
-            picture = _picture_stream(container, rate, height, width, limit)
-            sound = _sound_stream(container, recording)
+            picture = add_picture(container, encoding, rate, height, width, limit)
+            sound = add_sound(container, encoding, recording.frame_rate, recording.channels)
             mux = _Muxer(container, max_bytes)
             pieces = _sound_pieces(recording, rate)
             num_frames = 0
@@ -112,22 +112,10 @@ def write_thumbnail(frame: NDArray[np.uint8], path: Path) -> None:
     path.write_bytes(content.getvalue())
 
 
-def check_encoders() -> None:
-    """Returns if the encoders are there.
-
-    Raises:
-        RuntimeError: one is missing; names it.
-    """
-    for name in ("libx264", "aac"):
-        try:
-            av.Codec(name, "w")
-        except UnknownCodecError as error:
-            raise RuntimeError(f"PyAV was built without the encoder {name}") from error
-
-
 @contextmanager
-def _mp4(path: Path) -> Iterator[OutputContainer]:
-    container = av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"})
+def _output(path: Path, encoding: Encoding) -> Iterator[OutputContainer]:
+    options = dict(CONTAINER_OPTIONS[encoding.container])
+    container = av.open(str(path), "w", format=encoding.container, options=options)
     try:
         yield container
     except BaseException:
@@ -162,29 +150,6 @@ def _picture_limit(max_bytes: int, recording: "AudioSegment") -> int:
     return max(int(bits_per_second - sound), MIN_PICTURE_BITS_PER_SECOND)
 
 
-def _picture_stream(
-    container: OutputContainer,
-    rate: Fraction,
-    height: int,
-    width: int,
-    max_bits_per_second: int | None,
-) -> VideoStream:
-    options = dict(PICTURE_OPTIONS)
-    if max_bits_per_second is not None:
-        options |= {"maxrate": str(max_bits_per_second), "bufsize": str(max_bits_per_second)}
-    stream = container.add_stream("libx264", rate=rate, options=options)
-    stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-    context = stream.codec_context
-    context.gop_size = round(GOP_SECONDS * rate)
-    context.thread_count = 0  # as many as there are cores
-    # without these tags players guess, and guess BT.601 for small pictures: faces turn green
-    context.colorspace = Colorspace.ITU709
-    context.color_range = ColorRange.MPEG
-    context.color_primaries = ColorPrimaries.BT709
-    context.color_trc = ColorTrc.BT709
-    return stream
-
-
 def _picture_frames(
     chunks: Iterable[NDArray[np.uint8]], rate: Fraction, height: int, width: int
 ) -> Iterator[av.VideoFrame]:
@@ -205,16 +170,6 @@ def _picture_frames(
         yield converted
 
 
-def _sound_stream(container: OutputContainer, recording: "AudioSegment") -> AudioStream:
-    """A stream at the recording's own rate, or at the next that AAC has."""
-    rates_hz = av.Codec("aac", "w").audio_rates or []
-    rate_hz = min(rate for rate in rates_hz if rate >= recording.frame_rate)
-    stream = container.add_stream("aac", rate=rate_hz)
-    stream.layout = _layout(recording)
-    stream.bit_rate = SOUND_BITS_PER_SECOND * recording.channels
-    return stream
-
-
 def _sound_pieces(recording: "AudioSegment", rate: Fraction) -> Iterator[av.AudioFrame]:
     """The recording in pieces as long as a frame of the picture."""
     samples = np.frombuffer(recording.raw_data, "<i2").reshape(-1, recording.channels)
@@ -223,11 +178,7 @@ def _sound_pieces(recording: "AudioSegment", rate: Fraction) -> Iterator[av.Audi
         if start >= len(samples):
             return
         packed = samples[start:end].reshape(1, -1)  # (1, N * channels)
-        piece = av.AudioFrame.from_ndarray(packed, format="s16", layout=_layout(recording))
+        piece = av.AudioFrame.from_ndarray(packed, format="s16", layout=layout(recording.channels))
         piece.sample_rate = recording.frame_rate
         piece.pts, piece.time_base = start, Fraction(1, recording.frame_rate)
         yield piece
-
-
-def _layout(recording: "AudioSegment") -> str:
-    return "mono" if recording.channels == 1 else "stereo"

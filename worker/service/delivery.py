@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from avatar_client.contract.formats import FORMATS
 from avatar_client.contract.job_errors import (
     InvalidInputError,
     ResultTooLargeError,
@@ -85,6 +86,7 @@ class Delivery:
     keys: ObjectKeys
     expires_seconds: int
     max_inline_characters: int
+    content_type: str = FORMATS["mp4"].content_type  # of the video
     is_key_chosen: bool = False  # by the client; else it follows from the request's or job's id
     may_overwrite: bool = False  # another job's object under the key
     may_fall_back: bool = False  # to the reply, if the store stays away
@@ -136,6 +138,7 @@ class Delivery:
             ),
             expires_seconds=options.url_expires_seconds or settings.bucket_url_expires_seconds,
             max_inline_characters=request.max_inline_characters,
+            content_type=options.video_format.content_type,
             is_key_chosen=options.key is not None,
             may_overwrite=options.overwrite and settings.allow_overwrite,
             may_fall_back=options.delivery == "auto",
@@ -287,7 +290,7 @@ class Delivery:
         storage.put(
             video.path,
             self.keys.video,
-            content_type="video/mp4",
+            content_type=self.content_type,
             metadata=stored,
             patience=self.patience,
             only_if_absent=(

@@ -5,6 +5,7 @@ learned from the jobs that it has finished.
 """
 
 from dataclasses import dataclass, field
+from math import prod
 from typing import NamedTuple
 
 from avatar_client.contract.presets import PRESETS
@@ -34,22 +35,33 @@ KNOWN_GPUS = ("H200", "H100")
 # Five times what a grainy portrait takes in the encoder's settings (worker/media/video.py); pure
 # noise takes 0.69. Sound is small beside it.
 VIDEO_BYTES_PER_PIXEL = 0.125
+RAW_BYTES_PER_PIXEL = 1.5  # yuv420p as it goes into the encoder
 
 
-def room_for_video(num_frames: int, num_pixels: float) -> int:
-    """Bytes of disk that are kept for a video of so many frames of that size."""
-    return int(VIDEO_BYTES_PER_PIXEL * num_frames * num_pixels) + 2**20
+def room_for_video(num_frames: int, num_pixels: float, rate: float = 1.0) -> int:
+    """Bytes of disk that are kept for a video of so many frames of that size.
+
+    `rate` is that of its quality, in that of the default.
+    """
+    bytes_per_pixel = min(VIDEO_BYTES_PER_PIXEL * rate, RAW_BYTES_PER_PIXEL)
+    return int(bytes_per_pixel * num_frames * num_pixels) + 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class JobPlan:
     """How much one job generates, and in which steps: what its cost depends on."""
 
-    size: FrameSize
+    size: FrameSize  # of the frames that the model makes
     video: VideoPlan
     preset: str
     num_inference_steps: int
     num_cfg_branches: int
+    video_size: FrameSize | None = None  # of the finished frames; None: as the model makes them
+
+    @property
+    def shown_size(self) -> FrameSize:
+        """Pixels of a frame of the video."""
+        return self.video_size or self.size
 
     @property
     def num_computed_steps(self) -> int:
@@ -69,10 +81,9 @@ class JobPlan:
         """Pixels of all frames."""
         return self.video.num_frames * self.size.height * self.size.width
 
-    @property
-    def video_room_bytes(self) -> int:
-        """Bytes of disk that are kept for the video."""
-        return room_for_video(self.video.num_frames, self.size.height * self.size.width)
+    def video_room_bytes(self, rate: float = 1.0) -> int:
+        """Bytes of disk that are kept for the video; see `room_for_video`."""
+        return room_for_video(self.video.num_frames, prod(self.shown_size), rate)
 
     def share_done(self, step: int) -> float:
         """How much of the denoising loop's work is done after `step` steps, 0 to 1."""

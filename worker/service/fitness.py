@@ -11,9 +11,9 @@ import psutil
 
 from avatar_client.environment import misspelt
 from worker import import_guard
+from worker.media.encoding import check_encoders
 from worker.media.storage import Storage
 from worker.media.store_client import Patience
-from worker.media.video import check_encoders
 from worker.service.estimate import room_for_video
 from worker.service.worker import Worker
 from worker.settings import PlatformSettings, Settings, proxy_for

@@ -23,6 +23,8 @@ from PIL import Image
 from avatar_client.contract.job_errors import DeadlineExceededError, InvalidInputError
 from avatar_client.version import __version__
 from worker.media.claim import Claim
+from worker.media.encoding import Encoding
+from worker.media.finishing import BLUR, finished
 from worker.media.inputs import Speech, load_portrait, load_speech
 from worker.media.store_client import Patience
 from worker.media.video import write_thumbnail, write_video
@@ -33,8 +35,9 @@ from worker.service.estimate import JobPlan, ThroughputEstimator
 from worker.service.job_request import Fingerprint, JobRequest, draw_seed
 from worker.service.progress import ProgressReporter
 from worker.service.resume import JobState, Resumption
+from worker.service.scene import Scene
 from worker.settings import Settings
-from worker.shapes import VideoPlan, count_frames, fit_size, uses_cfg
+from worker.shapes import VideoPlan, count_frames, uses_cfg
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -160,33 +163,32 @@ class JobRun:
             self._directory = directory
             with self.stage("download"):
                 portrait, speech = self._fetch(directory)
-                engine.require_fits_memory(portrait, params.resolution)
+                shape = (params.output.aspect, params.output.fit)
+                engine.require_fits_memory(portrait, params.resolution, *shape)
                 delivery.require_fits_reply(speech.duration_seconds)
+                scene = Scene.of(portrait, speech, params, engine)
             fingerprint = self._fingerprint_with_content(directory)
-            plan = self._plan(portrait, speech)
-            machine.require_room(plan.video_room_bytes)
+            plan = self._plan(scene)
+            machine.require_room(plan.video_room_bytes(self._encoding.rate))
             existing = self._turn(delivery, fingerprint, ending)
             if existing is not None:
                 return self._output(engine, existing | {"reused": True})
             if params.dry_run:
-                return self._dry_run_output(engine, throughput, delivery, plan, portrait, speech)
-            with self._resumable(engine, plan, portrait, speech, resumption):
-                return self._generate(
-                    engine, throughput, delivery, fingerprint, plan, portrait, speech
-                )
+                return self._dry_run_output(engine, throughput, delivery, plan, scene)
+            with self._resumable(engine, plan, scene, resumption):
+                return self._generate(engine, throughput, delivery, fingerprint, plan, scene)
 
     def _resumable(
         self,
         engine: "Engine",
         plan: JobPlan,
-        portrait: Image.Image,
-        speech: Speech,
+        scene: Scene,
         resumption: Resumption | None,
     ) -> JobState:
         """The state of an earlier try of this job, if there is one, and of this try."""
         state = self._state = JobState(resumption, plan.num_inference_steps)
         if resumption is not None:
-            name = resumption.name(self.request, portrait, speech.waveform)
+            name = resumption.name(self.request, scene.portrait, scene.speech.waveform)
             identity = engine.identity(self.request.input)
             state.restore(name, identity, self._abandonably, self.check)
         if state.seed is None:
@@ -201,34 +203,35 @@ class JobRun:
         delivery: Delivery,
         fingerprint: Fingerprint,
         plan: JobPlan,
-        portrait: Image.Image,
-        speech: Speech,
+        scene: Scene,
     ) -> dict[str, Any]:
         """The reply to a job, once its video is made and delivered."""
         params, state, directory = self.request.input, self._state, self._directory
         assert state is not None
         assert state.seed is not None
         assert directory is not None
-        conditioning, latents = self._denoise(engine, plan, portrait, speech, state)
+        conditioning, latents = self._denoise(engine, plan, scene, state)
         # closed, or a stopped job's frames are still decoded while the next job begins
         with (
             self.stage("decode"),
             closing(engine.decode_frames(conditioning, latents)) as frames,
         ):
             thumbnail_path = directory / "thumbnail.jpg" if params.output.thumbnail else None
+            shown = finished(frames, scene.framing, params.output.background or BLUR)
             video = write_video(
-                directory / "video.mp4",
-                self._watched(frames, plan.video.num_frames, thumbnail_path),
+                directory / f"video{params.output.video_format.suffix}",
+                self._watched(shown, plan.video.num_frames, thumbnail_path),
                 fps=params.fps,
-                height=plan.size.height,
-                width=plan.size.width,
-                recording=speech.recording,
+                height=plan.shown_size.height,
+                width=plan.shown_size.width,
+                recording=scene.speech.recording,
                 metadata={"seed": str(state.seed), "worker": __version__},
+                encoding=self._encoding,
                 max_bytes=delivery.max_bytes,
             )
         warnings = (
             *state.warnings,
-            *speech.warnings,
+            *scene.speech.warnings,
             *conditioning.warnings,
             *self._preview_warnings(engine),
         )
@@ -348,14 +351,20 @@ class JobRun:
                 )
         return portrait, speech
 
-    def _plan(self, portrait: Image.Image, speech: Speech) -> JobPlan:
+    @property
+    def _encoding(self) -> Encoding:
+        output = self.request.input.output
+        return Encoding.of(output.format, output.codec, output.quality)
+
+    def _plan(self, scene: Scene) -> JobPlan:
         params = self.request.input
         return JobPlan(
-            size=fit_size(portrait.height, portrait.width, params.resolution),
-            video=VideoPlan(count_frames(len(speech.waveform), params.fps)),
+            size=scene.framing.model,
+            video=VideoPlan(count_frames(len(scene.speech.waveform), params.fps)),
             num_inference_steps=params.num_inference_steps,
             preset=params.preset,
             num_cfg_branches=2 if uses_cfg(params.guidance_scale) else 1,
+            video_size=scene.framing.video,
         )
 
     def _dry_run_output(
@@ -364,18 +373,18 @@ class JobRun:
         throughput: ThroughputEstimator,
         delivery: Delivery,
         plan: JobPlan,
-        portrait: Image.Image,
-        speech: Speech,
+        scene: Scene,
     ) -> dict[str, Any]:
         params = self.request.input
+        foreseen = engine.foresee(scene.portrait, scene.params, plan.size)
         return result.dry_run_output(
             params,
             plan,
             delivery.describe(),
-            speech.duration_seconds,
+            scene.speech.duration_seconds,
             throughput.estimate_seconds(plan),
             self.settings.price_per_second,
-            (*speech.warnings, *engine.foresee(portrait, params), *self._preview_warnings(engine)),
+            (*scene.speech.warnings, *foreseen, *self._preview_warnings(engine)),
             self.settings.avatar_model,
         )
 
@@ -384,17 +393,14 @@ class JobRun:
         return (NO_PREVIEW,) if is_missing else ()
 
     def _denoise(
-        self,
-        engine: "Engine",
-        plan: JobPlan,
-        portrait: Image.Image,
-        speech: Speech,
-        state: JobState,
+        self, engine: "Engine", plan: JobPlan, scene: Scene, state: JobState
     ) -> "tuple[Conditioning, Tensor]":
         params, seed = self.request.input, state.seed
         assert seed is not None
         with self.stage("preprocess"):
-            conditioning = engine.encode(portrait, speech.waveform, params)
+            conditioning = engine.encode(
+                scene.portrait, scene.speech.waveform, scene.params, plan.size
+            )
         with self.stage("denoise"):
             self._sparsity = engine.sparse_attention(params, seed)
             if state.restored is not None:

@@ -10,8 +10,10 @@ from typing import Any
 from urllib.parse import unquote
 
 from avatar_client.contract.bucket import BucketSettings
+from avatar_client.contract.formats import require_suffix
 from avatar_client.contract.job_errors import InvalidInputError
 from avatar_client.contract.request import (
+    VIDEO_FIELDS,
     GenerationParams,
     JobInput,
     S3Config,
@@ -69,7 +71,8 @@ class JobRequest:
         return Fingerprint(self.fingerprint.sent, content)
 
     def _fingerprint(self, digests: list[str]) -> str:
-        params = self.input.model_dump(mode="json", include=set(GenerationParams.model_fields))
+        included = dict.fromkeys(GenerationParams.model_fields, True)
+        params = self.input.model_dump(mode="json", include={**included, "output": VIDEO_FIELDS})
         identity: list[Any] = [self.job_id]
         if self.input.request_id is not None:  # whoever sends it again may send another
             output = self.input.output.model_dump(mode="json", exclude=NOT_OF_THE_VIDEO)
@@ -93,6 +96,7 @@ def parse(job: dict[str, Any]) -> JobRequest:
     s3 = checked.s3_config if top_level is None else validated(S3Config, top_level, "s3Config.")
     if s3 is not None and s3.object_name is not None and checked.output.key is None:
         output = checked.output.model_copy(update={"key": s3.object_name})
+        require_suffix(s3.object_name, output.format, "s3Config.objectPath")
         checked = checked.model_copy(update={"output": output})
     return JobRequest(safe_id(job.get("id")), checked, s3.bucket() if s3 else None)
 

@@ -40,8 +40,8 @@ def dry_run_output(
     return {
         "dry_run": True,
         "plan": {
-            "width": plan.size.width,
-            "height": plan.size.height,
+            "width": plan.shown_size.width,
+            "height": plan.shown_size.height,
             "num_frames": plan.video.num_frames,
             "fps": params.fps,
             "duration_seconds": round(duration_seconds, 3),
@@ -72,8 +72,8 @@ def video_metadata(
         "duration_seconds": round(video.duration_seconds, 3),
         "num_frames": video.num_frames,
         "fps": params.fps,
-        "width": plan.size.width,
-        "height": plan.size.height,
+        "width": plan.shown_size.width,
+        "height": plan.shown_size.height,
         "seed": seed,
         "warnings": list(warnings),
     }
@@ -89,7 +89,7 @@ def video_output(
     return {
         "request_id": params.request_id,
         **video,
-        "content_type": "video/mp4",
+        "content_type": params.output.video_format.content_type,
         "parameters": params.model_dump(mode="json", include=TOLD_PARAMETERS),
         "user_data": params.user_data,
         "metrics": dict(metrics),

@@ -31,6 +31,54 @@ def test_the_defaults_are_the_references_own() -> None:
     assert params.seed is None
 
 
+def test_a_video_keeps_its_portraits_shape_unless_another_is_named() -> None:
+    output = parse().output
+    assert (output.aspect, output.fit, output.background) == ("source", "cover", None)
+    assert (output.format, output.codec, output.quality) == ("mp4", None, None)
+    assert parse(output={"quality": "20"}).output.quality == 20  # a form's
+
+
+@pytest.mark.parametrize(
+    ("output", "field"),
+    [
+        ({"aspect": "3:2"}, "output.aspect"),
+        ({"fit": "stretch"}, "output.fit"),
+        ({"fit": "contain", "aspect": "1:1", "background": "white"}, "output.background"),
+        ({"fit": "contain", "aspect": "1:1", "background": "#fff"}, "output.background"),
+        ({"fit": "contain", "background": "blur"}, "output.background"),  # the portrait's own shape
+        ({"aspect": "1:1", "background": "#000000"}, "output.background"),
+        ({"format": "avi"}, "output.format"),
+        ({"codec": "av1"}, "output.codec"),
+        ({"format": "webm", "codec": "hevc"}, "output.codec"),
+        ({"format": "webm", "codec": "h264"}, "output.codec"),
+        ({"codec": "vp9"}, "output.codec"),
+        ({"quality": 0}, "output.quality"),
+        ({"quality": 52}, "output.quality"),
+        ({"quality": 17.5}, "output.quality"),
+        ({"format": "webm", "key": "a/b.mp4"}, "output.key"),
+        ({"key": "a/b.WebM"}, "output.key"),
+    ],
+)
+def test_a_shape_or_a_file_that_cannot_be_made_is_refused_by_field(
+    output: dict[str, Any], field: str
+) -> None:
+    assert refusal(output=output).field == field
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        {"fit": "contain", "aspect": "9:16", "background": "#1A2b3c"},
+        {"format": "webm", "codec": "vp9", "quality": 51, "key": "a/b.webm"},
+        {"codec": "hevc", "key": "video"},
+        {"key": "my.webm.files/video"},
+    ],
+)
+def test_what_fits_together_is_taken(output: dict[str, Any]) -> None:
+    taken = parse(output=output).output
+    assert taken.model_dump(include=set(output)) == output
+
+
 def test_an_image_is_an_address_a_data_uri_or_base64() -> None:
     assert parse(image="https://example.com/a.png").image.url == "https://example.com/a.png"
     assert parse(image=f"data:image/png;base64,{IMAGE}").image.content == b"an image"
