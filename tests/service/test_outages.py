@@ -18,10 +18,10 @@ import av
 import pytest
 
 from benchmarks.drawing_worker import Drawing
+from benchmarks.faulty_proxy import CUTS, Fault, FaultyProxy, drawn_periods
 from local_endpoint import JobRecord, LocalEndpoint, WorkerProcess, job_queue
 from tests.conftest import BucketServer
 from tests.service.outage_worker import HOUR_SECONDS, TIME_LAPSE
-from tests.support.faulty_proxy import CUTS, Fault, FaultyProxy, drawn_periods
 
 SEED = 14
 NUM_JOBS = 200

@@ -32,6 +32,8 @@ IN_16_BITS = Throughput(6.6e14, 8.0e-8)
 IN_8_BITS = Throughput(7.3e14, 8.0e-8)
 KNOWN_GPUS = ("H200", "H100")
 
+SHORTEST_SECONDS = 1e-3  # that a stage's time is told in
+
 # Five times what a grainy portrait takes in the encoder's settings (worker/media/video.py); pure
 # noise takes 0.69. Sound is small beside it.
 VIDEO_BYTES_PER_PIXEL = 0.125
@@ -108,6 +110,7 @@ class ThroughputEstimator:
 
     def record(self, plan: JobPlan, denoise_seconds: float, total_seconds: float) -> None:
         """Learns from a finished job."""
+        denoise_seconds = max(denoise_seconds, SHORTEST_SECONDS)
         self._measured.pop(plan.preset, None)
         self._measured[plan.preset] = Throughput(
             plan.flops / denoise_seconds, (total_seconds - denoise_seconds) / plan.num_pixels

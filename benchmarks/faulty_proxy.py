@@ -75,7 +75,7 @@ class FaultyProxy:
         self.num_requests = 0
         self._target = urlsplit(target_url)
         self._faults = faults  # by a part of the path; the first that fits
-        self._dice = random.Random(seed)
+        self._dice = random.Random(seed)  # noqa: S311  # repeatable
         self._lock = threading.Lock()
         self._periods: Sequence[Period] = ()
         self._begun = 0.0
