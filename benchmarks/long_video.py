@@ -83,13 +83,15 @@ class Memory:
 
 def make_speech(path: Path, seconds: float) -> None:
     """A hum that comes and goes."""
-    times = np.arange(round(seconds * SAMPLE_RATE_HZ)) / SAMPLE_RATE_HZ
+    times = np.arange(SAMPLE_RATE_HZ) / SAMPLE_RATE_HZ
     samples = np.sin(2 * np.pi * 120 * times) * np.sin(2 * np.pi * times) * 9000
+    second = samples.astype("<i2")
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(SAMPLE_RATE_HZ)
-        file.writeframes(samples.astype("<i2").tobytes())
+        for start in range(0, round(seconds * SAMPLE_RATE_HZ), SAMPLE_RATE_HZ):
+            file.writeframes(second[: round(seconds * SAMPLE_RATE_HZ) - start].tobytes())
 
 
 def speech_of(directory: Path, seconds: float) -> Speech:

@@ -26,9 +26,7 @@ def log_mel(
 
     Rounded to float16 and back, as the reference does before its encoder.
     """
-    chunks = [
-        waveform[start : start + CHUNK_SAMPLES] for start in range(0, len(waveform), CHUNK_SAMPLES)
-    ]
+    chunks = _chunks(waveform)
     features = feature_extractor(chunks, sampling_rate=SAMPLE_RATE_HZ, return_tensors="pt")
     mel: Tensor = features.input_features
     return mel.half().float()
@@ -37,7 +35,6 @@ def log_mel(
 def encode_speech(
     mel: Tensor,  # (chunks, 80, 3000)
     audio_encoder: WhisperModel,
-    dtype: torch.dtype = torch.float32,
 ) -> Tensor:  # (N, E, C)
     """All hidden states of the speech encoder, the chunks joined to one run of 50 a second.
 
@@ -45,9 +42,9 @@ def encode_speech(
     """
     encoder = audio_encoder.encoder
     states = []
-    for chunk in mel.to(encoder.device, encoder.dtype):  # one by one, to bound the memory
+    for chunk in mel.to(encoder.device, encoder.dtype):
         hidden = encoder(chunk[None], output_hidden_states=True).hidden_states
-        states.append(torch.cat(hidden).transpose(0, 1).to(dtype))  # (1500, E, C)
+        states.append(torch.cat(hidden).transpose(0, 1))  # (1500, E, C)
     return torch.cat(states)
 
 
@@ -79,6 +76,14 @@ def encode_audio(
         ValueError: less than one frame of audio.
     """
     plan = VideoPlan(count_frames(len(waveform), fps))
-    mel = log_mel(waveform, feature_extractor)
-    states = encode_speech(mel, audio_encoder, torch.float16)
-    return audio_windows(states, plan.num_frames, fps)
+    states = [
+        encode_speech(log_mel(chunk, feature_extractor), audio_encoder).half()
+        for chunk in _chunks(waveform)  # one by one, to bound the memory
+    ]
+    return audio_windows(torch.cat(states), plan.num_frames, fps)
+
+
+def _chunks(waveform: np.ndarray) -> list[np.ndarray]:
+    return [
+        waveform[start : start + CHUNK_SAMPLES] for start in range(0, len(waveform), CHUNK_SAMPLES)
+    ]
