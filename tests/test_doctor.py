@@ -133,6 +133,7 @@ def test_a_demo_worker_needs_neither_a_gpu_nor_weights(monkeypatch: pytest.Monke
         "memory plan": "skipped",
         "disk speed": "skipped",
         "encoders": "ok",
+        "provenance": "skipped",
         "storage": "skipped",
         "uptime": "ok",
     }

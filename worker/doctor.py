@@ -206,6 +206,16 @@ def check_encoders() -> str:
     return ", ".join(encoding.encoder_names())
 
 
+def check_provenance() -> str:
+    from worker.media.provenance import Credentials
+
+    credentials = Credentials.of(Settings.from_env())
+    if credentials is None:
+        raise NotApplicableError("no certificate is set up: videos say it by plain metadata")
+    credentials.check()
+    return "C2PA, with the certificate that is set"
+
+
 def check_storage() -> str:
     settings = Settings.from_env()
     if misspelt_names := [line for line in misspelt(Settings) if line.startswith("BUCKET_")]:
@@ -244,6 +254,7 @@ MACHINE = (
     Check("memory plan", check_memory_plan),
     Check("disk speed", check_disk_speed),
     Check("encoders", check_encoders),
+    Check("provenance", check_provenance),
     Check("storage", check_storage),
     Check("uptime", check_uptime),
 )

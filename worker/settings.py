@@ -96,6 +96,14 @@ class _JobSettings(FromEnvironment):
         description="For how long an object store is asked again that fails or does not answer, in "
         "seconds.",
     )
+    c2pa_certificate: SecretStr | None = Field(
+        default=None,
+        description="Certificate that signs videos by C2PA, with those that vouch for it, as PEM "
+        "text or its file. Empty: files say by plain metadata alone that they are generated.",
+    )
+    c2pa_private_key: SecretStr | None = Field(
+        default=None, description="Its private key, as PEM text or its file."
+    )
     result_retry_seconds: float = Field(
         default=600.0,
         ge=0,

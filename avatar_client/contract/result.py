@@ -80,6 +80,8 @@ class JobResult(TypedDict):
     width: int
     height: int
     seed: int
+    # what the video says of being generated: by plain metadata, or signed by C2PA too
+    provenance: Literal["metadata", "c2pa"]
     parameters: ParametersUsed
     user_data: Any
     warnings: list[str]

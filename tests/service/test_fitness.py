@@ -56,6 +56,11 @@ def test_a_misspelt_variable_of_the_bucket_keeps_the_worker_from_starting(
         run("variables", Settings())
 
 
+def test_a_certificate_without_its_key_keeps_the_worker_from_starting() -> None:
+    with pytest.raises(RuntimeError, match="C2PA_PRIVATE_KEY is missing"):
+        run("provenance", Settings(c2pa_certificate="x"))
+
+
 def test_half_a_bucket_keeps_the_worker_from_starting_and_names_the_rest() -> None:
     with pytest.raises(RuntimeError, match="BUCKET_ACCESS_KEY_ID, BUCKET_SECRET_ACCESS_KEY"):
         run("storage", Settings(bucket_endpoint_url="https://s3.example.com"))

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import hashlib
 import io
 import tempfile
 from collections.abc import Callable
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import av
+import c2pa
 import pytest
 from PIL import Image
 
 from avatar_client.contract.job_errors import DeadlineExceededError, InvalidInputError, WorkerError
 from avatar_client.contract.request import JobInput
+from tests.support.certificates import signing_pair
 from tests.support.pictures import encoded
 from worker.generation.engine import Engine
 from worker.service import job_request
@@ -158,8 +161,12 @@ def test_a_video_has_the_shape_and_the_format_that_its_plan_tells(
     throughput = ThroughputEstimator()
 
     plan = in_loop(lambda: make_run(**asked, dry_run=True).execute(engine, throughput))["plan"]
-    made = in_loop(lambda: make_run(**asked).execute(engine, throughput))
+    is_signed = "codec" in output
+    certificate, key = signing_pair() if is_signed else (None, None)
+    settings = Settings(c2pa_certificate=certificate, c2pa_private_key=key)
+    made = in_loop(lambda: make_run(settings, **asked).execute(engine, throughput))
 
+    assert made["provenance"] == ("c2pa" if is_signed else "metadata")
     assert (plan["width"], plan["height"]) == (made["width"], made["height"]) == size
     assert made["content_type"] == f"video/{output.get('format', 'mp4')}"
     with av.open(io.BytesIO(base64.b64decode(made["video_base64"]))) as container:
@@ -167,8 +174,14 @@ def test_a_video_has_the_shape_and_the_format_that_its_plan_tells(
         assert (picture.width, picture.height) == size
         vp9 = "vp9" if made["content_type"] == "video/webm" else "h264"
         assert picture.name == output.get("codec", vp9)
-    thumbnail = Image.open(io.BytesIO(base64.b64decode(made["thumbnail_base64"])))
-    assert thumbnail.size == size
+    content = base64.b64decode(made["thumbnail_base64"])
+    assert Image.open(io.BytesIO(content)).size == size
+    if is_signed:
+        for kind, name in (("image/jpeg", "thumbnail"), ("video/mp4", "video")):
+            content = base64.b64decode(made[f"{name}_base64"])
+            with c2pa.Reader(kind, io.BytesIO(content)) as reader:
+                assert reader.get_validation_state() == "Valid"
+                assert hashlib.sha256(base64.b64decode(tall_portrait)).hexdigest() in reader.json()
 
 
 def test_a_face_that_the_ratio_would_cut_is_refused_before_it_costs_anything(

@@ -60,6 +60,7 @@ def test_a_videos_metadata_are_those_of_its_file_and_its_plan(params: JobInput) 
         "width": 320,
         "height": 256,
         "seed": 7,
+        "provenance": "metadata",
         "warnings": ["no face"],
     }
 

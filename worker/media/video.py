@@ -3,7 +3,7 @@
 import hashlib
 import io
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -28,6 +28,7 @@ from worker.media.encoding import (
     add_sound,
     layout,
 )
+from worker.media.provenance import SOURCE_TYPE, Provenance
 
 if TYPE_CHECKING:
     from pydub import AudioSegment
@@ -46,6 +47,7 @@ class VideoFile:
     duration_seconds: float  # of the picture
     size_bytes: int
     sha256: str
+    provenance: Provenance = "metadata"  # what it says of its making, and who signed that
 
 
 def write_video(
@@ -58,6 +60,7 @@ def write_video(
     recording: "AudioSegment",
     metadata: Mapping[str, str],
     encoding: Encoding = H264,
+    mark: Callable[[Path], Provenance] | None = None,
     max_bytes: int | None = None,
 ) -> VideoFile:
     """A video at `path`; frames are encoded as they come, and nothing stays behind on failure.
@@ -66,6 +69,7 @@ def write_video(
 
     Args:
         metadata: facts that the file's comment names, after "AI-generated".
+        mark: adds to the finished file what it says of its making, and tells what it could add.
         max_bytes: the largest file that is of use. The picture's bit rate is kept below what fits;
             a file that is larger all the same is an error.
 
@@ -78,37 +82,43 @@ def write_video(
         raise ValueError(f"{width} x {height} is odd; yuv420p has one colour for 2 x 2 pixels")
     rate = Fraction(fps).limit_denominator(1000)
     try:
-        with atomic_write(path) as unfinished, _output(unfinished, encoding) as container:
-            facts = "; ".join(f"{name}: {value}" for name, value in metadata.items())
-            container.metadata["comment"] = f"AI-generated; {facts}"
-            limit = _picture_limit(max_bytes, recording) if max_bytes else None
-            picture = add_picture(container, encoding, rate, height, width, limit)
-            sound = add_sound(container, encoding, recording.frame_rate, recording.channels)
-            mux = _Muxer(container, max_bytes)
-            pieces = _sound_pieces(recording, rate)
-            num_frames = 0
-            for frame in _picture_frames(frames, rate, height, width):
-                mux(picture.encode(frame))
-                for piece in itertools.islice(pieces, 1):  # picture and sound side by side
+        with atomic_write(path) as unfinished:
+            with _output(unfinished, encoding) as container:
+                facts = "; ".join(f"{name}: {value}" for name, value in metadata.items())
+                container.metadata["comment"] = f"AI-generated; {facts}"
+                if encoding.container == "webm":  # which has no place for XMP
+                    container.metadata["DIGITAL_SOURCE_TYPE"] = SOURCE_TYPE
+                limit = _picture_limit(max_bytes, recording) if max_bytes else None
+                picture = add_picture(container, encoding, rate, height, width, limit)
+                sound = add_sound(container, encoding, recording.frame_rate, recording.channels)
+                mux = _Muxer(container, max_bytes)
+                pieces = _sound_pieces(recording, rate)
+                num_frames = 0
+                for frame in _picture_frames(frames, rate, height, width):
+                    mux(picture.encode(frame))
+                    for piece in itertools.islice(pieces, 1):  # picture and sound side by side
+                        mux(sound.encode(piece))
+                    num_frames += 1
+                if num_frames == 0:
+                    raise ValueError("no frames")
+                mux(picture.encode(None))
+                for piece in pieces:
                     mux(sound.encode(piece))
-                num_frames += 1
-            if num_frames == 0:
-                raise ValueError("no frames")
-            mux(picture.encode(None))
-            for piece in pieces:
-                mux(sound.encode(piece))
-            mux(sound.encode(None))
+                mux(sound.encode(None))
+            provenance = mark(unfinished) if mark is not None else "metadata"
     except av.FFmpegError as error:
         raise EncodeError("the video could not be encoded") from error
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return VideoFile(path, num_frames, float(num_frames / rate), path.stat().st_size, sha256)
+    return VideoFile(
+        path, num_frames, float(num_frames / rate), path.stat().st_size, sha256, provenance
+    )
 
 
-def write_thumbnail(frame: NDArray[np.uint8], path: Path) -> None:
-    """A jpeg of one (H, W, 3) RGB frame at `path`."""
+def write_thumbnail(frame: NDArray[np.uint8], path: Path, xmp: bytes = b"") -> None:
+    """A jpeg of one (H, W, 3) RGB frame at `path`, with that XMP."""
     content = io.BytesIO()  # on a full disk Pillow itself leaves a cut file and says nothing
-    Image.fromarray(frame).save(content, "JPEG", quality=90, optimize=True)
+    Image.fromarray(frame).save(content, "JPEG", quality=90, optimize=True, xmp=xmp)
     path.write_bytes(content.getvalue())
 
 

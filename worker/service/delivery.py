@@ -24,6 +24,7 @@ from avatar_client.contract.job_errors import (
 )
 from avatar_client.contract.request import MAX_SEED
 from worker.media.claim import ANOTHER_REQUEST, Claim
+from worker.media.provenance import Provenance
 from worker.media.storage import ObjectExistsError, ObjectKeys, Storage
 from worker.media.store_client import NO_PATIENCE, Patience, StoredObject
 from worker.media.video import VideoFile
@@ -69,6 +70,7 @@ class _StoredRecord(BaseModel):
     width: Annotated[int, Field(ge=1)]
     height: Annotated[int, Field(ge=1)]
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)]
+    provenance: Provenance = "metadata"
     warnings: list[str]
 
     def is_of(self, fingerprint: Fingerprint) -> bool:

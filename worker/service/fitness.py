@@ -12,6 +12,7 @@ import psutil
 from avatar_client.environment import misspelt
 from worker import import_guard
 from worker.media.encoding import check_encoders
+from worker.media.provenance import Credentials
 from worker.media.storage import Storage
 from worker.media.store_client import Patience
 from worker.service.estimate import room_for_video
@@ -66,6 +67,11 @@ def checks(worker: Worker) -> list[Check]:
     def encoders() -> None:
         check_encoders()
 
+    def provenance() -> None:
+        credentials = Credentials.of(settings)
+        if credentials is not None:
+            credentials.check()
+
     def storage() -> None:
         if missing := settings.missing_bucket_variables:
             raise RuntimeError(
@@ -88,4 +94,4 @@ def checks(worker: Worker) -> list[Check]:
         if worker.load_error is not None:
             raise RuntimeError(f"the model was not loaded: {worker.load_error}")
 
-    return [imports, variables, gpu, memory, disk, encoders, storage, model]
+    return [imports, variables, gpu, memory, disk, encoders, provenance, storage, model]

@@ -26,6 +26,15 @@ from worker.media.claim import Claim
 from worker.media.encoding import Encoding
 from worker.media.finishing import BLUR, finished
 from worker.media.inputs import Speech, load_portrait, load_speech
+from worker.media.provenance import (
+    COPIES,
+    MAX_ADDED_BYTES,
+    Credentials,
+    Making,
+    mark_picture,
+    mark_video,
+    xmp,
+)
 from worker.media.store_client import Patience
 from worker.media.video import write_thumbnail, write_video
 from worker.own_directory import own_directory
@@ -78,6 +87,7 @@ class JobRun:
     _directory: Path | None = None  # of its files, while there are any
     _delivery: Delivery | None = None  # once it is decided
     _has_kept_result: bool = False
+    _input_digests: list[str] = field(default_factory=list)  # sha256 of image and audio
     _claim: Claim | None = None  # on a request that other workers may have been given, too
     _sparsity: "SparseAttention | None" = None  # of the preset's attention, if it leaves keys out
     _state: JobState | None = None  # once there is something to restore or to keep
@@ -169,7 +179,8 @@ class JobRun:
                 scene = Scene.of(portrait, speech, params, engine)
             fingerprint = self._fingerprint_with_content(directory)
             plan = self._plan(scene)
-            machine.require_room(plan.video_room_bytes(self._encoding.rate))
+            copies = COPIES if self.settings.c2pa_certificate is not None else 1
+            machine.require_room(copies * plan.video_room_bytes(self._encoding.rate))
             existing = self._turn(delivery, fingerprint, ending)
             if existing is not None:
                 return self._output(engine, existing | {"reused": True})
@@ -210,6 +221,8 @@ class JobRun:
         assert state is not None
         assert state.seed is not None
         assert directory is not None
+        making = self._making(state.seed)
+        credentials = self._credentials()
         conditioning, latents = self._denoise(engine, plan, scene, state)
         # closed, or a stopped job's frames are still decoded while the next job begins
         with (
@@ -217,18 +230,22 @@ class JobRun:
             closing(engine.decode_frames(conditioning, latents)) as frames,
         ):
             thumbnail_path = directory / "thumbnail.jpg" if params.output.thumbnail else None
+            content_type = params.output.video_format.content_type
             shown = finished(frames, scene.framing, params.output.background or BLUR)
             video = write_video(
                 directory / f"video{params.output.video_format.suffix}",
-                self._watched(shown, plan.video.num_frames, thumbnail_path),
+                self._watched(shown, plan.video.num_frames, thumbnail_path, xmp(making)),
                 fps=params.fps,
                 height=plan.shown_size.height,
                 width=plan.shown_size.width,
                 recording=scene.speech.recording,
                 metadata={"seed": str(state.seed), "worker": __version__},
                 encoding=self._encoding,
-                max_bytes=delivery.max_bytes,
+                mark=lambda path: mark_video(path, content_type, making, credentials),
+                max_bytes=delivery.max_bytes and delivery.max_bytes - MAX_ADDED_BYTES,
             )
+            if thumbnail_path is not None:
+                mark_picture(thumbnail_path, making, credentials)
         warnings = (
             *state.warnings,
             *scene.speech.warnings,
@@ -247,12 +264,22 @@ class JobRun:
             throughput.record(plan, denoise_seconds, sum(self.stage_seconds.values()))
         return self._output(engine, metadata | address)
 
+    def _making(self, seed: int) -> Making:
+        return Making(self.settings.avatar_model, __version__, seed, *self._input_digests)
+
+    def _credentials(self) -> Credentials | None:
+        try:
+            return Credentials.of(self.settings)
+        except RuntimeError as error:  # the start has checked them: they have expired since
+            logger.error("the video is not signed: %s", error)
+            return None
+
     def _fingerprint_with_content(self, directory: Path) -> Fingerprint:
-        digests = []
+        self._input_digests = []
         for name in ("image", "audio"):
             with (directory / name).open("rb") as file:
-                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-        return self.request.fingerprint_with(*digests)
+                self._input_digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+        return self.request.fingerprint_with(*self._input_digests)
 
     def _turn(
         self, delivery: Delivery, fingerprint: Fingerprint, ending: ExitStack
@@ -438,14 +465,18 @@ class JobRun:
         return on_step
 
     def _watched(
-        self, chunks: Iterator[NDArray[np.uint8]], num_frames: int, thumbnail_path: Path | None
+        self,
+        chunks: Iterator[NDArray[np.uint8]],
+        num_frames: int,
+        thumbnail_path: Path | None,
+        xmp: bytes,
     ) -> Iterator[NDArray[np.uint8]]:
         """The same frames, reported as they pass; the first one is kept as a picture if asked."""
         passed = 0
         for frames in chunks:
             self.check()
             if thumbnail_path is not None and passed == 0:
-                write_thumbnail(frames[0], thumbnail_path)
+                write_thumbnail(frames[0], thumbnail_path, xmp)
             passed += len(frames)
             yield frames
             self.progress.update(passed / num_frames)

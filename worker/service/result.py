@@ -75,6 +75,7 @@ def video_metadata(
         "width": plan.shown_size.width,
         "height": plan.shown_size.height,
         "seed": seed,
+        "provenance": video.provenance,
         "warnings": list(warnings),
     }
 
