@@ -7,8 +7,9 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/pytest -n 3 --dist worksteal
 
 STUDIO_VENV := .venv-studio
+SDK2_VENV := .venv-sdk2
 
-.PHONY: demo studio test lint types unit slow talks packages browser image lock format clean
+.PHONY: demo studio test lint types unit slow talks packages browser image sdk2 lock format clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m demo
@@ -54,6 +55,12 @@ browser: $(VENV)/ready $(STUDIO_VENV)/ready
 image: $(VENV)/ready
 	$(BIN)/pytest -m image
 
+# What touches RunPod's SDK, against its next version.
+SDK2_TESTS := tests/service/test_once.py tests/service/test_serve.py tests/service/test_control_plane.py \
+	tests/local_endpoint/test_libraries.py tests/security/test_redaction.py
+sdk2: $(SDK2_VENV)/ready
+	$(SDK2_VENV)/bin/python -m pytest -n 2 --dist loadfile $(SDK2_TESTS)
+
 # The packages of the image, each with its hash. After a change of pyproject.toml or constraints.txt.
 LOCK := uv pip compile --quiet --generate-hashes --universal --python-version 3.11 --no-annotate \
 	--custom-compile-command "make lock"
@@ -78,5 +85,15 @@ $(STUDIO_VENV)/ready: pyproject.toml studio/constraints.txt
 	$(STUDIO_VENV)/bin/pip install --quiet --constraint studio/constraints.txt --editable '.[studio]'
 	touch $@
 
+# Its own packages come first, then those of $(VENV), so that torch lies on the disk once.
+$(SDK2_VENV)/ready: $(VENV)/ready
+	rm -rf $(SDK2_VENV)
+	$(BIN)/python -m venv --without-pip $(SDK2_VENV)
+	site=$$($(SDK2_VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])') && \
+	$(BIN)/pip install --quiet --no-deps --target $$site runpod==2.0.0rc2 cloudpickle==3.1.2 && \
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > $$site/shared.pth
+	$(SDK2_VENV)/bin/python -c 'import runpod; assert runpod.__version__ == "2.0.0rc2", runpod'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(STUDIO_VENV) .cache out
+	rm -rf $(VENV) $(STUDIO_VENV) $(SDK2_VENV) .cache out

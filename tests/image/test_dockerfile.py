@@ -70,6 +70,7 @@ def test_every_image_runs_the_worker_as_a_user_without_rights_and_offline(name: 
     assert not [each for each in stage.instructions if each.name not in ("COPY", "RUN")]
     assert settings(stage)["HF_HUB_OFFLINE"] == "1"
     assert settings(stage)["RUNPOD_LOG_LEVEL"] == "INFO"
+    assert settings(stage)["RUNPOD_LOG_CAPTURE"] == "off"
 
 
 def locked(name: str) -> dict[str, list[str]]:

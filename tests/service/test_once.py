@@ -63,6 +63,7 @@ def site(object_store: BucketServer, tmp_path_factory: pytest.TempPathFactory) -
         **object_store.environment,
         "BUCKET_PREFIX": "once",
         "RESULT_SIGNING_KEY": SIGNING_KEY,
+        "RUNPOD_LOG_CAPTURE": "all",
     }
     with contextlib.ExitStack() as ending:
         endpoint = ending.enter_context(LocalEndpoint(hold_seconds=1.0, lost_after_seconds=3600.0))

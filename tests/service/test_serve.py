@@ -1,8 +1,10 @@
 """The SDK's own loop as the worker uses it: its classes, over HTTP, in this process."""
 
 import asyncio
+import os
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from worker.generation.engine import Engine
 from worker.service import serve
 from worker.service.serve import Scaler, make_handler
 from worker.service.worker import Worker
-from worker.settings import Settings
+from worker.settings import Settings, keep_logs_from_clients
 
 WORKER_ID = "worker-1"
 JOB_SECONDS = 300.0  # far more than a small job takes
@@ -150,6 +152,17 @@ def test_a_stop_lets_the_running_job_finish_and_takes_no_further_one(
 
 def is_told(job: JobRecord) -> bool:
     return bool(job.progress)
+
+
+def test_the_sdk_attaches_no_log_to_a_failed_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUNPOD_LOG_CAPTURE", "all")
+    keep_logs_from_clients()
+    assert os.environ["RUNPOD_LOG_CAPTURE"] == "off"
+    if find_spec("runpod.serverless.modules.rp_capture"):  # from version 2.0 on
+        from runpod.serverless.modules import rp_capture
+
+        assert not rp_capture.handler_capture_enabled()
+        assert rp_capture.capture_mode() == rp_capture.CAPTURE_OFF
 
 
 def test_a_failing_poll_is_repeated_after_a_pause(

@@ -1,7 +1,7 @@
 """The worker on RunPod's queue: check, then take jobs until told to stop.
 
 The SDK's loop is kept; its two calls are ours (`control_plane`). Four things about it are mended
-here, each seen in version 1.12.0:
+here, each seen in versions 1.12.0 and 2.0.0rc2:
 
 - a SIGTERM while the worker is idle was heeded only when the long poll for a job ended, up to 90 s
   later, and a job that arrived in that time was accepted and never run;
@@ -26,6 +26,7 @@ from worker import logs, own_directory
 from worker.service import control_plane, fitness
 from worker.service.progress import PostProgress
 from worker.service.worker import Worker, unforeseen
+from worker.settings import keep_logs_from_clients
 
 WATCH_SECONDS = 1.0  # between two looks whether the worker is still whole
 LAST_POLL_SECONDS = 1.0  # on shutdown: for an answer that is already on its way
@@ -35,6 +36,7 @@ EARLY_STOP_SECONDS = 2.0  # for how long a stop is remembered whose job has no t
 
 def serve(worker: Worker) -> None:
     """Registers the fitness checks and serves jobs with the loaded model. Returns on shutdown."""
+    keep_logs_from_clients()
     level = worker.settings.runpod_log_level
     # the SDK's own default is DEBUG, and its debug lines hold whole results, signed URLs included
     rp_logger.RunPodLogger().level = "INFO" if level in ("TRACE", "DEBUG") else level
