@@ -4,11 +4,14 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
+from avatar_client.contract.job_errors import InputTooLargeError
 from avatar_client.contract.request import GenerationParams
 from worker.generation.engine import Engine, rank_devices
 from worker.settings import Settings
@@ -75,3 +78,16 @@ def test_on_a_cpu_the_memory_of_one_tensor_serves_the_next(random_model: Path) -
     command = [sys.executable, "-c", program, str(random_model)]
     faults = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert int(faults) < 100  # of 16,384 pages
+
+
+def test_speech_whose_tokens_the_host_cannot_hold_is_refused_before_the_first_step(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = GenerationParams(resolution=256, num_inference_steps=2)
+    waveform = np.zeros(6 * 16_000, np.float32)  # two windows
+    conditioning = engine.encode(Image.new("RGB", (64, 64)), waveform, params)
+    # 2 x 2 windows of 34 x 256 tokens of 32 numbers, and their text
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=4 * 2**20))
+    with pytest.raises(InputTooLargeError, match="lower resolution") as caught:
+        engine.denoise(conditioning, params, 7)
+    assert caught.value.field == "audio"

@@ -31,8 +31,9 @@ def cfg_branches(conditioning: Conditioning, *, uses_cfg: bool) -> list[CFGBranc
     """The unconditional and the conditional branch; without CFG the conditional one alone."""
     audio = conditioning.audio_embeds
     silence = audio.new_zeros(()).expand_as(audio)  # which takes no memory
-    cond = CFGBranch(audio, early_prompt=POSITIVE)
-    uncond = CFGBranch(silence, early_prompt=NEGATIVE)
+    on_host = not conditioning.plan.single_window
+    cond = CFGBranch(audio, POSITIVE, StepCache(on_host=on_host))
+    uncond = CFGBranch(silence, NEGATIVE, StepCache(on_host=on_host))
     return [uncond, cond] if uses_cfg else [cond]
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 
@@ -31,6 +32,7 @@ from worker.generation.options import DenoiseOptions
 from worker.generation.pipeline import HunyuanVideoAvatarPipeline, OnStep
 from worker.generation.prefetch import prefetch
 from worker.generation.preview import FramePreview
+from worker.generation.step_cache import host_bytes
 from worker.generation.torchscript import NoArithmeticError
 from worker.loading import loader, manifest, model_directory, preview
 from worker.loading.offload import (
@@ -52,13 +54,14 @@ from worker.multi_gpu.controller import RankController
 from worker.multi_gpu.parallel import BranchParallel, NoParallel
 from worker.multi_gpu.process_group import NUM_CFG_BRANCHES, RANK_COUNTS
 from worker.settings import Settings
-from worker.shapes import LONG_SIDE, SAMPLE_RATE_HZ, Box, FrameSize, uses_cfg
+from worker.shapes import LONG_SIDE, SAMPLE_RATE_HZ, Box, FrameSize, uses_cfg, window_tokens
 
 logger = logging.getLogger(__name__)
 
 RANK_LOAD = "worker.generation.engine:Engine.load"  # what a rank process runs; tests put faults in
 RANK_LOAD_SECONDS = 60  # beyond this GPU's own loading and as much again, for the other ranks'
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
+HOST_SHARE = 0.9  # of the host's free memory, for the step cache of a long video
 TRIAL_SIDE = 64  # px
 TRIAL_TOLERANCE = 0.05  # bfloat16 and another order of sums; where tokens are mixed up it is over 1
 
@@ -285,6 +288,7 @@ class Engine:
         given the states that a later call goes on from as its `state`; it must not wait.
         `preview`, from the method of that name, shows the video between two steps.
         """
+        self._require_host_room(conditioning, _num_cfg_branches(params))
         options = self._options(params)
         if state is not None:
             options = replace(options, first_step=state.step)
@@ -298,6 +302,32 @@ class Engine:
             if not torch.isfinite(latents).all():
                 raise job_errors.GenerationError("the model computed no numbers")
             return latents
+
+    def _require_host_room(self, conditioning: Conditioning, num_branches: int) -> None:
+        """Returns if the host's memory holds the step cache of a long video.
+
+        Raises:
+            InputTooLargeError: it does not.
+        """
+        plan = conditioning.plan
+        if plan.single_window:
+            return
+        config = self.pipeline.transformer.config
+        size = FrameSize(conditioning.height, conditioning.width)
+        num_bytes = num_branches * host_bytes(
+            plan.num_windows,
+            window_tokens(size),
+            conditioning.prompt_embeds.shape[1],
+            config.num_attention_heads
+            * config.attention_head_dim
+            * max(2, self.pipeline.transformer.dtype.itemsize),  # 8 bits are of weights alone
+        )
+        if num_bytes > HOST_SHARE * psutil.virtual_memory().available:
+            raise job_errors.InputTooLargeError(
+                f"speech of that length needs {num_bytes / GIB:.0f} GiB of this worker's memory at "
+                f"{size.width} x {size.height} pixels; shorten it, or choose a lower resolution",
+                field="audio",
+            )
 
     def identity(self, params: GenerationParams) -> ModelIdentity:
         """What a state of such a video must agree with to go on here."""
