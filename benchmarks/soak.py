@@ -37,13 +37,10 @@ from worker.media.storage import Storage
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {"demo": ROOT / "handler.py", "drawing": ROOT / "benchmarks" / "drawing_worker.py"}
-KILL_SECONDS = {
-    "demo": (30.0, 90.0),
-    "drawing": (6.0, 18.0),
-}  # between two kills; a start is longer
+KILL_SECONDS = {"demo": (60.0, 180.0), "drawing": (4.0, 12.0)}  # after a worker's start
 CANCEL_SECONDS = {"demo": 10.0, "drawing": 2.0}  # at most, after a job was sent
 NUM_WAITING = 4  # jobs in the queue beside those at work
-LOST_AFTER_SECONDS = 4.0
+LOST_AFTER_SECONDS = 6.0
 START_SECONDS = 300.0
 END_SECONDS = 300.0  # for the jobs that are left when the time is over
 LOOK_SECONDS = 0.05
@@ -155,7 +152,7 @@ class Soak:
     Args:
         seconds: for which jobs are sent; those that are left are waited for.
         worker: of SCRIPTS.
-        num_workers: the first one is never killed.
+        num_workers: the last one is killed now and then.
         seed: of what is drawn.
     """
 
@@ -231,14 +228,17 @@ class Soak:
 
     def _disturb_and_send(self) -> None:
         begun = time.monotonic()
-        kill_at = lose_at = vanish_at = measure_at = begun
+        kill_at: float | None = None  # None: the next victim is still starting
+        lose_at = vanish_at = measure_at = begun
         while (now := time.monotonic()) - begun < self._seconds:
             while len(self._open) < self._num_workers + NUM_WAITING:
                 self._send()
-            if now >= kill_at:
-                if kill_at > begun:
-                    self._kill()
-                kill_at = now + self._dice.uniform(*self._kill_seconds)
+            if kill_at is None:
+                if self._endpoint.wait_for_worker(self._workers[-1].worker_id, 0.0):
+                    kill_at = now + self._dice.uniform(*self._kill_seconds)
+            elif now >= kill_at:
+                self._kill()
+                kill_at = None
             if now >= lose_at:
                 if lose_at > begun:
                     self._endpoint.lose_results(status=self._dice.choice(LOST_POST_STATUSES))
@@ -281,9 +281,9 @@ class Soak:
         self.tally.vanished += 1
 
     def _kill(self) -> None:
-        index = self._dice.randrange(1, self._num_workers) if self._num_workers > 1 else 0
-        self._workers[index].kill()
-        self._workers[index] = self._start(index)
+        """The last worker, as where a machine is taken away; another one takes its place."""
+        self._workers[-1].kill()
+        self._workers[-1] = self._start(self._num_workers - 1)
         self.tally.kills += 1
 
     def _measure(self) -> None:
