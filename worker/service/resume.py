@@ -45,7 +45,16 @@ CLOSE_SECONDS = 5.0  # of a finished job, for its state to be removed
 POLL_SECONDS = 0.2  # between two looks whether a state is due
 TAG_BYTES = 32
 # Of a request: what decides no frame, or is told by what it leads to.
-NO_PART_OF_THE_VIDEO = {"image", "audio", "s3_config", "user_data", "dry_run", "seed", "request_id"}
+NO_PART_OF_THE_VIDEO = {
+    "image",
+    "audio",
+    "s3_config",
+    "user_data",
+    "dry_run",
+    "seed",
+    "request_id",
+    "preview",
+}
 
 
 class RefusedStateError(Exception):
