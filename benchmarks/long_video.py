@@ -165,14 +165,14 @@ class MeasuredStore(DirectoryStore):
         self.num_bytes = 0
         self.seconds: list[float] = []
 
-    def put(self, name: str, write: Callable[[Path], object]) -> None:
+    def put(self, name: str, write: Callable[[Path], object], num_bytes: int) -> None:
         started = time.perf_counter()
 
         def written(path: Path) -> None:
             write(path)
             self.num_bytes = path.stat().st_size
 
-        super().put(name, written)
+        super().put(name, written, num_bytes)
         self.seconds.append(round(time.perf_counter() - started, 3))
 
 

@@ -134,3 +134,23 @@ def test_a_job_that_is_stopped_while_its_last_value_is_posted_leaves_no_task_beh
         return asyncio.all_tasks() - {asyncio.current_task()}
 
     assert asyncio.run(stop_late()) == set()
+
+
+def test_what_an_earlier_try_did_does_not_shorten_the_time_that_is_left() -> None:
+    listener = Listener()
+
+    async def job() -> None:
+        async with ProgressReporter(listener, interval_seconds=0.0) as progress:
+            progress.enter("denoise")
+            progress.skip(0.8)
+            await asyncio.sleep(0.2)
+            progress.update(0.85, step=17, total_steps=20)
+            await asyncio.sleep(0.05)
+
+    asyncio.run(job())
+    [first] = [each for each in listener.payloads if each["step"] is None][-1:]
+    last = listener.payloads[-1]
+    assert first["progress"] > 0.7
+    assert first["eta_seconds"] is None
+    # 0.2 s took it to a tenth of the job by itself; the rest is twice as much, and not a seventh
+    assert last["eta_seconds"] > last["elapsed_seconds"]

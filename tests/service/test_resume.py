@@ -158,7 +158,7 @@ def test_a_state_that_nobody_signed_is_refused_and_the_job_says_so(
     def plant(self: Resumption, *job: Any) -> str:
         name = real_name(self, *job)
         planted.append(name)
-        self.store.put(name, lambda path: path.write_bytes(b"planted" * 100))
+        self.store.put(name, lambda path: path.write_bytes(b"planted" * 100), 700)
         return name
 
     real_name = Resumption.name
@@ -452,8 +452,8 @@ def test_a_store_gives_back_what_it_got_and_forgets_what_is_old(
 
     assert get() is None
     assert store.sweep(0.0) == 0
-    store.put(NAME, lambda path: path.write_bytes(b"first"))
-    store.put(NAME, lambda path: path.write_bytes(b"second"))
+    store.put(NAME, lambda path: path.write_bytes(b"first"), 5)
+    store.put(NAME, lambda path: path.write_bytes(b"second"), 6)
     assert get() == b"second"
     with pytest.raises((OSError, UploadError)):
         store.get(NAME, 5, lambda: None)
@@ -461,6 +461,12 @@ def test_a_store_gives_back_what_it_got_and_forgets_what_is_old(
     assert store.sweep(-10.0) == 1  # the store's clock counts in seconds
     assert get() is None
     store.delete(NAME)
+
+
+def test_a_state_for_the_bucket_leaves_the_job_its_disk(object_store: BucketServer) -> None:
+    store = BucketStore(object_store.settings)
+    with pytest.raises(OSError, match="the job itself needs"):
+        store.put(NAME, lambda path: path.write_bytes(b""), num_bytes=2**60)
 
 
 def test_parts_of_killed_workers_go_by_their_age(tmp_path: Path) -> None:

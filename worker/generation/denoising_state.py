@@ -54,6 +54,11 @@ class DenoisingState:
             computed=computed,
         )
 
+    @property
+    def num_bytes(self) -> int:
+        """What it takes in a file, nearly."""
+        return self.latents.nbytes + self.reference_latents.nbytes
+
     def restored(
         self, like: tuple[Tensor, Tensor], generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:

@@ -4,11 +4,13 @@ Both outlive the worker. Neither is a client's: a client's bucket holds no state
 operator's no key that a job can name or gets ends as a state's does.
 """
 
+import errno
 import os
 import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from shutil import disk_usage
 from typing import Protocol
 
 from avatar_client.contract.bucket import BucketSettings
@@ -21,16 +23,17 @@ VOLUME = Path("/runpod-volume")  # of an endpoint that has one
 FOLDER = "states"
 SUFFIX = ".state"
 RETRY_SECONDS = 20.0  # for a store that stumbles: a state is worth it, and not much more
+ROOM_BYTES = 2**30  # of this machine's disk that are left for the job itself
 MAX_SWEPT = 1000  # files that a start looks at
 
 
 class StateStore(Protocol):
     """Files by name, which outlive the worker. Names are of letters and digits."""
 
-    def put(self, name: str, write: Callable[[Path], object]) -> None:
-        """Keeps the file that `write` writes at the path that it is given.
+    def put(self, name: str, write: Callable[[Path], object], num_bytes: int) -> None:
+        """Keeps the file that `write` writes at the path that it is given: whole or not at all.
 
-        It is there whole or not at all.
+        `num_bytes` is about its size.
 
         Raises:
             OSError, UploadError: it could not be kept.
@@ -67,7 +70,7 @@ class DirectoryStore:
     def __str__(self) -> str:
         return str(self._directory)
 
-    def put(self, name: str, write: Callable[[Path], object]) -> None:
+    def put(self, name: str, write: Callable[[Path], object], num_bytes: int) -> None:
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         # two workers may have the same job, where the platform took one for dead
         with atomic_write(self._path(name), durable=True, mode=0o600, shared=True) as part:
@@ -113,8 +116,10 @@ class BucketStore:
     def __str__(self) -> str:
         return f"the folder {self._bucket.key(FOLDER)!r} of the bucket"
 
-    def put(self, name: str, write: Callable[[Path], object]) -> None:
+    def put(self, name: str, write: Callable[[Path], object], num_bytes: int) -> None:
         with own_directory("state") as directory:
+            if disk_usage(directory).free < num_bytes + ROOM_BYTES:
+                raise OSError(errno.ENOSPC, "the job itself needs what is left of the disk")
             path = directory / name
             write(path)
             self._storage().put(

@@ -341,7 +341,7 @@ class JobState:
         begun = time.monotonic()
         self._may_exist = True
         try:
-            resumption.store.put(self._name, write)
+            resumption.store.put(self._name, write, state.num_bytes)
         except Exception as error:  # of a store or a GPU: the job goes on, and tries again
             logger.warning("the state was not kept: %s", type(error).__name__)
             return
