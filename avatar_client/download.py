@@ -54,8 +54,9 @@ class Video:
 
 def _is_web_address(url: str) -> bool:
     try:
-        return httpx.URL(url).scheme in ("https", "http")
-    except httpx.InvalidURL:
+        address = httpx.URL(url)
+        return address.scheme in ("https", "http") and bool(address.host)
+    except (httpx.InvalidURL, UnicodeError):  # UnicodeError: of a name that no host can have
         return False
 
 
@@ -136,7 +137,7 @@ class VideoDownload:
         self._problem = ""
         try:
             yield headers
-        except httpx.RequestError as error:
+        except (httpx.RequestError, UnicodeError) as error:
             self._problem = f" ({type(error).__name__})"
 
     def accepts(self, response: httpx.Response) -> bool:

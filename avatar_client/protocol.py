@@ -132,9 +132,10 @@ def base_url(endpoint: str) -> str:
         return f"{PLATFORM_URL}/{endpoint}"
     try:
         url = httpx.URL(endpoint)
-    except httpx.InvalidURL:
-        url = httpx.URL()
-    if url.scheme not in ("https", "http") or not url.host or url.userinfo or url.query:
+        host = url.host
+    except (httpx.InvalidURL, UnicodeError):  # UnicodeError: of a name that no host can have
+        url, host = httpx.URL(), ""
+    if url.scheme not in ("https", "http") or not host or url.userinfo or url.query:
         raise ValueError("an endpoint is an id of RunPod, or a URL such as https://.../v2/ID")
     address = str(url.copy_with(fragment=None)).rstrip("/")
     return address.removesuffix("/run").removesuffix("/runsync")  # as the console shows it

@@ -31,7 +31,16 @@ def test_an_endpoint_is_named_by_its_id_or_its_address(
 
 
 @pytest.mark.parametrize(
-    "given", ["", "a b", "ftp://x/v2/a", "https://", "https://u:p@x/v2/a", "https://x/v2/a?b=c"]
+    "given",
+    [
+        "",
+        "a b",
+        "ftp://x/v2/a",
+        "https://",
+        "https://u:p@x/v2/a",
+        "https://x/v2/a?b=c",
+        "https://xn--/v2/a",
+    ],
 )
 def test_what_cannot_be_an_endpoint_is_refused(make_client: Callable[..., Any], given: str) -> None:
     with pytest.raises(ValueError, match="an endpoint is an id"):

@@ -197,7 +197,17 @@ def test_a_name_of_which_one_address_is_private_is_refused(
         fetch("https://two-faced.example/x", allow_private=False)
 
 
-@pytest.mark.parametrize("url", ["https:///x", "https://h:99999/", f"https://{'a' * 70}.com/"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https:///x",
+        "https://h:99999/",
+        f"https://{'a' * 70}.com/",
+        "https://xn--/",
+        "https://xn--a.com/",
+        "https://xn--0/x",
+    ],
+)
 def test_what_is_no_url_is_an_invalid_input(fetch: Callable[..., Any], url: str) -> None:
     with pytest.raises(InvalidInputError, match="well-formed"):
         fetch(url, allow_private=False)

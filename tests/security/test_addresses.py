@@ -198,3 +198,9 @@ def test_no_spelling_of_a_private_host_is_dialled(host: str, tmp_path: Path) -> 
 def test_no_spelling_of_a_private_host_is_a_clients_store(host: str) -> None:
     with pytest.raises((InputUrlBlockedError, InvalidInputError, InputDownloadError)):
         download.check_endpoint(f"https://{host}:9", field="s3Config.endpointUrl")
+
+
+@pytest.mark.parametrize("host", ["xn--", "xn--a.com", "xn--0", "a..b", "a" * 64])
+def test_a_name_that_no_host_can_have_is_no_store_s(host: str) -> None:
+    with pytest.raises(InvalidInputError, match="well-formed"):
+        download.check_endpoint(f"https://{host}/", field="s3Config.endpointUrl")

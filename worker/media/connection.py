@@ -55,6 +55,7 @@ class Rule:
         """The address, every escape in it as the client wrote it."""
         try:
             address = httpx.URL(url)
+            host = address.host  # decoded: a label that is no encoded one is found here
         except (httpx.InvalidURL, ValueError) as error:
             if NUMBERS_FOR_HOST.match(url):
                 raise self._not_public() from error
@@ -64,7 +65,7 @@ class Rule:
             raise InputUrlBlockedError("only https URLs are fetched", field=self._field)
         if "\\" in url:  # which some readers take for a slash, and so see another host
             raise InputUrlBlockedError("holds a backslash", field=self._field)
-        if not address.host or (address.port or 0) > 65_535:
+        if not host or (address.port or 0) > 65_535:
             raise InvalidInputError("is not a well-formed URL", field=self._field)
         return address
 

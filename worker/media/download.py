@@ -137,7 +137,8 @@ def check_endpoint(url: str, *, field: str) -> None:
     """
     rule = Rule(field, allow_private=False)
     address = rule.parse(url)
-    rule.resolve(address.host, address.port or _default_port(address))
+    host = address.raw_host.decode("ascii")
+    rule.resolve(host, address.port or _default_port(address))
 
 
 def _default_port(address: httpx.URL) -> int:
