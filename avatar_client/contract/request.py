@@ -20,6 +20,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     SecretStr,
     ValidationError,
     ValidationInfo,
@@ -148,7 +149,10 @@ _URL_SAFE = str.maketrans("-_", "+/")
 
 Model = TypeVar("Model", bound=BaseModel)
 Media = Annotated[
-    MediaSource, BeforeValidator(MediaSource.parse), WithJsonSchema({"type": "string"})
+    MediaSource,
+    BeforeValidator(MediaSource.parse),
+    PlainSerializer(lambda source: source.digest, return_type=str),
+    WithJsonSchema({"type": "string"}),
 ]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -181,6 +185,31 @@ class Motion(_Frozen):
     )
 
 
+class Watermark(_Frozen):
+    """A mark that people see, in a corner of every frame. Exactly one of text and picture."""
+
+    # what Pillow's own font has; other letters are a picture's
+    text: Annotated[str, Field(max_length=80, pattern=r"^[ -~©]*[!-~©][ -~©]*$")] | None = Field(
+        None, description="A line of Latin letters without accents, digits and signs."
+    )
+    image: Media | None = Field(
+        None, description="Or a picture, as `image` takes it; what is transparent in it stays so."
+    )
+    place: Literal["top-left", "top-right", "bottom-left", "bottom-right"] = Field(
+        "bottom-right", description="The corner."
+    )
+    opacity: Annotated[Finite, Field(ge=0.1, le=1)] = Field(
+        0.7, description="How much of the frame it hides."
+    )
+
+    @model_validator(mode="after")
+    def _one_mark(self) -> Self:
+        if (self.text is None) == (self.image is None):
+            message = "must hold exactly one of text and image"
+            raise InvalidInputError(message, field="output.watermark")
+        return self
+
+
 class OutputOptions(_Frozen):
     """The video's shape and its file, and how it is handed over."""
 
@@ -206,6 +235,7 @@ class OutputOptions(_Frozen):
         description="The encoder's crf: the smaller, the better and the larger. Empty: h264 17, "
         "hevc 19, vp9 24.",
     )
+    watermark: Watermark | None = None
     delivery: Literal["auto", "s3", "inline"] = Field(
         "auto", description="`inline` is base64 in the reply; `auto`: the bucket if there is one."
     )
@@ -250,7 +280,7 @@ class OutputOptions(_Frozen):
 
 
 # Of `output`: what decides the video's bytes, and not where they go.
-VIDEO_FIELDS = {"aspect", "fit", "background", "format", "codec", "quality"}
+VIDEO_FIELDS = {"aspect", "fit", "background", "format", "codec", "quality", "watermark"}
 
 
 class S3Config(_Frozen):

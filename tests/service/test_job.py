@@ -157,7 +157,9 @@ def test_a_video_has_the_shape_and_the_format_that_its_plan_tells(
     size: tuple[int, int],
 ) -> None:
     asked: dict[str, Any] = {"image": tall_portrait, "face_box": [80, 120, 160, 180]}
-    asked["output"] = {**output, "thumbnail": True}
+    logo = base64.b64encode(encoded(Image.new("RGBA", (20, 20), (255, 0, 0, 255)), "PNG")).decode()
+    mark = {"image": logo, "opacity": 1, "place": "top-left"}
+    asked["output"] = {**output, "thumbnail": True, "watermark": mark}
     throughput = ThroughputEstimator()
 
     plan = in_loop(lambda: make_run(**asked, dry_run=True).execute(engine, throughput))["plan"]
@@ -175,7 +177,9 @@ def test_a_video_has_the_shape_and_the_format_that_its_plan_tells(
         vp9 = "vp9" if made["content_type"] == "video/webm" else "h264"
         assert picture.name == output.get("codec", vp9)
     content = base64.b64decode(made["thumbnail_base64"])
-    assert Image.open(io.BytesIO(content)).size == size
+    thumbnail = Image.open(io.BytesIO(content))
+    assert thumbnail.size == size
+    assert thumbnail.getpixel((20, 20)) == pytest.approx((255, 0, 0), abs=12)
     if is_signed:
         for kind, name in (("image/jpeg", "thumbnail"), ("video/mp4", "video")):
             content = base64.b64decode(made[f"{name}_base64"])

@@ -134,9 +134,15 @@ def test_no_secret_and_no_content_stands_in_a_requests_text() -> None:
 def test_two_deliveries_of_a_job_have_one_fingerprint_and_another_request_has_another() -> None:
     assert parse(seed=1).fingerprint == parse(seed=1).fingerprint
     different = [parse(seed=2), parse(image=AUDIO), parse(motion={"pose": 1}), parse(fps=12.5)]
-    shapes = [{"aspect": "1:1"}, {"fit": "contain"}, {"format": "webm"}, {"codec": "hevc"}]
-    different += [parse(seed=1, output=output) for output in (*shapes, {"quality": 20})]
-    assert len({request.fingerprint for request in [parse(seed=1), *different]}) == 10
+    shapes: list[dict[str, Any]] = [
+        {"aspect": "1:1"},
+        {"fit": "contain"},
+        {"format": "webm"},
+        {"codec": "hevc"},
+    ]
+    shapes += [{"quality": 20}, {"watermark": {"text": "a"}}, {"watermark": {"image": IMAGE}}]
+    different += [parse(seed=1, output=output) for output in shapes]
+    assert len({request.fingerprint for request in [parse(seed=1), *different]}) == 12
     # how the video is handed over does not change the video
     assert parse(user_data=1, output={"key": "a.mp4"}).fingerprint == parse().fingerprint
 
@@ -166,6 +172,12 @@ def test_a_request_id_that_cannot_stand_in_a_key_is_refused_by_its_field(name: A
     with pytest.raises(InvalidInputError) as caught:
         parse(request_id=name)
     assert caught.value.field == "request_id"
+
+
+def test_the_address_of_a_watermark_is_as_secret_as_that_of_an_input() -> None:
+    mark = {"image": "https://example.com/logo.png?signature=0123456789"}
+    hidden = job_request.secret_values({"input": {"output": {"watermark": mark}}})
+    assert "signature=0123456789" in hidden
 
 
 def test_an_id_that_cannot_stand_in_a_key_is_replaced() -> None:

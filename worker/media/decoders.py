@@ -9,6 +9,7 @@ import pkgutil
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from typing import BinaryIO
 
 import av
@@ -95,6 +96,31 @@ def read_portrait(file: BinaryIO, budget: Budget, *, max_pixels: int) -> Answer:
         InvalidInputError: too small or too narrow to hold a face.
         UnsupportedMediaError: not an image, or a damaged one.
     """
+    pixels, _ = _read_picture(file, budget, max_pixels, require_portrait_size)
+    return Answer({}, [pixels])
+
+
+def read_mark(file: BinaryIO, budget: Budget, *, max_pixels: int) -> Answer:
+    """The upright RGBA pixels (height, width, 4) of a picture of any size.
+
+    Raises:
+        InputTooLargeError, UnsupportedMediaError: as `read_portrait`.
+    """
+    pixels, alpha = _read_picture(file, budget, max_pixels)
+    if alpha is None:
+        alpha = np.full(pixels.shape[:2], 255, np.uint8)
+    seen = np.maximum(alpha, 1)[..., None] / np.float32(255)
+    colours = (pixels - 255 * (1 - seen)) / seen  # the picture has been laid on white
+    return Answer({}, [np.dstack([np.rint(colours.clip(0, 255)).astype(np.uint8), alpha])])
+
+
+def _read_picture(
+    file: BinaryIO,
+    budget: Budget,
+    max_pixels: int,
+    require_size: Callable[[int, int], None] = lambda height, width: None,
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
+    """RGB pixels, transparent ones laid on white, and the alpha if there is any."""
     content = file.read()
     too_large = InputTooLargeError(f"has more than {max_pixels} pixels", field="image")
     try:
@@ -104,10 +130,14 @@ def read_portrait(file: BinaryIO, budget: Budget, *, max_pixels: int) -> Answer:
             image = picture.open_picture(content)
             if image.width * image.height > max_pixels:
                 raise too_large
-            require_portrait_size(image.height, image.width)
+            require_size(image.height, image.width)
             num_pixels = image.width * image.height
             budget.add(SECONDS_PER_MEGAPIXEL * num_pixels / 1e6, BYTES_PER_PIXEL * num_pixels)
-            return Answer({}, [np.asarray(picture.decode(image, content))])
+            pixels = np.asarray(picture.decode(image, content))
+            if not image.has_transparency_data:
+                return pixels, None
+            alpha = picture.upright(image).convert("RGBA").getchannel("A")
+            return pixels, np.asarray(alpha)
     except Image.DecompressionBombError as error:
         raise too_large from error
     except DAMAGED as error:

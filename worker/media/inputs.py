@@ -8,7 +8,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -40,8 +40,11 @@ MAX_START_SECONDS = 7200.0  # all sound before the start has to be decoded
 REFUSALS = {
     error.code: error for error in (InputTooLargeError, InvalidInputError, UnsupportedMediaError)
 }
+MARK = "output.watermark.image"
+MAX_MARK_PIXELS = 16_000_000
 FIELDS = ("image", "audio", "audio_start_seconds")
 REMEDIES = {
+    MARK: "export it as a plain PNG",
     "image": "export it as a plain JPEG or PNG",
     "audio": "export it as a plain wav or mp3",
 }
@@ -93,6 +96,31 @@ def load_portrait(
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
         raise UnsupportedMediaError("is not an image that can be decoded", field="image")
     decoders.require_portrait_size(*pixels.shape[:2])
+    return Image.fromarray(pixels)
+
+
+def load_mark(
+    source: MediaSource,
+    directory: Path,
+    settings: Settings,
+    *,
+    check: Callable[[], None] = connection.nothing_to_check,
+) -> Image.Image:
+    """The picture of a watermark as an upright RGBA image.
+
+    Raises:
+        InputUrlBlockedError, InputDownloadError, InputTooLargeError, UnsupportedMediaError: as
+            `load_portrait`, by the watermark's field.
+    """
+    max_pixels = min(MAX_MARK_PIXELS, settings.max_image_pixels)
+    with _open(source, directory / "watermark", settings, MARK, check) as file:
+        limits = decoders.portrait_limits(max_pixels, os.fstat(file.fileno()).st_size)
+        limits = replace(limits, answer_bytes=4 * max_pixels)
+        arguments = {"max_pixels": max_pixels}
+        decoded = _decoded(decoders.read_mark.__name__, MARK, file, arguments, limits, check)
+    [pixels] = decoded.arrays
+    if pixels.ndim != 3 or pixels.shape[2] != 4 or pixels.dtype != np.uint8 or not pixels.size:
+        raise UnsupportedMediaError("is not an image that can be decoded", field=MARK)
     return Image.fromarray(pixels)
 
 
@@ -157,7 +185,7 @@ def _decoded(
 def _refusal(failure: Failure, field: str) -> WorkerError:
     if failure.kind in REFUSALS:
         message = "".join(filter(str.isprintable, failure.message))[:MAX_MESSAGE]
-        named = failure.field if failure.field in FIELDS else field
+        named = failure.field if failure.field in FIELDS and field != MARK else field
         return REFUSALS[failure.kind](message, field=named)
     logger.error("the %s could not be read: %r", field, failure.message)
     return InternalError(f"the {field} could not be read; the worker's log says why")

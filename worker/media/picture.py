@@ -64,11 +64,12 @@ def decode(image: Image.Image, content: bytes) -> Image.Image:
             raise
         image = _without_end(content)
     space = _code_points(image, content)
-    image = _rgb(_upright(image), space)
+    image = _rgb(upright(image), space)
     return colour.from_space(image, space) if space is not None else image
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its side data say."""
     # what cannot be read of the side data says nothing of the orientation
     with suppress(OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error):
         return ImageOps.exif_transpose(image)

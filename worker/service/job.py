@@ -25,7 +25,7 @@ from avatar_client.version import __version__
 from worker.media.claim import Claim
 from worker.media.encoding import Encoding
 from worker.media.finishing import BLUR, finished
-from worker.media.inputs import Speech, load_portrait, load_speech
+from worker.media.inputs import Speech, load_mark, load_portrait, load_speech
 from worker.media.provenance import (
     COPIES,
     MAX_ADDED_BYTES,
@@ -37,6 +37,7 @@ from worker.media.provenance import (
 )
 from worker.media.store_client import Patience
 from worker.media.video import write_thumbnail, write_video
+from worker.media.watermark import Mark
 from worker.own_directory import own_directory
 from worker.service import machine, result
 from worker.service.delivery import Delivery
@@ -46,7 +47,7 @@ from worker.service.progress import ProgressReporter
 from worker.service.resume import JobState, Resumption
 from worker.service.scene import Scene
 from worker.settings import Settings
-from worker.shapes import VideoPlan, count_frames, uses_cfg
+from worker.shapes import FrameSize, VideoPlan, count_frames, uses_cfg
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,6 +88,7 @@ class JobRun:
     _directory: Path | None = None  # of its files, while there are any
     _delivery: Delivery | None = None  # once it is decided
     _has_kept_result: bool = False
+    _mark: Mark | None = None  # on every frame
     _input_digests: list[str] = field(default_factory=list)  # sha256 of image and audio
     _claim: Claim | None = None  # on a request that other workers may have been given, too
     _sparsity: "SparseAttention | None" = None  # of the preset's attention, if it leaves keys out
@@ -177,6 +179,7 @@ class JobRun:
                 engine.require_fits_memory(portrait, params.resolution, *shape)
                 delivery.require_fits_reply(speech.duration_seconds)
                 scene = Scene.of(portrait, speech, params, engine)
+                self._mark = self._watermark(directory, scene.framing.video)
             fingerprint = self._fingerprint_with_content(directory)
             plan = self._plan(scene)
             copies = COPIES if self.settings.c2pa_certificate is not None else 1
@@ -232,6 +235,8 @@ class JobRun:
             thumbnail_path = directory / "thumbnail.jpg" if params.output.thumbnail else None
             content_type = params.output.video_format.content_type
             shown = finished(frames, scene.framing, params.output.background or BLUR)
+            if self._mark is not None:
+                shown = self._mark.on(shown)
             video = write_video(
                 directory / f"video{params.output.video_format.suffix}",
                 self._watched(shown, plan.video.num_frames, thumbnail_path, xmp(making)),
@@ -349,8 +354,20 @@ class JobRun:
 
     def _largest_inputs_bytes(self) -> int:
         """What the inputs may take on the disk: those that have to be fetched."""
-        sources = (self.request.input.image, self.request.input.audio)
+        mark = self.request.input.output.watermark
+        marks = [mark.image] if mark is not None and mark.image is not None else []
+        sources = (self.request.input.image, self.request.input.audio, *marks)
         return self.settings.max_input_bytes * sum(source.url is not None for source in sources)
+
+    def _watermark(self, directory: Path, size: FrameSize) -> Mark | None:
+        """What every frame is marked with; None: nothing was asked for."""
+        asked = self.request.input.output.watermark
+        if asked is None:
+            return None
+        picture = None
+        if asked.image is not None:
+            picture = load_mark(asked.image, directory, self.settings, check=self.check)
+        return Mark.of(asked, picture, size)
 
     def _fetch(self, directory: Path) -> tuple[Image.Image, Speech]:
         params = self.request.input

@@ -120,7 +120,10 @@ def secret_values(job: Any) -> set[str]:
     found = set()
     for text in _texts(buckets):
         found |= _secrets_of_address(text) if text.startswith(("https://", "http://")) else {text}
-    for address in (given.get("image"), given.get("audio"), top.get("webhook")):
+    output = given.get("output")
+    mark = output.get("watermark") if isinstance(output, dict) else None
+    mark_image = mark.get("image") if isinstance(mark, dict) else None
+    for address in (given.get("image"), given.get("audio"), mark_image, top.get("webhook")):
         if isinstance(address, str) and len(address) <= MAX_ADDRESS_CHARACTERS:
             found |= _secrets_of_address(address)
     return found

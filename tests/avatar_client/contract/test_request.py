@@ -57,6 +57,16 @@ def test_a_video_keeps_its_portraits_shape_unless_another_is_named() -> None:
         ({"quality": 17.5}, "output.quality"),
         ({"format": "webm", "key": "a/b.mp4"}, "output.key"),
         ({"key": "a/b.WebM"}, "output.key"),
+        ({"watermark": {}}, "output.watermark"),
+        ({"watermark": {"text": "a", "image": IMAGE}}, "output.watermark"),
+        ({"watermark": {"text": "  "}}, "output.watermark.text"),
+        ({"watermark": {"text": "a\nb"}}, "output.watermark.text"),
+        ({"watermark": {"text": "ÄÖ"}}, "output.watermark.text"),
+        ({"watermark": {"text": "a" * 81}}, "output.watermark.text"),
+        ({"watermark": {"image": "./a.png"}}, "output.watermark.image"),
+        ({"watermark": {"text": "a", "place": "middle"}}, "output.watermark.place"),
+        ({"watermark": {"text": "a", "opacity": 0}}, "output.watermark.opacity"),
+        ({"watermark": {"text": "a", "opacity": 1.1}}, "output.watermark.opacity"),
     ],
 )
 def test_a_shape_or_a_file_that_cannot_be_made_is_refused_by_field(
