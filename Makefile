@@ -47,7 +47,7 @@ talks: $(VENV)/ready
 packages: $(VENV)/ready
 	$(PYTEST) -m packages
 
-# The studio in headless Chromium, which has to be installed.
+# The studio and the videos in headless Chromium, which has to be installed.
 browser: $(VENV)/ready $(STUDIO_VENV)/ready
 	$(PYTEST) -m browser
 
