@@ -42,10 +42,11 @@ CANCEL_SECONDS = {"demo": 10.0, "drawing": 2.0}  # at most, after a job was sent
 NUM_WAITING = 4  # jobs in the queue beside those at work
 LOST_AFTER_SECONDS = 6.0
 START_SECONDS = 300.0
-END_SECONDS = 300.0  # for the jobs that are left when the time is over
+END_SECONDS = 900.0  # for the jobs that are left when the time is over
 LOOK_SECONDS = 0.05
 FAULT_SHARE = 0.1  # of the store's requests, in a bad time
 BAD_SECONDS, GOOD_SECONDS = 5.0, 10.0
+LOST_SHARE = 0.2  # of posted results, about
 LOST_POST_STATUSES = (None, 413, 502)  # None: the connection is cut
 STORE_FAULTS = {
     "/": (*CUTS, *(Fault(str(status), answer=(status, b"<Error/>")) for status in (500, 503)))
@@ -229,7 +230,7 @@ class Soak:
     def _disturb_and_send(self) -> None:
         begun = time.monotonic()
         kill_at: float | None = None  # None: the next victim is still starting
-        lose_at = vanish_at = measure_at = begun
+        vanish_at = measure_at = begun
         while (now := time.monotonic()) - begun < self._seconds:
             while len(self._open) < self._num_workers + NUM_WAITING:
                 self._send()
@@ -239,11 +240,6 @@ class Soak:
             elif now >= kill_at:
                 self._kill()
                 kill_at = None
-            if now >= lose_at:
-                if lose_at > begun:
-                    self._endpoint.lose_results(status=self._dice.choice(LOST_POST_STATUSES))
-                    self.tally.lost_posts += 1
-                lose_at = now + self._dice.uniform(2.0, 8.0)
             if now >= vanish_at:
                 self._vanish()
                 vanish_at = now + self._dice.uniform(4.0, 12.0)
@@ -260,6 +256,9 @@ class Soak:
             job_input["seed"] = self._dice.randrange(2**31)
         if "request_id" in job_input:
             job_input["request_id"] = f"soak-{sum(self.tally.sent.values())}"
+        if self._dice.random() < LOST_SHARE:
+            self._endpoint.lose_results(status=self._dice.choice(LOST_POST_STATUSES))
+            self.tally.lost_posts += 1
         job = Sent(self._endpoint.submit({"input": job_input}), kind)
         if kind.is_cancelled:
             job.cancel_at = time.monotonic() + self._dice.uniform(0.0, self._cancel_seconds)
