@@ -37,7 +37,7 @@ class Drawing:
         return ()
 
     def encode(self, portrait: Any, waveform: Any, params: Any, size: Any) -> Any:
-        return SimpleNamespace(warnings=())
+        return SimpleNamespace(warnings=(), face_box=None)
 
     def identity(self, params: Any) -> SimpleNamespace:
         return SimpleNamespace(weights="", code="", arithmetic="", gpu="")

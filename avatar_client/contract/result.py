@@ -24,6 +24,22 @@ class ParametersUsed(TypedDict):
     motion: MotionUsed
 
 
+class OverTime(TypedDict):
+    """A figure of a video at its start, at its end, and where it is worst."""
+
+    start: float
+    end: float
+    worst: float
+
+
+class Drift(TypedDict):
+    """How far the video leaves its portrait as it goes on."""
+
+    identity: OverTime | None  # correlation of the face above the mouth; 1: the portrait's
+    colour_mean: OverTime  # distance of the mean colours in Lab; 2 is hardly seen
+    colour_spread: OverTime  # distance of their standard deviations
+
+
 class Metrics(TypedDict):
     """What the job took. A stage is missing if it did not run: all are, in a reused result."""
 
@@ -45,6 +61,7 @@ class Metrics(TypedDict):
     # of a job that an earlier worker had begun: steps that were not done again, and their seconds
     resumed_from_step: NotRequired[int]
     seconds_saved: NotRequired[float]
+    drift: NotRequired[Drift]
     model_load_seconds: float | None  # of this worker's start
     model_load_bytes: int | None
     model_load_gigabytes_per_second: float | None

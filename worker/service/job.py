@@ -23,6 +23,7 @@ from PIL import Image
 from avatar_client.contract.job_errors import DeadlineExceededError, InvalidInputError
 from avatar_client.version import __version__
 from worker.media.claim import Claim
+from worker.media.drift import DriftMeter
 from worker.media.encoding import Encoding
 from worker.media.finishing import BLUR, finished
 from worker.media.inputs import Speech, load_mark, load_portrait, load_speech
@@ -91,6 +92,7 @@ class JobRun:
     _mark: Mark | None = None  # on every frame
     _input_digests: list[str] = field(default_factory=list)  # sha256 of image and audio
     _claim: Claim | None = None  # on a request that other workers may have been given, too
+    _drift: DriftMeter | None = None  # once there are frames
     _sparsity: "SparseAttention | None" = None  # of the preset's attention, if it leaves keys out
     _state: JobState | None = None  # once there is something to restore or to keep
 
@@ -234,7 +236,9 @@ class JobRun:
         ):
             thumbnail_path = directory / "thumbnail.jpg" if params.output.thumbnail else None
             content_type = params.output.video_format.content_type
-            shown = finished(frames, scene.framing, params.output.background or BLUR)
+            self._drift = DriftMeter(scene.portrait, conditioning.face_box, plan.video.num_frames)
+            measured = self._drift.watch(frames)
+            shown = finished(measured, scene.framing, params.output.background or BLUR)
             if self._mark is not None:
                 shown = self._mark.on(shown)
             video = write_video(
@@ -510,4 +514,6 @@ class JobRun:
         )
         if self._state is not None:
             metrics |= self._state.metrics
+        if self._drift is not None:
+            metrics["drift"] = self._drift.summary()
         return result.video_output(params, video, metrics, self.settings.avatar_model)
