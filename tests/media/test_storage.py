@@ -1,8 +1,10 @@
 """Files become objects, and what a store answers becomes an error or not."""
 
+import gc
 import json
 import re
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,24 @@ def test_what_was_put_can_be_fetched_by_anyone_with_the_url(
     assert answer.status_code == 200
     assert answer.content == video.read_bytes()
     assert answer.headers["Content-Type"] == "video/mp4"
+
+
+def test_a_store_keeps_nothing_of_a_job_that_is_over(
+    bucket: Callable[..., Any], video: Path
+) -> None:
+    class Job:
+        def __init__(self) -> None:
+            self.store = Storage(bucket())
+
+        def check(self) -> None: ...
+
+    job = Job()
+    patience = Patience(check=job.check)
+    job.store.put(video, "avatar/1.mp4", content_type="video/mp4", patience=patience)
+    still_there = weakref.ref(job)
+    del job, patience
+    gc.collect()
+    assert still_there() is None
 
 
 def test_the_url_is_signed_for_as_long_as_asked(bucket: Callable[..., Any]) -> None:

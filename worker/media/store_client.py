@@ -205,7 +205,10 @@ class StoreClient:
 
         def one_try() -> T:
             self._http.begin(num_bytes, patience.check, max_content_bytes)
-            return call()
+            try:
+                return call()
+            finally:
+                self._http.end()
 
         return patience.of(one_try, STORE_ERRORS, is_retryable)
 

@@ -61,6 +61,10 @@ class StoreHttp:
         self._max_content_bytes = max_content_bytes
         self._wait.begin(ANSWER_SECONDS + num_bytes / BYTES_PER_SECOND, check)
 
+    def end(self) -> None:
+        """Forgets what may stop a call, which is a job's: `finalize` keeps the connections."""
+        self._wait.begin(ANSWER_SECONDS, nothing_to_check)
+
     def send(self, request: AWSPreparedRequest, **_: Any) -> AWSResponse:
         """The answer to a request: botocore's `before-send` event, whose answer is the response.
 
