@@ -3,6 +3,7 @@
 Its frames are of one colour, which tells the seed.
 """
 
+import gc
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -72,6 +73,7 @@ def main() -> None:
     logs.configure(worker.settings.runpod_log_level)
     import_guard.ensure()
     worker.load()
+    gc.freeze()  # as `handler.py` does
     serve(worker)
 
 
