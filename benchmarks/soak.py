@@ -48,6 +48,8 @@ FAULT_SHARE = 0.1  # of the store's requests, in a bad time
 BAD_SECONDS, GOOD_SECONDS = 5.0, 10.0
 LOST_SHARE = 0.2  # of posted results, about
 LOST_POST_STATUSES = (None, 413, 502)  # None: the connection is cut
+# Of clients that vanished, and of a worker that was killed before its result was taken.
+KEPT_OBJECTS = (".mp4", ".jpg", ".mp4.json")
 STORE_FAULTS = {
     "/": (*CUTS, *(Fault(str(status), answer=(status, b"<Error/>")) for status in (500, 503)))
 }
@@ -352,11 +354,7 @@ class Soak:
                 f"worker {index}: {path.name}" for path in worker.temporary_directory.iterdir()
             ]
         keys = self._storage.ages("")
-        self.tally.left_objects = [
-            key
-            for key in keys
-            if not key.endswith((".mp4", ".jpg"))  # vanished clients' videos
-        ]
+        self.tally.left_objects = [key for key in keys if not key.endswith(KEPT_OBJECTS)]
 
 
 def table(tally: Tally) -> str:
@@ -377,7 +375,7 @@ def table(tally: Tally) -> str:
         ("memory of a worker, first to last, MiB", _first_to_last(tally.rss_mib)),
         ("open files of a worker, first to last", _first_to_last(tally.open_files)),
         ("temporary files left", len(tally.left_files)),
-        ("states and results left in the bucket", len(tally.left_objects)),
+        ("states and claims left in the bucket", len(tally.left_objects)),
     ]
     lines = [f"| {name} | {value} |" for name, value in rows]
     details = [*tally.wrong, *tally.left_files, *tally.left_objects]
