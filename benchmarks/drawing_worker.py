@@ -32,7 +32,11 @@ class Drawing:
     def num_gpus(self, params: Any) -> int:
         return 1
 
-    def require_fits_memory(self, portrait: Any, *shape: Any) -> None: ...
+    def require_fits_memory(
+        self, portrait: Any, resolution: Any, aspect: Any, fit: Any
+    ) -> None: ...
+
+    def find_face(self, portrait: Any, params: Any) -> None: ...
 
     def foresee(self, portrait: Any, params: Any, size: Any) -> tuple[str, ...]:
         return ()

@@ -47,10 +47,10 @@ class _JobSettings(FromEnvironment):
         description="GPU memory that the worker may take, in GiB. Empty: what is free.",
     )
     num_gpus: int = Field(
-        default=1,
+        default=0,
         ge=0,
         description="How many of the worker's GPUs make a video together: 1, 2, 4 or 8. 0: as many "
-        "of these as it has.",
+        "of these as it sees.",
     )
     import_guard: Literal["auto", "block", "require", "off"] = Field(
         default="auto",

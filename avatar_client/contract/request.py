@@ -254,6 +254,9 @@ class OutputOptions(_Frozen):
         None, description="Life of the URL. Empty: `BUCKET_URL_EXPIRES_SECONDS`."
     )
     thumbnail: bool = Field(False, description="Also the first frame as a jpeg.")
+    gif: bool = Field(
+        False, description="Also the first four seconds as a small GIF, without sound."
+    )
     overwrite: bool = Field(
         False,
         description="Whether an object that lies under `output.key` may be replaced, where the "

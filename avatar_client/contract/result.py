@@ -85,6 +85,8 @@ class JobResult(TypedDict):
     video_base64: str | None
     thumbnail_url: str | None  # None unless asked for
     thumbnail_base64: str | None
+    gif_url: str | None  # likewise
+    gif_base64: str | None
     bucket: str | None
     key: str | None
     expires_at: str | None  # of the presigned URL: UTC, as 2026-01-31T12:00:00Z

@@ -221,13 +221,15 @@ def test_what_clients_name_lies_apart_from_what_bears_a_jobs_id(
 
     keys = store.keys(OutputOptions(**asked), "job-1")
 
-    assert keys == ObjectKeys(video, f"{others}.jpg", f"{others}.mp4.json")
+    assert keys == ObjectKeys(video, f"{others}.jpg", f"{others}.gif", f"{others}.mp4.json")
 
 
 def test_a_webm_is_called_one(bucket: Callable[..., Any]) -> None:
     keys = Storage(bucket(prefix="avatar")).keys(OutputOptions(format="webm"), "job-1")
 
-    assert keys == ObjectKeys("avatar/job-1.webm", "avatar/job-1.jpg", "avatar/job-1.webm.json")
+    assert keys == ObjectKeys(
+        "avatar/job-1.webm", "avatar/job-1.jpg", "avatar/job-1.gif", "avatar/job-1.webm.json"
+    )
 
 
 def test_in_a_clients_own_bucket_all_lies_where_the_client_says(bucket: Callable[..., Any]) -> None:
@@ -249,12 +251,12 @@ def test_no_key_leaves_the_operators_prefix(prefix: Any, key: Any) -> None:
 
     keys = store.keys(OutputOptions(prefix=prefix, key=key), "job-1")
 
-    for full in (keys.video, keys.thumbnail, keys.result):
+    for full in (keys.video, keys.thumbnail, keys.gif, keys.result):
         assert full.startswith("avatar/")
         assert "//" not in full
         assert not {"", ".", ".."} & set(full.split("/"))
         assert unquote(urlsplit(store.url(full, 60)).path) == f"/videos/{full}"
-    assert len({keys.video, keys.thumbnail, keys.result}) == 3
+    assert len({keys.video, keys.thumbnail, keys.gif, keys.result}) == 4
     assert keys.video.startswith("avatar/chosen/") == (key is not None)
 
 

@@ -40,6 +40,7 @@ METADATA = {
     "width": 256,
     "height": 320,
     "seed": 7,
+    "provenance": "metadata",
     "warnings": ['zwei  "Räume"'],
 }
 THUMBNAIL = b"\xff\xd8\xff not really a picture"
@@ -201,7 +202,7 @@ def test_a_bucket_holds_any_length(
 def test_an_inline_video_stands_in_the_reply_with_its_thumbnail(
     make_delivery: Callable[..., Delivery], video: VideoFile, thumbnail_path: Path
 ) -> None:
-    told = make_delivery(Settings()).deliver(video, thumbnail_path, F, METADATA)
+    told = make_delivery(Settings()).deliver(video, {"thumbnail": thumbnail_path}, F, METADATA)
 
     assert base64.b64decode(told.pop("video_base64")) == video.path.read_bytes()
     assert base64.b64decode(told.pop("thumbnail_base64")) == THUMBNAIL
@@ -213,7 +214,7 @@ def test_a_stored_video_is_behind_the_url_of_the_reply_with_its_thumbnail(
     make_delivery: Callable[..., Delivery], bucket: Settings, video: VideoFile, thumbnail_path: Path
 ) -> None:
     delivery = make_delivery(bucket, job_id="stored-1", url_expires_seconds=60)
-    told = delivery.deliver(video, thumbnail_path, F, METADATA)
+    told = delivery.deliver(video, {"thumbnail": thumbnail_path}, F, METADATA)
 
     answer = requests.get(told["video_url"], timeout=10)
     assert answer.content == video.path.read_bytes()
@@ -230,8 +231,8 @@ def test_a_stored_video_is_behind_the_url_of_the_reply_with_its_thumbnail(
 def test_a_reply_has_the_same_fields_however_the_video_was_delivered(
     make_delivery: Callable[..., Delivery], bucket: Settings, video: VideoFile
 ) -> None:
-    inline = make_delivery(Settings()).deliver(video, None, F, METADATA)
-    stored = make_delivery(bucket, job_id="fields-1").deliver(video, None, F, METADATA)
+    inline = make_delivery(Settings()).deliver(video, {}, F, METADATA)
+    stored = make_delivery(bucket, job_id="fields-1").deliver(video, {}, F, METADATA)
     assert inline.keys() == stored.keys()
     assert inline["thumbnail_base64"] is stored["thumbnail_url"] is None
 
@@ -242,7 +243,7 @@ def test_of_a_public_bucket_the_address_is_plain_and_does_not_end(
     settings = with_bucket(store.origin, bucket_public_base_url=f"{store.origin}/cdn/")
     store.on("PUT /avatars/avatar/public-1.mp4", Answer())
     url = store.on("GET /cdn/avatar/public-1.mp4", Answer(body=b"x"))
-    told = make_delivery(settings, job_id="public-1").deliver(video, None, F, METADATA)
+    told = make_delivery(settings, job_id="public-1").deliver(video, {}, F, METADATA)
     assert told["video_url"] == url
     assert told["expires_at"] is None
 
@@ -261,25 +262,29 @@ def test_an_earlier_run_of_the_same_job_is_found_with_all_that_its_reply_told(
     delivery = make_delivery(bucket, job_id=f"twice-{has_thumbnail}")
     assert delivery.find_existing(F) is None
 
-    picture = thumbnail_path if has_thumbnail else None
-    told = METADATA | delivery.deliver(video, picture, F, METADATA)
+    pictures = {"thumbnail": thumbnail_path, "gif": thumbnail_path} if has_thumbnail else {}
+    told = METADATA | delivery.deliver(video, pictures, F, METADATA)
 
     found = delivery.find_existing(F)
     assert found is not None
-    signed = ("video_url", "thumbnail_url", "expires_at")  # made anew
+    signed = ("video_url", "thumbnail_url", "gif_url", "expires_at")  # made anew
     assert {name: found[name] for name in found if name not in signed} == {
         name: told[name] for name in told if name not in signed
     }
     content = requests.get(found["video_url"], timeout=10).content
     assert hashlib.sha256(content).digest() == hashlib.sha256(video.path.read_bytes()).digest()
-    assert (found["thumbnail_url"] is not None) == has_thumbnail
+    for name, kind in (("thumbnail_url", "image/jpeg"), ("gif_url", "image/gif")):
+        assert (found[name] is not None) == has_thumbnail
+        if has_thumbnail:
+            answer = requests.get(found[name], timeout=10)
+            assert (answer.content, answer.headers["Content-Type"]) == (THUMBNAIL, kind)
 
 
 def test_an_object_of_another_request_is_not_taken_for_an_earlier_run(
     make_delivery: Callable[..., Delivery], bucket: Settings, video: VideoFile
 ) -> None:
     delivery = make_delivery(bucket, job_id="other-1")
-    delivery.deliver(video, None, F, METADATA)
+    delivery.deliver(video, {}, F, METADATA)
     assert delivery.find_existing(G) is None
 
 
@@ -295,7 +300,7 @@ def test_without_a_bucket_no_earlier_run_is_found(
     make_delivery: Callable[..., Delivery], video: VideoFile
 ) -> None:
     delivery = make_delivery(Settings())
-    delivery.deliver(video, None, F, METADATA)
+    delivery.deliver(video, {}, F, METADATA)
     assert delivery.find_existing(F) is None
 
 
@@ -309,7 +314,7 @@ def test_a_store_that_refuses_the_video_is_named_with_its_code(
 ) -> None:
     store.on("PUT /avatars/avatar/job-1.mp4", NO_SPACE)
     with pytest.raises(UploadError, match="the object store answered QuotaExceeded"):
-        make_delivery(with_bucket(store.origin), delivery="s3").deliver(video, None, F, METADATA)
+        make_delivery(with_bucket(store.origin), delivery="s3").deliver(video, {}, F, METADATA)
 
 
 def test_a_video_is_not_stored_before_its_thumbnail(
@@ -321,7 +326,7 @@ def test_a_video_is_not_stored_before_its_thumbnail(
     store.on("PUT /avatars/avatar/job-1.jpg", NO_SPACE)
     delivery = make_delivery(with_bucket(store.origin), delivery="s3")
     with pytest.raises(UploadError):
-        delivery.deliver(video, thumbnail_path, F, METADATA)
+        delivery.deliver(video, {"thumbnail": thumbnail_path}, F, METADATA)
     assert [asked.path for asked in store.requests] == ["/avatars/avatar/job-1.jpg"]
 
 
@@ -363,7 +368,7 @@ def test_a_store_that_stumbles_is_asked_until_it_stands(
         make_delivery(settings), patience=Patience(20.0, on_wait=lambda: waits.append(1))
     )
 
-    assert delivery.deliver(video, None, F, METADATA)["delivery"] == "s3"
+    assert delivery.deliver(video, {}, F, METADATA)["delivery"] == "s3"
 
     assert len(store.asked("PUT /avatars/avatar/job-1.mp4")) == 7
     assert len(waits) == 6
@@ -377,7 +382,7 @@ def test_a_store_that_refuses_is_asked_once(
     delivery = dataclasses.replace(delivery, patience=Patience(20.0))
 
     with pytest.raises(UploadError, match="QuotaExceeded"):
-        delivery.deliver(video, None, F, METADATA)
+        delivery.deliver(video, {}, F, METADATA)
 
     assert len(store.asked("PUT /avatars/avatar/job-1.mp4")) == 1
 
@@ -398,7 +403,7 @@ def test_a_stop_is_met_while_a_store_is_waited_for(
     begun = time.monotonic()
 
     with pytest.raises(Stopped):
-        delivery.deliver(video, None, F, METADATA)
+        delivery.deliver(video, {}, F, METADATA)
 
     assert time.monotonic() - begun < 60
 
@@ -408,7 +413,7 @@ def test_a_video_whose_store_stays_away_goes_into_the_reply_with_a_warning(
 ) -> None:
     store.on("PUT /avatars/avatar/job-1.mp4", CLOSED)
 
-    told = make_delivery(with_bucket(store.origin)).deliver(video, None, F, METADATA)
+    told = make_delivery(with_bucket(store.origin)).deliver(video, {}, F, METADATA)
 
     assert base64.b64decode(told["video_base64"]) == video.path.read_bytes()
     assert told["video_url"] is None
@@ -422,7 +427,7 @@ def test_a_video_that_had_to_go_to_a_bucket_goes_nowhere_else(
     store.on("PUT /avatars/avatar/job-1.mp4", CLOSED)
 
     with pytest.raises(UploadError):
-        make_delivery(with_bucket(store.origin), delivery="s3").deliver(video, None, F, METADATA)
+        make_delivery(with_bucket(store.origin), delivery="s3").deliver(video, {}, F, METADATA)
 
 
 # What is another's
@@ -431,7 +436,7 @@ def test_a_video_that_had_to_go_to_a_bucket_goes_nowhere_else(
 def test_a_key_that_holds_another_jobs_video_is_refused_before_anything_is_generated(
     make_delivery: Callable[..., Delivery], bucket: Settings, video: VideoFile
 ) -> None:
-    make_delivery(bucket, job_id="first", key="latest.mp4").deliver(video, None, F, METADATA)
+    make_delivery(bucket, job_id="first", key="latest.mp4").deliver(video, {}, F, METADATA)
 
     with pytest.raises(InvalidInputError, match="overwrite") as caught:
         make_delivery(bucket, job_id="second", key="latest.mp4").find_existing(G)
@@ -447,7 +452,7 @@ def test_it_is_replaced_if_both_the_job_and_the_operator_say_so(
 ) -> None:
     settings = with_bucket(object_store.endpoint_url, allow_overwrite=is_allowed)
     key = f"latest-{is_allowed}.mp4"
-    make_delivery(settings, job_id="first", key=key).deliver(video, None, F, METADATA)
+    make_delivery(settings, job_id="first", key=key).deliver(video, {}, F, METADATA)
     delivery = make_delivery(settings, job_id="second", key=key, overwrite=True)
 
     if is_allowed:
@@ -468,14 +473,14 @@ def test_a_key_that_is_taken_meanwhile_stays_anothers(
     key = f"meanwhile-{asked}.mp4"
     late = make_delivery(bucket, job_id="late", key=key, delivery=asked)
     assert late.find_existing(LATE) is None
-    make_delivery(bucket, job_id="first", key=key).deliver(video, None, FIRST, METADATA)
+    make_delivery(bucket, job_id="first", key=key).deliver(video, {}, FIRST, METADATA)
 
     if asked == "s3":
         with pytest.raises(UploadError) as caught:
-            late.deliver(video, None, LATE, METADATA)
+            late.deliver(video, {}, LATE, METADATA)
         assert (caught.value.field, caught.value.retryable) == ("output.key", False)
     else:
-        told = late.deliver(video, None, LATE, METADATA)
+        told = late.deliver(video, {}, LATE, METADATA)
         assert base64.b64decode(told["video_base64"]) == video.path.read_bytes()
     stored = object_store.client.head_object(Bucket="avatars", Key=f"avatar/chosen/{key}")
     assert json.loads(stored["Metadata"][store_client.METADATA_NAME])["fingerprint"] == "first"
@@ -489,7 +494,7 @@ def test_the_record_of_a_chosen_key_lies_where_no_client_can_choose(
     thumbnail_path: Path,
 ) -> None:
     delivery = make_delivery(bucket, job_id="job-7", key="by-a-client.mp4")
-    told = delivery.deliver(video, thumbnail_path, F, METADATA)
+    told = delivery.deliver(video, {"thumbnail": thumbnail_path}, F, METADATA)
     delivery.keep_result({"output": {}})
 
     keys = object_store.keys()
@@ -551,6 +556,7 @@ def test_its_objects_bear_its_id_in_a_folder_of_their_own(
     assert dataclasses.astuple(keys) == (
         "avatar/requests/order-1.mp4",
         "avatar/requests/order-1.jpg",
+        "avatar/requests/order-1.gif",
         "avatar/requests/order-1.mp4.json",
         "avatar/requests/order-1.claim",
         "avatar/requests/order-1.mp4",
@@ -574,7 +580,7 @@ def test_it_is_known_by_what_was_sent_or_by_its_inputs_content(
     make_input: Callable[..., dict[str, Any]], bucket: Settings, video: VideoFile
 ) -> None:
     first = as_request(make_input, bucket, request_id="known")
-    first.deliver(video, None, Fingerprint("sent", "content"), METADATA)
+    first.deliver(video, {}, Fingerprint("sent", "content"), METADATA)
 
     again = as_request(make_input, bucket, request_id="known")
     for fingerprint in (Fingerprint("sent"), Fingerprint("other", "content")):
@@ -595,7 +601,7 @@ def test_a_video_that_another_worker_has_put_there_meanwhile_is_the_answer(
 ) -> None:
     name = f"meanwhile-{looks_in_vain}"
     own, other = (as_request(make_input, bucket, request_id=name) for _ in range(2))
-    told = other.deliver(video, None, F, METADATA)
+    told = other.deliver(video, {}, F, METADATA)
     find = Delivery.find_existing
     looks: list[Fingerprint] = []
 
@@ -604,7 +610,7 @@ def test_a_video_that_another_worker_has_put_there_meanwhile_is_the_answer(
         return None if len(looks) <= looks_in_vain else find(self, fingerprint)
 
     monkeypatch.setattr(Delivery, "find_existing", look)
-    answer = own.deliver(video, None, F, METADATA | {"sha256": "1" * 64, "seed": 8})
+    answer = own.deliver(video, {}, F, METADATA | {"sha256": "1" * 64, "seed": 8})
 
     assert (answer["sha256"], answer["seed"]) == (METADATA["sha256"], METADATA["seed"])
     assert answer["key"] == told["key"]

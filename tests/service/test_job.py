@@ -159,7 +159,7 @@ def test_a_video_has_the_shape_and_the_format_that_its_plan_tells(
     asked: dict[str, Any] = {"image": tall_portrait, "face_box": [80, 120, 160, 180]}
     logo = base64.b64encode(encoded(Image.new("RGBA", (20, 20), (255, 0, 0, 255)), "PNG")).decode()
     mark = {"image": logo, "opacity": 1, "place": "top-left"}
-    asked["output"] = {**output, "thumbnail": True, "watermark": mark}
+    asked["output"] = {**output, "thumbnail": True, "gif": True, "watermark": mark}
     throughput = ThroughputEstimator()
 
     plan = in_loop(lambda: make_run(**asked, dry_run=True).execute(engine, throughput))["plan"]
@@ -180,6 +180,9 @@ def test_a_video_has_the_shape_and_the_format_that_its_plan_tells(
     thumbnail = Image.open(io.BytesIO(content))
     assert thumbnail.size == size
     assert thumbnail.getpixel((20, 20)) == pytest.approx((255, 0, 0), abs=12)
+    gif = Image.open(io.BytesIO(base64.b64decode(made["gif_base64"])))
+    assert gif.width / gif.height == pytest.approx(size[0] / size[1], rel=0.02)
+    assert gif.convert("RGB").getpixel((15, 15)) == pytest.approx((255, 0, 0), abs=30)
     if is_signed:
         for kind, name in (("image/jpeg", "thumbnail"), ("video/mp4", "video")):
             content = base64.b64decode(made[f"{name}_base64"])

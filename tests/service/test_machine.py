@@ -21,7 +21,7 @@ from avatar_client.contract.job_errors import WorkerError
 from tests.conftest import MediaServer
 from worker.generation.engine import Engine
 from worker.media import inputs, video
-from worker.service import job, machine
+from worker.service import machine, production
 from worker.service.job import JobRun
 from worker.service.worker import Worker
 from worker.settings import Settings
@@ -172,7 +172,7 @@ def test_a_disk_that_cannot_take_the_video_is_not_the_encoders_fault(
         with no_file_above(1000):
             return video.write_video(*arguments, **named)
 
-    monkeypatch.setattr(job, "write_video", write_on_a_full_disk)
+    monkeypatch.setattr(production, "write_video", write_on_a_full_disk)
     output = handle(worker, make_input(output={"thumbnail": thumbnail}))
 
     require_own_failure(worker, output, "decode", tmp_path)

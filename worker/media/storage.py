@@ -38,6 +38,7 @@ class ObjectKeys:
 
     video: str
     thumbnail: str
+    gif: str
     result: str  # that the control plane did not take
     # of a request with an id of its own:
     claim: str | None = None  # while one of several workers makes it
@@ -87,7 +88,9 @@ class Storage:
         video = name = f"{made}{output.video_format.suffix}"
         if output.key:
             video = self._settings.key(chosen, output.prefix, output.key)
-        keys = ObjectKeys(video=video, thumbnail=f"{made}.jpg", result=f"{name}.json")
+        keys = ObjectKeys(
+            video=video, thumbnail=f"{made}.jpg", gif=f"{made}.gif", result=f"{name}.json"
+        )
         if request_id is None:
             return keys
         # whatever else the request says, these two follow from its id

@@ -8,6 +8,7 @@ hands out twice, or whose result was lost on the way, is answered from the bucke
 import base64
 import json
 import logging
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from avatar_client.contract.job_errors import (
 )
 from avatar_client.contract.request import MAX_SEED
 from worker.media.claim import ANOTHER_REQUEST, Claim
+from worker.media.gif import MAX_GIF_BYTES
 from worker.media.provenance import Provenance
 from worker.media.storage import ObjectExistsError, ObjectKeys, Storage
 from worker.media.store_client import NO_PATIENCE, Patience, StoredObject
@@ -35,12 +37,16 @@ from worker.settings import Settings
 logger = logging.getLogger(__name__)
 
 MIN_BYTES_PER_SECOND = 60_000  # of video inside a reply; below it a face falls apart
+# What may come with a video, and lies beside it.
+PICTURES = {"thumbnail": "image/jpeg", "gif": "image/gif"}
 NO_ADDRESS = dict.fromkeys(
     (
         "video_url",
         "video_base64",
         "thumbnail_url",
         "thumbnail_base64",
+        "gif_url",
+        "gif_base64",
         "bucket",
         "key",
         "expires_at",
@@ -48,7 +54,7 @@ NO_ADDRESS = dict.fromkeys(
 )
 
 
-NOT_OF_THE_REPLY = {"fingerprint", "content_fingerprint", "thumbnail"}
+NOT_OF_THE_REPLY = {"fingerprint", "content_fingerprint", *PICTURES}
 
 
 class _StoredRecord(BaseModel):
@@ -62,6 +68,7 @@ class _StoredRecord(BaseModel):
     fingerprint: str
     content_fingerprint: str = ""
     thumbnail: bool
+    gif: bool = False
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     size_bytes: Annotated[int, Field(ge=1)]
     duration_seconds: Annotated[float, Field(gt=0)]
@@ -72,6 +79,11 @@ class _StoredRecord(BaseModel):
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)]
     provenance: Provenance = "metadata"
     warnings: list[str]
+
+    @property
+    def pictures(self) -> list[str]:
+        """Those of `PICTURES` that lie beside the video."""
+        return [name for name in PICTURES if getattr(self, name)]
 
     def is_of(self, fingerprint: Fingerprint) -> bool:
         """Whether the video was made for this request."""
@@ -136,10 +148,11 @@ class Delivery:
             keys=(
                 storage.keys(options, request.job_id, request_id)
                 if storage
-                else ObjectKeys("", "", "")
+                else ObjectKeys("", "", "", "")
             ),
             expires_seconds=options.url_expires_seconds or settings.bucket_url_expires_seconds,
-            max_inline_characters=request.max_inline_characters,
+            max_inline_characters=request.max_inline_characters
+            - (4 * MAX_GIF_BYTES // 3 if options.gif else 0),
             content_type=options.video_format.content_type,
             is_key_chosen=options.key is not None,
             may_overwrite=options.overwrite and settings.allow_overwrite,
@@ -196,7 +209,7 @@ class Delivery:
             record = _record(stored)
             if key == self.keys.video and record is not None and record.is_of(fingerprint):
                 metadata = record.model_dump(exclude=NOT_OF_THE_REPLY)
-                return metadata | self._addresses(has_thumbnail=record.thumbnail)
+                return metadata | self._addresses(record.pictures)
             self._require_own(key, fingerprint)
         return None
 
@@ -231,7 +244,7 @@ class Delivery:
     def deliver(
         self,
         video: VideoFile,
-        thumbnail_path: Path | None,
+        pictures: Mapping[str, Path],  # those of `PICTURES` that were asked for
         fingerprint: Fingerprint,
         metadata: dict[str, Any],
     ) -> dict[str, Any]:
@@ -244,10 +257,10 @@ class Delivery:
             UploadError: the store refused it or did not answer, and it does not fit.
         """
         if self.storage is None:
-            return self._inline(video, thumbnail_path)
+            return self._inline(video, pictures)
         try:
             return self._found_meanwhile(fingerprint) or self._upload(
-                self.storage, video, thumbnail_path, fingerprint, metadata
+                self.storage, video, pictures, fingerprint, metadata
             )
         except (UploadError, InvalidInputError) as error:
             if isinstance(error, ObjectExistsError) and (
@@ -260,7 +273,7 @@ class Delivery:
             logger.warning("delivered inside the reply: %s", error)
             warning = f"the bucket did not take the video, so it is in the reply: {error.message}"
             warnings = [*metadata["warnings"], warning]
-            return self._inline(video, thumbnail_path) | {"warnings": warnings}
+            return self._inline(video, pictures) | {"warnings": warnings}
 
     def _found_meanwhile(self, fingerprint: Fingerprint) -> dict[str, Any] | None:
         """The video of this very request if another worker has put it there; else None."""
@@ -271,23 +284,17 @@ class Delivery:
         self,
         storage: Storage,
         video: VideoFile,
-        thumbnail_path: Path | None,
+        pictures: Mapping[str, Path],
         fingerprint: Fingerprint,
         metadata: dict[str, Any],
     ) -> dict[str, Any]:
-        has_thumbnail = thumbnail_path is not None
-        if thumbnail_path is not None:
-            storage.put(
-                thumbnail_path,
-                self.keys.thumbnail,
-                content_type="image/jpeg",
-                patience=self.patience,
-            )
+        for name, path in pictures.items():
+            storage.put(path, self._key(name), content_type=PICTURES[name], patience=self.patience)
         # the video last: whoever finds it finds the whole result
         stored = metadata | {
             "fingerprint": fingerprint.sent,
             "content_fingerprint": fingerprint.content or "",
-            "thumbnail": has_thumbnail,
+            **{name: name in pictures for name in PICTURES},
         }
         storage.put(
             video.path,
@@ -300,7 +307,7 @@ class Delivery:
             ),
         )
         storage.read_back(self.keys.video, self.patience)
-        return self._addresses(has_thumbnail=has_thumbnail)
+        return self._addresses(pictures)
 
     def keep_result(self, payload: dict[str, Any]) -> str | None:
         """Where the result lies in the bucket from now on; None: it could not be put there."""
@@ -322,24 +329,31 @@ class Delivery:
             with suppress(UploadError):
                 self.storage.delete(self.keys.result)
 
-    def _addresses(self, *, has_thumbnail: bool) -> dict[str, Any]:
+    def _key(self, picture: str) -> str:
+        key: str = getattr(self.keys, picture)
+        return key
+
+    def _addresses(self, pictures: Iterable[str]) -> dict[str, Any]:
         assert self.storage is not None
         expires_at = self.storage.expires_at(self.expires_seconds)
-        thumbnail_url = self.storage.url(self.keys.thumbnail, self.expires_seconds)
+        urls = {
+            f"{name}_url": self.storage.url(self._key(name), self.expires_seconds)
+            for name in pictures
+        }
         return NO_ADDRESS | {
             "delivery": "s3",
             "video_url": self.storage.url(self.keys.video, self.expires_seconds),
-            "thumbnail_url": thumbnail_url if has_thumbnail else None,
+            **urls,
             "bucket": self.storage.bucket_name,
             "key": self.keys.video,
             "expires_at": f"{expires_at:%Y-%m-%dT%H:%M:%SZ}" if expires_at else None,
         }
 
-    def _inline(self, video: VideoFile, thumbnail_path: Path | None) -> dict[str, Any]:
+    def _inline(self, video: VideoFile, pictures: Mapping[str, Path]) -> dict[str, Any]:
         return NO_ADDRESS | {
             "delivery": "inline",
             "video_base64": _base64_of(video.path),
-            "thumbnail_base64": _base64_of(thumbnail_path) if thumbnail_path else None,
+            **{f"{name}_base64": _base64_of(path) for name, path in pictures.items()},
         }
 
 

@@ -61,7 +61,7 @@ def test_the_readme_names_the_fields_of_a_result() -> None:
     assert readme_fields() == set(JobResult.__annotations__)
 
 
-@pytest.mark.parametrize("output", [{}, {"delivery": "inline", "thumbnail": True}])
+@pytest.mark.parametrize("output", [{}, {"delivery": "inline", "thumbnail": True, "gif": True}])
 def test_a_result_has_the_fields_of_the_contract_and_their_types(
     result_of: Callable[..., dict[str, Any]], output: dict[str, Any]
 ) -> None:
