@@ -566,6 +566,23 @@ def test_its_objects_bear_its_id_in_a_folder_of_their_own(
     assert caught.value.field == "output.prefix"
 
 
+@pytest.mark.parametrize(("output", "stays"), [({}, False), ({"key": "mine.mp4"}, True)])
+def test_a_claim_that_a_lost_worker_left_goes_unless_it_remembers_the_request(
+    make_input: Callable[..., dict[str, Any]],
+    bucket: Settings,
+    thumbnail_path: Path,
+    output: dict[str, Any],
+    stays: bool,
+) -> None:
+    delivery = as_request(make_input, bucket, request_id=f"lost-{stays}", output=output)
+    assert delivery.storage is not None
+    assert delivery.keys.claim is not None
+    delivery.drop_claim()  # there need not be one
+    delivery.storage.put(thumbnail_path, delivery.keys.claim, content_type="text/plain")
+    delivery.drop_claim()
+    assert (delivery.storage.head(delivery.keys.claim) is not None) == stays
+
+
 def test_without_a_bucket_it_is_refused_by_its_field(
     make_input: Callable[..., dict[str, Any]], bucket: Settings
 ) -> None:

@@ -17,6 +17,7 @@ from worker.service import resume
 
 JOB_SECONDS = 300.0  # far more than a small job takes
 NUM_STEPS = 10
+PREFIX = "killed"  # of all objects: other tests leave states in the bucket
 BOUNDARIES = (1, 2, 3, 8, 9, 10)  # steps after which a computed one follows, or none
 MAX_LAG_STEPS = 2  # of a state behind the step that the client was told of
 
@@ -33,6 +34,7 @@ def start(
         "RESUME_INTERVAL_SECONDS": "0.1",
         **ONE_THREAD,
         **object_store.environment,
+        "BUCKET_PREFIX": PREFIX,
     }
     with ExitStack() as ending:
         started = 0
@@ -51,7 +53,7 @@ def start(
 
 def state_keys(store: BucketServer) -> list[str]:
     keys = store.keys()
-    return [key for key in keys if key.endswith(SUFFIX)]
+    return [key for key in keys if key.startswith(PREFIX) and key.endswith(SUFFIX)]
 
 
 def kept_step(store: BucketServer) -> int:

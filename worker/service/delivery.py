@@ -241,6 +241,18 @@ class Delivery:
         assert fingerprint.content is not None
         return self.storage.claim(self.keys, fingerprint.content, self.patience)
 
+    def drop_claim(self) -> None:
+        """Removes a claim that is of no use any more, because the video is there.
+
+        Where the claim is what remembers the request, it stays.
+        """
+        if self.storage is None or self.keys.claim is None:
+            return
+        if self.keys.video == self.keys.remembered:
+            with suppress(UploadError):  # without the right to, it stays and does no harm
+                if self.storage.head(self.keys.claim, self.patience) is not None:
+                    self.storage.delete(self.keys.claim)
+
     def deliver(
         self,
         video: VideoFile,

@@ -138,8 +138,7 @@ class JobRun:
         )
         existing = self._abandonably(lambda: delivery.find_existing(self.request.fingerprint))
         if existing is not None and not params.dry_run:
-            logger.info("already in the bucket: nothing is generated")
-            return self._output(engine, existing | {"reused": True})
+            return self._reused(engine, delivery, existing)
         self._abandonably(delivery.prove)
         machine.require_room(largest_bytes(params, self.settings))
         with own_directory("job") as directory, ExitStack() as ending:
@@ -158,7 +157,7 @@ class JobRun:
             fingerprint = self.request.fingerprint_with(*inputs.digests)
             existing = self._turn(delivery, fingerprint, ending)
             if existing is not None:
-                return self._output(engine, existing | {"reused": True})
+                return self._reused(engine, delivery, existing)
             if params.dry_run:
                 return self._dry_run_output(engine, throughput, delivery, plan, inputs.scene)
             with self._resumable(engine, plan, inputs.scene, resumption) as state:
@@ -180,6 +179,13 @@ class JobRun:
                 denoise_seconds = self.stage_seconds["denoise_seconds"]
                 throughput.record(plan, denoise_seconds, sum(self.stage_seconds.values()))
             return self._output(engine, video)
+
+    def _reused(
+        self, engine: "Engine", delivery: Delivery, existing: dict[str, Any]
+    ) -> dict[str, Any]:
+        logger.info("already in the bucket: nothing is generated")
+        self._abandonably(delivery.drop_claim)  # of a worker that was lost once it had delivered
+        return self._output(engine, existing | {"reused": True})
 
     def _require_room(self, plan: JobPlan) -> None:
         copies = COPIES if self.settings.c2pa_certificate is not None else 1
