@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # Three processes for two cores, because tests wait for a third of their time; each takes its share
 # in the order of the files, and what is left of another's.
 PYTEST := $(BIN)/pytest -n 3 --dist worksteal
+# The same of those that CI runs two at a time.
+PYTEST_BESIDE := $(BIN)/pytest -n 2 --dist worksteal
 
 STUDIO_VENV := .venv-studio
 SDK2_VENV := .venv-sdk2
@@ -37,7 +39,7 @@ unit: $(VENV)/ready
 # The longest cases: the demo model speaks, one has the published width (10 GB), processes are killed
 # in mid-job.
 slow: $(VENV)/ready
-	$(PYTEST) -m "slow or large" tests/demo tests # the longest of them first
+	$(PYTEST_BESIDE) -m "slow or large" tests/demo tests # the longest of them first
 
 # The demo model on more faces and voices: for a new demo model.
 talks: $(VENV)/ready
@@ -45,11 +47,11 @@ talks: $(VENV)/ready
 
 # The import guard against real broken packages, which are fetched.
 packages: $(VENV)/ready
-	$(PYTEST) -m packages
+	$(PYTEST_BESIDE) -m packages
 
 # The studio and the videos in headless Chromium, which has to be installed.
 browser: $(VENV)/ready $(STUDIO_VENV)/ready
-	$(PYTEST) -m browser
+	$(PYTEST_BESIDE) -m browser
 
 # Every command of the Dockerfile, in a fresh root: needs root's rights and debootstrap.
 image: $(VENV)/ready
