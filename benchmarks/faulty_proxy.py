@@ -16,6 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from tests.support.loopback_server import LoopbackServer
+
 HANG_SECONDS = 3.0  # longer than anybody here waits for an answer
 UPSTREAM_SECONDS = 30.0
 HOP_HEADERS = {"connection", "transfer-encoding", "keep-alive", "expect"}
@@ -64,11 +66,19 @@ def drawn_periods(dice: random.Random, total_seconds: float) -> list[Period]:
     return periods
 
 
-class FaultyProxy:
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 64
+
+    def handle_error(self, *_: object) -> None: ...  # of a worker that was killed in a request
+
+
+class FaultyProxy(LoopbackServer):
     """Passes requests on inside its context, but for those that the plan lets fail.
 
     Without a plan, and after its end, all are passed on.
     """
+
+    server_class = _Server
 
     def __init__(self, target_url: str, faults: Mapping[str, Sequence[Fault]], seed: int) -> None:
         self.faults_met: Counter[str] = Counter()
@@ -84,32 +94,9 @@ class FaultyProxy:
         """Fails by this plan from now on."""
         self._periods, self._begun = periods, time.monotonic()
 
-    def __enter__(self) -> "FaultyProxy":
-        proxy = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            disable_nagle_algorithm = True
-
-            def do_GET(self) -> None:
-                with contextlib.suppress(ConnectionError):  # the worker may be killed meanwhile
-                    proxy._serve(self)
-
-            do_POST = do_PUT = do_HEAD = do_DELETE = do_GET  # noqa: N815
-
-            def log_message(self, *_: Any) -> None: ...
-
-        self._server = _Server(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.origin = f"http://127.0.0.1:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+    def serve(self, request: BaseHTTPRequestHandler) -> None:
+        with contextlib.suppress(ConnectionError):  # the worker may be killed meanwhile
+            self._serve(request)
 
     def _fault_for(self, path: str) -> Fault | None:
         with self._lock:
@@ -155,12 +142,6 @@ class FaultyProxy:
             upstream.request(request.command, request.path, body, headers)
             answer = upstream.getresponse()
             return answer.status, dict(_passed_on(answer.getheaders())), answer.read()
-
-
-class _Server(ThreadingHTTPServer):
-    request_queue_size = 64
-
-    def handle_error(self, *_: object) -> None: ...  # of a worker that was killed in a request
 
 
 def _passed_on(headers: Any) -> Iterator[tuple[str, str]]:

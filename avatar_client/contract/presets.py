@@ -33,8 +33,8 @@ class LogSNRSchedule(NamedTuple):
     """A share of the steps, even in the logarithm of the latents' signal-to-noise ratio.
 
     It is log((1 - t) / t) at the share t of the steps that is left, and `flow_shift` adds a
-    constant: the steps are the same for every shift. They are also those that the measured change
-    of the model's output would choose (docs/decisions/presets.md), and are known beforehand.
+    constant: the steps are the same for every shift, and known before a job.
+    docs/decisions/presets.md says how they were chosen.
     """
 
     percent: int  # of the steps at most, rounded up; but four at least

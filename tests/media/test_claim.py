@@ -244,3 +244,18 @@ def test_a_store_that_does_not_answer_is_not_judged(proxy: Proxy, unknown_stores
     with pytest.raises(UploadError):
         store_proof.honours_conditions(client, "requests/1.claim", NO_PATIENCE)
     assert not store_proof.conditional_stores
+
+
+def test_a_store_that_stumbles_at_the_end_keeps_no_claim(
+    make_claim: Callable[..., Claim],
+    proxy: Proxy,
+    object_store: BucketServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(claims, "RENEW_SECONDS", SOON)  # so that the failures meet the end alone
+    claim = make_claim("last", url=proxy.url)
+    assert claim.take(PATIENCE)
+    claim.is_done = True
+    proxy.failures = [(503, "SlowDown")] * 2
+    claim.release()
+    assert not exists(object_store, "last")

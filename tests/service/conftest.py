@@ -33,3 +33,15 @@ def make_input(
         return small | changes
 
     return make
+
+
+@pytest.fixture(scope="session")
+def smallest_input(
+    make_portrait: Callable[..., bytes], make_speech: Callable[..., bytes]
+) -> dict[str, Any]:
+    """The `input` of a job for a worker that draws at once."""
+    return {
+        "image": base64.b64encode(make_portrait(64, 64)).decode(),
+        "audio": base64.b64encode(make_speech(seconds=0.08)).decode(),
+        "resolution": 256,
+    }

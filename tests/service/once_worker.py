@@ -27,10 +27,7 @@ class CountingDrawing(drawing_worker.Drawing):
         params: Any,
         seed: int,
         on_step: Callable[[int, int], None],
-        sparsity: Any,
-        state: Any,
-        on_state: Any,
-        preview: Any,
+        *_: Any,
     ) -> int:
         with BEGUN.open("a") as file:
             file.write(f"{os.getpid()} {params.prompt}\n")

@@ -79,16 +79,9 @@ def site(object_store: BucketServer, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="module")
-def make_input(
-    make_portrait: Callable[..., bytes], make_speech: Callable[..., bytes]
-) -> Callable[..., dict[str, Any]]:
+def make_input(smallest_input: dict[str, Any]) -> Callable[..., dict[str, Any]]:
     """The `input` of a small job; arguments replace its fields."""
-    small = {
-        "image": base64.b64encode(make_portrait(64, 64)).decode(),
-        "audio": base64.b64encode(make_speech(seconds=0.08)).decode(),
-        "resolution": 256,
-    }
-    return lambda **changes: small | changes
+    return lambda **changes: smallest_input | changes
 
 
 def run(site: Site, job: dict[str, Any]) -> JobRecord:

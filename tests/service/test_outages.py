@@ -64,17 +64,9 @@ STORE_FAULTS: dict[str, tuple[Fault, ...]] = {
 
 
 @pytest.fixture(scope="module")
-def make_job(
-    make_portrait: Callable[..., bytes], make_speech: Callable[..., bytes]
-) -> Callable[..., dict[str, Any]]:
-    small = {
-        "image": base64.b64encode(make_portrait(64, 64)).decode(),
-        "audio": base64.b64encode(make_speech(seconds=0.08)).decode(),
-        "resolution": 256,
-    }
-
+def make_job(smallest_input: dict[str, Any]) -> Callable[..., dict[str, Any]]:
     def make(number: int) -> dict[str, Any]:
-        job = small | {"seed": number, "user_data": number}
+        job = smallest_input | {"seed": number, "user_data": number}
         if number % 10 == 3:
             job["nonsense"] = 1
         elif number % 10 == 5:

@@ -2,12 +2,13 @@
 
 import contextlib
 import json
-import threading
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from tests.support.loopback_server import LoopbackServer
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Asked:
         return json.loads(self.body)
 
 
-class ScriptedServer:
+class ScriptedServer(LoopbackServer):
     """Serves on the loopback interface inside its context.
 
     Each `METHOD /path` has its answers, given in turn; the last one is given from then on.
@@ -65,32 +66,7 @@ class ScriptedServer:
             if f"{asked.method} {asked.path.partition('?')[0]}" == route
         ]
 
-    def __enter__(self) -> "ScriptedServer":
-        scripted = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                scripted._serve(self)
-
-            do_POST = do_PUT = do_GET  # noqa: N815
-
-            def log_message(self, *_: Any) -> None: ...
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.origin = f"http://127.0.0.1:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-    def _serve(self, request: BaseHTTPRequestHandler) -> None:
+    def serve(self, request: BaseHTTPRequestHandler) -> None:
         length = int(request.headers.get("Content-Length", 0))
         asked = Asked(
             request.command, request.path, dict(request.headers), request.rfile.read(length)

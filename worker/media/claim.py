@@ -159,14 +159,14 @@ class Claim:
             self._etag = etag
 
     def _give_up(self) -> None:
-        patience = _patience()
+        patience = _patience(retry_seconds=CALL_SECONDS)  # there is no later beat to try it
         if not (self.is_done and self._is_kept):
             found = self._client.look(self._key, patience)
             note = _read(found) if found is not None else None
             if note is None or note.holder != self._holder:
                 return
             try:
-                self._client.delete(self._key)
+                self._client.delete(self._key, patience=patience)
                 return
             except UploadError:  # no right to: then the note says it
                 pass
@@ -193,7 +193,7 @@ def _read(found: StoredObject) -> _Note | None:
         return None
 
 
-def _patience() -> Patience:
+def _patience(retry_seconds: float = 0.0) -> Patience:
     """For the next calls of the thread that renews, all together."""
     deadline = time.monotonic() + CALL_SECONDS
 
@@ -201,4 +201,4 @@ def _patience() -> Patience:
         if time.monotonic() > deadline:
             raise _TooSlowError(f"no answer in {CALL_SECONDS:g} s")
 
-    return Patience(check=check)
+    return Patience(retry_seconds, check)

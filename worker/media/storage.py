@@ -173,13 +173,13 @@ class Storage:
         finally:
             client.only_if_absent = False
 
-    def delete(self, key: str) -> None:
+    def delete(self, key: str, patience: Patience = NO_PATIENCE) -> None:
         """Removes an object; there need not be one.
 
         Raises:
             UploadError: the store refused or did not answer.
         """
-        self._client.delete(key)
+        self._client.delete(key, patience=patience)
 
     def get(self, key: str, max_bytes: int, patience: Patience = NO_PATIENCE) -> bytes | None:
         """The content of an object, or None if there is none.

@@ -290,7 +290,9 @@ class StoreClient:
                 return None
             raise self.failure(error) from error
 
-    def delete(self, key: str, version_id: str | None = None) -> None:
+    def delete(
+        self, key: str, version_id: str | None = None, patience: Patience = NO_PATIENCE
+    ) -> None:
         """Removes an object, or a version of it; there need not be one.
 
         Raises:
@@ -300,7 +302,7 @@ class StoreClient:
         try:
             self.call(
                 lambda: self.s3.delete_object(Bucket=self.bucket_name, Key=key, **version),
-                NO_PATIENCE,
+                patience,
             )
         except STORE_ERRORS as error:
             raise self.failure(error) from error

@@ -251,7 +251,7 @@ class Delivery:
         if self.keys.video == self.keys.remembered:
             with suppress(UploadError):  # without the right to, it stays and does no harm
                 if self.storage.head(self.keys.claim, self.patience) is not None:
-                    self.storage.delete(self.keys.claim)
+                    self.storage.delete(self.keys.claim, self.patience)
 
     def deliver(
         self,
