@@ -2,6 +2,8 @@
 
 import io
 import os
+import shutil
+import subprocess
 import time
 import wave
 from collections.abc import Callable, Iterator, Mapping
@@ -253,6 +255,20 @@ def media_server() -> Iterator[MediaServer]:
     server = MediaServer()
     yield server
     server.stop()
+
+
+# Libraries of another language
+
+
+@pytest.fixture(scope="session")
+def javascript(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the packages that its lock file names, and the programs that use them."""
+    directory = tmp_path_factory.mktemp("javascript")
+    source = Path(__file__).parent / "support" / "javascript"
+    shutil.copytree(source, directory, dirs_exist_ok=True)
+    install = ["npm", "ci", "--no-audit", "--no-fund", "--ignore-scripts"]
+    subprocess.run(install, cwd=directory, check=True)
+    return directory
 
 
 # The platform and a worker on it

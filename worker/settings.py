@@ -179,6 +179,11 @@ def secret_values() -> list[str]:
     return [value for name, value in os.environ.items() if SECRET_NAMES.search(name)]
 
 
+def environment_without_secrets() -> dict[str, str]:
+    """This process's own, for one of ours that is told by messages what it needs to know."""
+    return {name: value for name, value in os.environ.items() if not SECRET_NAMES.search(name)}
+
+
 def keep_logs_from_clients() -> None:
     """Has the SDK, from 2.0 on, attach no log to a failed job, whatever the operator has set."""
     os.environ["RUNPOD_LOG_CAPTURE"] = "off"

@@ -1,7 +1,6 @@
 """RunPod's own client libraries, unchanged, against the local endpoint: each of their methods."""
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +12,6 @@ import pytest
 from local_endpoint import LocalEndpoint, WorkerProcess
 
 HERE = Path(__file__).parent
-JAVASCRIPT = HERE.parent / "support" / "javascript"
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +24,6 @@ def yielding(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalEndpoint
     ):
         worker.wait_until_polling(timeout_seconds=60)
         yield endpoint
-
-
-@pytest.fixture(scope="module")
-def javascript(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the library as its lock file names it, and the program that uses it."""
-    directory = tmp_path_factory.mktemp("javascript")
-    shutil.copytree(JAVASCRIPT, directory, dirs_exist_ok=True)
-    subprocess.run(["npm", "ci", "--no-audit", "--no-fund"], cwd=directory, check=True)
-    return directory
 
 
 @pytest.mark.packages

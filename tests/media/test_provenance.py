@@ -1,8 +1,9 @@
-"""What a video says of its making, read back by C2PA's own library."""
+"""What a video says of its making, read back by C2PA's own library, and by another one."""
 
 import io
 import json
 import logging
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,38 @@ def test_one_changed_byte_makes_a_signed_video_invalid(
     content[at] ^= 1
 
     assert read(bytes(content))["validation_state"] == "Invalid"
+
+
+@pytest.mark.packages
+def test_a_validator_of_other_hands_finds_the_same_and_the_changed_byte(
+    credentials: Credentials, tmp_path: Path, javascript: Path
+) -> None:
+    video, picture = written(tmp_path, credentials).path, tmp_path / "thumbnail.jpg"
+    write_thumbnail(FRAMES[0], picture, xmp(MAKING))
+    mark_picture(picture, MAKING, credentials)
+    files = [video, picture]
+    for path, at in ((video, video.read_bytes().index(b"mdat") + 5000), (picture, -50)):
+        content = bytearray(path.read_bytes())
+        content[at] ^= 1
+        files.append(path.with_stem("changed"))
+        files[-1].write_bytes(content)
+
+    done = subprocess.run(
+        ["node", "provenance.mjs", *files],
+        cwd=javascript,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    hashes = ["assertion.bmffHash", "assertion.dataHash"]
+    for good, bad, name in zip(found[:2], found[2:], hashes, strict=True):
+        assert (good["isValid"], good["failed"]) == (True, [])
+        assert {"claimSignature.validated", f"{name}.match"} < set(good["passed"])
+        assert "avatar-worker.generation" in good["assertions"]
+        assert (bad["isValid"], bad["failed"]) == (False, [f"{name}.mismatch"])
 
 
 def test_a_copied_stream_has_lost_manifest_and_xmp_and_keeps_the_comment(

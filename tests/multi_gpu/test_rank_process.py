@@ -11,6 +11,7 @@ import pytest
 
 from local_endpoint import JobRecord, LocalEndpoint, WorkerProcess
 from tests.multi_gpu.jobs import rank_process_of
+from worker.settings import SECRET_NAMES
 
 ROOT = Path(__file__).parents[2]
 JOB_SECONDS = 300.0  # far more than a small job takes
@@ -81,6 +82,8 @@ def test_jobs_are_made_cancelled_and_lost_with_a_rank_process(
 ) -> None:
     worker = start_worker()
     rank_process = rank_process_of(worker.pid)
+    assert not [name for name in rank_process.environ() if SECRET_NAMES.search(name)]
+    assert "BUCKET_SECRET_ACCESS_KEY" in psutil.Process(worker.pid).environ()
     cancelled_id = own_endpoint.submit(make_job(num_inference_steps=MANY_STEPS))
     next_id = own_endpoint.submit(make_job(seed=7))
     meet_denoising(own_endpoint, cancelled_id)

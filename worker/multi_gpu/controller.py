@@ -37,7 +37,7 @@ from worker.multi_gpu.messages import (
 from worker.multi_gpu.parallel import BranchParallel, NoParallel, RankParallel
 from worker.multi_gpu.process_group import ProcessGroup, tensor_specs
 from worker.own_directory import own_directory
-from worker.settings import Settings, configure_collectives
+from worker.settings import Settings, configure_collectives, environment_without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +86,7 @@ class Rank:
         with theirs:
             process = subprocess.Popen(  # noqa: S603  # our own module
                 [sys.executable, "-c", code],
+                env=environment_without_secrets(),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )
