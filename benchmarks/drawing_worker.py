@@ -41,8 +41,8 @@ class Drawing:
     def foresee(self, portrait: Any, params: Any, size: Any) -> tuple[str, ...]:
         return ()
 
-    def encode(self, portrait: Any, waveform: Any, params: Any, size: Any) -> Any:
-        return SimpleNamespace(warnings=(), face_box=None)
+    def encode(self, portrait: Any, voices: Any, params: Any, size: Any) -> Any:
+        return SimpleNamespace(warnings=(), face_boxes=())
 
     def identity(self, params: Any) -> SimpleNamespace:
         return SimpleNamespace(weights="", code="", arithmetic="", gpu="")

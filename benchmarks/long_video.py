@@ -34,6 +34,7 @@ from benchmarks.random_model import report, synchronize
 from worker.generation.conditioning import Conditioning
 from worker.generation.engine import Engine
 from worker.generation.options import DenoiseOptions
+from worker.generation.voices import Voice
 from worker.media.inputs import Speech, load_speech
 from worker.media.state_store import DirectoryStore
 from worker.media.video import write_video
@@ -105,9 +106,10 @@ def speech_of(directory: Path, seconds: float) -> Speech:
 def encode(engine: Engine, waveform: np.ndarray, size: FrameSize) -> Conditioning:
     return engine.pipeline.encode(
         image=Image.new("RGB", (size.width, size.height), (200, 150, 120)),
-        audio=waveform,
+        voices=[
+            Voice(waveform, (size.width / 4, size.height / 4, size.width / 2, size.height / 2))
+        ],
         prompt="A person is speaking.",
-        face_box=(size.width / 4, size.height / 4, size.width / 2, size.height / 2),
         height=size.height,
         width=size.width,
     )

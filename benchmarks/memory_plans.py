@@ -24,6 +24,7 @@ from worker.generation.engine import load_pipeline
 from worker.generation.options import DenoiseOptions
 from worker.generation.pipeline import HunyuanVideoAvatarPipeline
 from worker.generation.sampling import prepare_latents, unrepeatable_generator
+from worker.generation.voices import Voice
 from worker.loading import loader
 from worker.loading.offload import (
     DECODER_SCRATCH_BYTES,
@@ -67,15 +68,15 @@ def late_step(index: int, *, cached: bool) -> Step:
 def measure(pipeline: HunyuanVideoAvatarPipeline, size: FrameSize) -> dict[str, float]:
     """Seconds of each stage."""
     waveform = np.zeros(round(SECONDS_OF_SPEECH * SAMPLE_RATE_HZ), np.float32)
+    box = (size.width / 4, size.height / 4, size.width / 2, size.height / 2)
     portrait = Image.effect_noise((size.width, size.height), 60).convert("RGB")
     found: dict[str, float] = {}
     conditioning: Conditioning
     found["encode"], conditioning = seconds_of(
         lambda: pipeline.encode(
             portrait,
-            waveform,
+            [Voice(waveform, box)],
             "A person.",
-            face_box=(size.width / 4, size.height / 4, size.width / 2, size.height / 2),
             height=size.height,
             width=size.width,
         )

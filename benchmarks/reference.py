@@ -40,7 +40,8 @@ def forward(
     )  # equally long
     audio_tokens = model.audio_proj(inputs["audio_embeds"].to(image.dtype))  # (2, T, A, D)
     if cached_tokens is None:
-        gate = model.gate_audio(inputs["face_mask"], num_frames)[:, :, 1:]  # (2, S, T, 1)
+        gate, _ = model.gate_audio(inputs["face_mask"], num_frames)
+        gate = gate[:, :, 1:]  # (2, S, T, 1)
         block: Any
         for block in model.transformer_blocks:
             image, text = HunyuanVideoTransformerBlock.forward(
@@ -48,7 +49,7 @@ def forward(
             )
             if block.audio_adapter is not None:
                 columns = image.unflatten(1, (-1, 1 + num_frames))
-                audio_delta = gate * block.audio_adapter(columns[:, :, 1:], audio_tokens)
+                audio_delta = gate * block.audio_adapter(columns[:, :, 1:], audio_tokens[:, None])
                 columns = torch.cat([columns[:, :, :1], columns[:, :, 1:] + audio_delta], dim=2)
                 image = columns.flatten(1, 2)
         for block in model.single_transformer_blocks[:-1]:

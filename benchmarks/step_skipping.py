@@ -42,6 +42,7 @@ from worker.generation.conditioning import Conditioning
 from worker.generation.denoiser import Denoiser, Step
 from worker.generation.engine import Engine
 from worker.generation.options import DenoiseOptions
+from worker.generation.voices import Voice
 from worker.settings import Settings
 from worker.shapes import SAMPLE_RATE_HZ, WINDOW_LATENTS, ComputedSteps
 
@@ -218,7 +219,8 @@ def clips(engine: Engine, waveforms: Sequence[tuple[str, np.ndarray]], count: in
         name, waveform = waveforms[index % len(waveforms)]
         portrait = (world.portrait(face, SIZE, SIZE) * 255).byte().permute(1, 2, 0).numpy()
         params = GenerationParams(resolution=SIZE)
-        conditioning = engine.encode(Image.fromarray(portrait), waveform, params)
+        voices = [Voice(waveform, None)]
+        conditioning = engine.encode(Image.fromarray(portrait), voices, params)
         if conditioning.plan.num_windows != 1:
             raise SystemExit(f"{name} is longer than one window")
         made.append(Clip(f"{index} {name}", face, portrait, waveform, conditioning))

@@ -124,7 +124,7 @@ def random_conditioning(engine: Engine, height: int, width: int) -> Conditioning
         width=width,
         num_frames=WINDOW_FRAMES,
         fps=25.0,
-        face_box=None,
+        face_boxes=(),
         warnings=(),
     )
 

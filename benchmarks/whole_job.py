@@ -34,6 +34,7 @@ from worker.generation.conditioning import POSITIVE
 from worker.generation.denoiser import Denoiser, Step
 from worker.generation.engine import Engine, to_uint8
 from worker.generation.image import to_pixels
+from worker.generation.voices import Voice
 from worker.media.inputs import AudioSegment
 from worker.media.video import write_video
 from worker.settings import Settings
@@ -95,7 +96,8 @@ def run(
         channels=1,
     )
     box = (size.width / 4, size.height / 4, size.width / 2, size.height / 2)
-    fields = {"resolution": min(size), "preset": preset, "face_box": box}
+    voices = [Voice(samples, box)]
+    fields = {"resolution": min(size), "preset": preset}
     params = GenerationParams.model_validate(fields)
     seconds: dict[str, float] = {}
 
@@ -113,7 +115,7 @@ def run(
         yield to_uint8((frames[0].transpose(0, 1).float() / 2 + 0.5).clamp(0, 1))
 
     engine.pipeline.prompt_cache.clear()
-    conditioning = timed("encode", lambda: engine.encode(portrait, samples, params))
+    conditioning = timed("encode", lambda: engine.encode(portrait, voices, params))
     if published:
         pixels = to_pixels(portrait).to("cuda", engine.pipeline.vae.dtype)
         timed("encode twice more", lambda: reference.encode(engine.pipeline.vae, pixels))

@@ -33,7 +33,7 @@ from training import world
 from worker.generation import cfg, pipeline, sampling
 from worker.generation.audio import encode_audio
 from worker.generation.engine import Engine
-from worker.generation.image import face_mask
+from worker.generation.image import face_masks
 from worker.loading.model_directory import DEMO_DIR, require_whole
 from worker.model import transformer
 from worker.model.sparse_attention import TokenBlocks
@@ -346,13 +346,13 @@ def late_audio(engine: Engine) -> Iterator[None]:
 @contextmanager
 def no_face_mask(engine: Engine) -> Iterator[None]:
     """The whole picture hears the audio, wherever the face is."""
-    mask = face_mask
+    mask = face_masks
 
     def whole(*arguments: Any) -> torch.Tensor:
         return torch.ones_like(mask(*arguments))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "face_mask", whole)
+        patch.setattr(pipeline, "face_masks", whole)
         yield
 
 

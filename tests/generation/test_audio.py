@@ -74,7 +74,7 @@ def test_encoder_states_and_windows_are_the_reference_s(
     case = CASES[name]
     assert relative_difference(states[name][::75], TENSORS[case["hidden"]]) < STATES_TOLERANCE
     num_frames = case["features"]  # the reference stops at 400
-    windows = audio_windows(states[name], num_frames, fps=25)
+    windows = audio_windows(states[name][None], num_frames, fps=25)
     assert windows.dtype == torch.float16
     assert windows.shape == (1, num_frames, 10, 5, 384)
     some = windows[0, case["window_frames"], ..., ::8].float()
@@ -87,7 +87,7 @@ def test_encoder_states_and_windows_are_the_reference_s(
 def test_windows_are_exactly_the_states_around_each_frame(
     name: str, states: dict[Any, torch.Tensor]
 ) -> None:
-    windows = audio_windows(states[name], 129, fps=25)[0]
+    windows = audio_windows(states[name][None], 129, fps=25)[0]
     padded = pad(states[name].half(), (0, 0, 0, 0, 4, 0))
     for frame in (0, 1, 64, 128):
         assert torch.equal(windows[frame], padded[2 * frame : 2 * frame + 10])
@@ -101,7 +101,7 @@ def test_the_length_in_frames_is_the_reference_s(name: str) -> None:
 def test_each_frame_has_a_window_and_each_state_lies_in_memory_once(
     feature_extractor: Any, audio_encoder: Any
 ) -> None:
-    embeds = encode_audio(tone(31.0), 25, feature_extractor, audio_encoder)
+    embeds = encode_audio([tone(31.0)], 25, feature_extractor, audio_encoder)
     assert embeds.shape == (1, 775, 10, 5, 384)
     num_states = 2 * 1500 + 14  # two chunks of the encoder, and the borders
     assert embeds.untyped_storage().nbytes() == num_states * 5 * 384 * 2
@@ -109,10 +109,10 @@ def test_each_frame_has_a_window_and_each_state_lies_in_memory_once(
 
 def test_all_of_a_long_recording_is_encoded(feature_extractor: Any, audio_encoder: Any) -> None:
     speech = tone(40.0)
-    embeds = encode_audio(speech, 25, feature_extractor, audio_encoder)
+    embeds = encode_audio([speech], 25, feature_extractor, audio_encoder)
     assert embeds.shape[1] == 1000
-    first = encode_audio(speech[: 30 * 16_000], 25, feature_extractor, audio_encoder)
-    second = encode_audio(speech[30 * 16_000 :], 25, feature_extractor, audio_encoder)
+    first = encode_audio([speech[: 30 * 16_000]], 25, feature_extractor, audio_encoder)
+    second = encode_audio([speech[30 * 16_000 :]], 25, feature_extractor, audio_encoder)
     assert torch.equal(embeds[:, :747], first[:, :747])  # the last windows reach into what follows
     assert torch.equal(embeds[:, 752:1000], second[:, 2:250])
     assert torch.equal(embeds[:, 750, 4:], second[:, 0, 4:])
@@ -123,12 +123,12 @@ def test_half_the_frame_rate_takes_every_second_window(
     feature_extractor: Any, audio_encoder: Any
 ) -> None:
     speech = tone(10.0)
-    embeds = encode_audio(speech, 25, feature_extractor, audio_encoder)
-    half_rate = encode_audio(speech, 12.5, feature_extractor, audio_encoder)
+    embeds = encode_audio([speech], 25, feature_extractor, audio_encoder)
+    half_rate = encode_audio([speech], 12.5, feature_extractor, audio_encoder)
     assert half_rate.shape[1] == 125
     assert torch.equal(half_rate, embeds[:, ::2])
 
 
 def test_less_than_a_frame_is_refused(feature_extractor: Any, audio_encoder: Any) -> None:
     with pytest.raises(ValueError, match="shorter than one frame"):
-        encode_audio(tone(0.03), 25, feature_extractor, audio_encoder)
+        encode_audio([tone(0.03)], 25, feature_extractor, audio_encoder)

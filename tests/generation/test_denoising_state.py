@@ -15,6 +15,7 @@ from worker.generation.conditioning import Conditioning
 from worker.generation.denoising_state import DenoisingState
 from worker.generation.options import DenoiseOptions
 from worker.generation.pipeline import HunyuanVideoAvatarPipeline
+from worker.generation.voices import Voice
 
 # Steps 2 and 3 read the cache of step 1, step 5 that of step 4.
 OPTIONS = DenoiseOptions(num_inference_steps=7, computed_steps=[0, 1, 4, 6])
@@ -30,11 +31,11 @@ def pipeline(toy_model: Path) -> HunyuanVideoAvatarPipeline:
 @pytest.fixture(scope="module")
 def conditioning(pipeline: HunyuanVideoAvatarPipeline) -> Conditioning:
     """Of speech that is longer than a window: the latents are circular."""
+    waveform = (np.sin(np.arange(7 * 16_000) / 20) / 2).astype(np.float32)
     return pipeline.encode(
         image=Image.new("RGB", (32, 32), (200, 120, 90)),
-        audio=np.sin(np.arange(7 * 16_000, dtype=np.float32) / 20) / 2,
+        voices=[Voice(waveform, (0, 0, 32, 32))],
         prompt="A person speaks.",
-        face_box=(0, 0, 32, 32),
         height=32,
         width=32,
     )

@@ -14,6 +14,7 @@ from PIL import Image
 from avatar_client.contract.job_errors import InputTooLargeError
 from avatar_client.contract.request import GenerationParams
 from worker.generation.engine import Engine, rank_devices
+from worker.generation.voices import Voice
 from worker.settings import Settings
 
 
@@ -22,9 +23,13 @@ def engine(random_model: Path) -> Engine:
     return Engine.load(Settings(model_dir=str(random_model)))
 
 
+def silence(num_samples: int) -> list[Voice]:
+    return [Voice(np.zeros(num_samples, np.float32), None)]
+
+
 def video(engine: Engine) -> np.ndarray:
     params = GenerationParams(resolution=256, num_inference_steps=2)
-    conditioning = engine.encode(Image.new("RGB", (64, 64)), np.zeros(1280, np.float32), params)
+    conditioning = engine.encode(Image.new("RGB", (64, 64)), silence(1280), params)
     latents = engine.denoise(conditioning, params, 7)
     return np.concatenate(list(engine.decode_frames(conditioning, latents)))
 
@@ -84,8 +89,9 @@ def test_speech_whose_tokens_the_host_cannot_hold_is_refused_before_the_first_st
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params = GenerationParams(resolution=256, num_inference_steps=2)
-    waveform = np.zeros(6 * 16_000, np.float32)  # two windows
-    conditioning = engine.encode(Image.new("RGB", (64, 64)), waveform, params)
+    conditioning = engine.encode(
+        Image.new("RGB", (64, 64)), silence(6 * 16_000), params
+    )  # two windows
     # 2 x 2 windows of 34 x 256 tokens of 32 numbers, and their text
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=4 * 2**20))
     with pytest.raises(InputTooLargeError, match="lower resolution") as caught:

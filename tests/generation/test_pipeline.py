@@ -18,7 +18,8 @@ from worker.generation.face import TorchScriptFaceDetector
 from worker.generation.options import DenoiseOptions
 from worker.generation.pipeline import HunyuanVideoAvatarPipeline
 from worker.generation.text import PROMPT_PREFIX
-from worker.shapes import VideoPlan
+from worker.generation.voices import Voice
+from worker.shapes import Box, VideoPlan
 
 LATENTS_TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-3}
 # The speech features are rounded to float16 twice on their way, and CPUs differ by 4e-7 before it.
@@ -93,7 +94,7 @@ def loop_conditioning(num_audio_frames: int, scaling_factor: float) -> Condition
         width=64,
         num_frames=num_audio_frames if num_audio_frames == 129 else num_audio_frames - 5,
         fps=LOOP["fps"],
-        face_box=None,
+        face_boxes=(),
         warnings=(),
     )
 
@@ -207,7 +208,7 @@ TWO_STEPS = DenoiseOptions(num_inference_steps=2)
 
 def test_forty_seconds_are_generated_to_the_end(pipeline: HunyuanVideoAvatarPipeline) -> None:
     conditioning = pipeline.encode(
-        image=PORTRAIT, audio=speech(40.0), prompt="A person.", face_box=(0, 0, 128, 64),
+        image=PORTRAIT, voices=[Voice(speech(40.0), (0, 0, 128, 64))], prompt="A person.",
         height=32, width=32,
     )  # fmt: skip
     assert conditioning.num_frames == 1000
@@ -356,7 +357,10 @@ def test_frames_come_as_diffusers_lays_them_out(
 
 def test_the_size_follows_from_the_picture(pipeline: HunyuanVideoAvatarPipeline) -> None:
     conditioning = pipeline.encode(
-        image=Image.new("RGB", (300, 200)), audio=speech(0.2), prompt="", resolution=64
+        image=Image.new("RGB", (300, 200)),
+        voices=[Voice(speech(0.2), None)],
+        prompt="",
+        resolution=64,
     )
     assert (conditioning.height, conditioning.width) == (64, 128)
     assert conditioning.reference_mean.shape == (1, 4, 1, 8, 16)
@@ -366,9 +370,9 @@ def test_the_size_follows_from_the_picture(pipeline: HunyuanVideoAvatarPipeline)
 def test_a_face_box_is_in_the_pixels_of_the_given_picture(
     pipeline: Any,
 ) -> None:
-    def mask(image: Image.Image, box: tuple[float, ...]) -> Tensor:
-        arguments = {"audio": speech(0.2), "prompt": "", "height": 64, "width": 128}
-        return pipeline.encode(image=image, face_box=box, **arguments).face_mask
+    def mask(image: Image.Image, box: Box) -> Tensor:
+        voices = [Voice(speech(0.2), box)]
+        return pipeline.encode(image, voices, prompt="", height=64, width=128).face_mask
 
     large = PORTRAIT.resize((256, 192))
     assert torch.equal(mask(PORTRAIT, (40, 20, 16, 18)), mask(large, (80, 60, 32, 54)))
@@ -378,12 +382,12 @@ def test_a_detected_face_is_told_in_the_pixels_of_the_given_picture(
     pipeline: Any,
 ) -> None:
     photo = Image.open(Path(__file__).parents[1] / "data" / "astronaut.jpg")
-    arguments = {"audio": speech(0.2), "prompt": "", "height": 256, "width": 256}
-    conditioning = pipeline.encode(image=photo, **arguments)
-    x, y, width, height = conditioning.face_box
+    arguments = {"image": photo, "prompt": "", "height": 256, "width": 256}
+    conditioning = pipeline.encode(voices=[Voice(speech(0.2), None)], **arguments)
+    [(x, y, width, height)] = conditioning.face_boxes
     assert x < 95 < x + width
     assert y < 65 < y + height
-    given = pipeline.encode(image=photo, face_box=conditioning.face_box, **arguments)
+    given = pipeline.encode(voices=[Voice(speech(0.2), conditioning.face_boxes[0])], **arguments)
     assert torch.equal(given.face_mask, conditioning.face_mask)
 
 
@@ -438,6 +442,7 @@ def test_the_three_stages_are_the_whole(pipeline: HunyuanVideoAvatarPipeline) ->
     options = DenoiseOptions(num_inference_steps=arguments.pop("num_inference_steps"))
     generator = arguments.pop("generator")
     del arguments["output_type"]
+    arguments["voices"] = [Voice(arguments.pop("audio"), arguments.pop("face_box"))]
     conditioning = pipeline.encode(**arguments)
     assert conditioning.plan == VideoPlan(5)
     latents = pipeline.denoise(conditioning, options, generator)
@@ -502,6 +507,7 @@ def test_the_loop_does_not_wait_for_the_gpu(toy_model: Path) -> None:
     pipeline = load(toy_model).to("cuda")
     arguments = small()
     del arguments["output_type"], arguments["generator"], arguments["num_inference_steps"]
+    arguments["voices"] = [Voice(arguments.pop("audio"), arguments.pop("face_box"))]
     conditioning = pipeline.encode(**arguments)
 
     def refuse_to_wait(step: int, num_steps: int) -> None:

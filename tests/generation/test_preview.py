@@ -12,6 +12,7 @@ from avatar_client.contract import preview
 from avatar_client.contract.request import GenerationParams
 from worker.generation.engine import Engine
 from worker.generation.preview import FramePreview, encoded
+from worker.generation.voices import Voice
 from worker.model.latent_to_rgb import LatentToRGB
 from worker.settings import Settings
 
@@ -111,7 +112,7 @@ def test_a_video_is_the_same_with_a_preview(random_model: Any) -> None:
     params = GenerationParams(num_inference_steps=4, preset="draft")
     conditioning = engine.pipeline.encode(
         Image.new("RGB", (64, 64)),
-        np.zeros(16_000 * 6, np.float32),  # 6 s: two windows on a ring
+        [Voice(np.zeros(16_000 * 6, np.float32), None)],  # 6 s: two windows on a ring
         prompt="",
         height=64,
         width=96,

@@ -24,7 +24,7 @@ def test_a_frame_attends_only_to_its_own_audio(adapter: AudioAdapter) -> None:
     other = audio.clone()
     other[:, 1] = torch.randn(1, 16, WIDTH)  # the sound of frame 1 only
 
-    changed = (adapter(tokens, other) != adapter(tokens, audio)).any(dim=-1)
+    changed = (adapter(tokens, other[:, None]) != adapter(tokens, audio[:, None])).any(dim=-1)
 
     assert changed.any(dim=1).tolist() == [[False, True, False]]
 
@@ -38,7 +38,7 @@ def test_the_attention_has_one_head_of_the_full_width(adapter: AudioAdapter) -> 
         key, value = adapter.to_kv(adapter.norm1(audio[:, frame])).chunk(2, dim=-1)
         weights = (query @ key.transpose(1, 2) / 16**0.5).softmax(dim=-1)
         audio_delta = adapter.to_out(weights @ value)
-        torch.testing.assert_close(adapter(tokens, audio)[:, :, frame], audio_delta)
+        torch.testing.assert_close(adapter(tokens, audio[:, None])[:, :, frame], audio_delta)
 
 
 def test_a_latent_frame_gets_the_tokens_of_its_four_video_frames(
@@ -61,3 +61,27 @@ def test_silence_has_tokens_too(projection: AudioProjection) -> None:
     tokens = projection(torch.zeros(1, 5, 10, 5, 4).double())
 
     assert tokens.norm() > 1
+
+
+def test_the_voices_are_added_up_by_their_shares(adapter: AudioAdapter) -> None:
+    tokens = torch.randn(2, 5, 3, WIDTH).double()
+    audio = torch.randn(2, 3, 3, 16, WIDTH).double()  # of 3 voices
+    shares = torch.rand(2, 5, 3, 3).double()
+
+    alone = torch.stack([adapter(tokens, audio[:, [voice]]) for voice in range(3)], dim=-1)
+
+    expected = (alone * shares[..., None, :]).sum(dim=-1)
+    torch.testing.assert_close(adapter(tokens, audio, shares), expected)
+
+
+def test_a_token_that_is_one_voice_s_alone_hears_it_to_the_bit(adapter: AudioAdapter) -> None:
+    tokens = torch.randn(1, 5, 3, WIDTH).double()
+    audio = torch.randn(1, 2, 3, 16, WIDTH).double()
+    shares = torch.zeros(1, 5, 3, 2).double()
+    shares[:, :2, :, 0] = 1
+    shares[:, 2:, :, 1] = 1
+
+    both = adapter(tokens, audio, shares)
+
+    assert torch.equal(both[:, :2], adapter(tokens, audio[:, :1])[:, :2])
+    assert torch.equal(both[:, 2:], adapter(tokens, audio[:, 1:])[:, 2:])

@@ -12,6 +12,7 @@ from avatar_client.contract.request import GenerationParams
 from tests.support.golden_transformer import relative_difference
 from worker.generation.conditioning import Conditioning
 from worker.generation.engine import Engine
+from worker.generation.voices import Voice
 from worker.settings import Settings
 
 TWO = Settings(avatar_model="demo", num_gpus=2)
@@ -26,12 +27,11 @@ def params(num_steps: int = NUM_STEPS, guidance_scale: float = 7.5) -> Generatio
 
 
 def conditioning(engine: Engine, seconds: float = 0.2, width: int = SIDE) -> Conditioning:
-    waveform = np.sin(np.arange(round(seconds * 16_000), dtype=np.float32) / 20) / 2
+    waveform = (np.sin(np.arange(round(seconds * 16_000)) / 20) / 2).astype(np.float32)
     return engine.pipeline.encode(
         image=Image.new("RGB", (width, SIDE), (200, 120, 90)),
-        audio=waveform,
+        voices=[Voice(waveform, (0, 0, SIDE, SIDE))],
         prompt="A person speaks.",
-        face_box=(0, 0, SIDE, SIDE),
         height=SIDE,
         width=width,
     )

@@ -1,8 +1,10 @@
 """Speech into the model's audio windows: waveform → log-mel → encoder states → one window a frame.
 
-Shape letters: N states (50 a second), E encoder states of one moment (the embedding and each
-layer), C channels, F video frames.
+Shape letters: V voices, N states (50 a second), E encoder states of one moment (the embedding and
+each layer), C channels, F video frames.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -49,10 +51,10 @@ def encode_speech(
 
 
 def audio_windows(
-    states: Tensor,  # (N, E, C)
+    states: Tensor,  # (V, N, E, C)
     num_frames: int,
     fps: float,
-) -> Tensor:  # (1, F, 10, E, C)
+) -> Tensor:  # (V, F, 10, E, C)
     """For each video frame the ten states around it, in float16 as the reference keeps them.
 
     A window reaches from 4 states before its frame to 5 after; outside the recording are zeros.
@@ -60,27 +62,31 @@ def audio_windows(
     """
     stride = int(AUDIO_STATES_HZ / fps)
     padded = pad(states.half(), (0, 0, 0, 0, WINDOW_LEAD, WINDOW_STATES))
-    windows = padded.unfold(0, WINDOW_STATES, stride)  # (F', E, C, 10)
-    return windows.movedim(3, 1)[None, :num_frames]
+    windows = padded.unfold(1, WINDOW_STATES, stride)  # (V, F', E, C, 10)
+    return windows.movedim(4, 2)[:, :num_frames]
 
 
 def encode_audio(
-    waveform: np.ndarray,  # (samples,) float32 in [-1, 1], mono, 16 kHz
+    waveforms: Sequence[np.ndarray],  # V x (samples,) float32 in [-1, 1], mono, 16 kHz
     fps: float,
     feature_extractor: WhisperFeatureExtractor,
     audio_encoder: WhisperModel,
-) -> Tensor:  # (1, F, 10, E, C) float16
-    """The audio windows of all video frames.
+) -> Tensor:  # (V, F, 10, E, C) float16
+    """The audio windows of all video frames, for each of several equally long voices.
 
     Raises:
         ValueError: less than one frame of audio.
     """
-    plan = VideoPlan(count_frames(len(waveform), fps))
-    states = [
-        encode_speech(log_mel(chunk, feature_extractor), audio_encoder).half()
-        for chunk in _chunks(waveform)  # one by one, to bound the memory
-    ]
-    return audio_windows(torch.cat(states), plan.num_frames, fps)
+    plan = VideoPlan(count_frames(len(waveforms[0]), fps))
+
+    def states(waveform: np.ndarray) -> Tensor:  # (N, E, C)
+        chunks = _chunks(waveform)  # one by one, to bound the memory
+        encoded = (
+            encode_speech(log_mel(each, feature_extractor), audio_encoder) for each in chunks
+        )
+        return torch.cat([each.half() for each in encoded])
+
+    return audio_windows(torch.stack(list(map(states, waveforms))), plan.num_frames, fps)
 
 
 def _chunks(waveform: np.ndarray) -> list[np.ndarray]:

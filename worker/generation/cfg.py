@@ -22,7 +22,7 @@ EARLY_FACE_MASK_SCALE = 0.6  # until then the face gets less of the audio
 class CFGBranch:
     """A branch: its audio, its prompt while the prompt guides, its tokens for cached steps."""
 
-    audio_embeds: Tensor  # (1, F, 10, 5, 384)
+    audio_embeds: Tensor  # (V, F, 10, 5, 384)
     early_prompt: int  # row of the pairs in `Conditioning`
     step_cache: StepCache = field(default_factory=StepCache)
 

@@ -5,19 +5,10 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from worker.shapes import (
-    FRAME_RATES,
-    SIZE_MULTIPLE,
-    Box,
-    FrameSize,
-    VideoPlan,
-    count_frames,
-    fit_size,
-)
+from worker.shapes import SIZE_MULTIPLE, Box, FrameSize, VideoPlan, fit_size
 
 NEGATIVE, POSITIVE = 0, 1  # rows of the pairs
 KEPT_PROMPTS = 4  # with their portraits, 14 MB each
@@ -25,13 +16,16 @@ KEPT_PROMPTS = 4  # with their portraits, 14 MB each
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """What steers one video, ready for the sampling loop. Pairs are [negative, positive]."""
+    """What steers one video, ready for the sampling loop. Pairs are [negative, positive].
+
+    Of V voices; the last may be the silence of the bystanders' faces.
+    """
 
     prompt_embeds: Tensor  # (2, L, D_text)
     prompt_mask: Tensor  # (2, L), 1 = keep, in the reference's positions; on the CPU
     pooled_prompt_embeds: Tensor  # (2, D_pooled)
-    audio_embeds: Tensor  # (1, num_frames, 10, 5, 384), whose windows share their states
-    face_mask: Tensor  # (1, 1, 1, h, w), 1 inside the speaking face
+    audio_embeds: Tensor  # (V, num_frames, 10, 5, 384), whose windows share their states
+    face_mask: Tensor  # (1, V, 1, h, w), 1 inside the face of each voice
     reference_mean: Tensor  # (1, C, 1, h, w): the portrait's latent distribution
     reference_std: Tensor  # (1, C, 1, h, w)
     motion_pose: float
@@ -40,7 +34,7 @@ class Conditioning:
     width: int
     num_frames: int  # frames of video to keep
     fps: float
-    face_box: Box | None  # in pixels of the given image; None: the whole frame speaks
+    face_boxes: tuple[Box, ...]  # that speak, in pixels of the image; none: the whole frame does
     warnings: tuple[str, ...]  # for the user: what was cut or not found
 
     @property
@@ -91,34 +85,3 @@ def frame_size(
     if height % SIZE_MULTIPLE or width % SIZE_MULTIPLE:
         raise ValueError(f"height and width must be multiples of {SIZE_MULTIPLE}")
     return FrameSize(height, width)
-
-
-def require_waveform(audio: np.ndarray | Tensor, fps: float) -> np.ndarray:
-    """The speech as a float32 array (samples,).
-
-    Raises:
-        ValueError: several channels, less than one frame, or another frame rate than the model's.
-    """
-    if isinstance(audio, Tensor):
-        audio = audio.cpu().numpy()
-    waveform = np.asarray(audio, dtype=np.float32)
-    if waveform.ndim != 1:
-        raise ValueError(f"audio must be one channel, (samples,), not {waveform.shape}")
-    if fps not in FRAME_RATES:
-        raise ValueError(f"fps must be one of {FRAME_RATES}, not {fps}")
-    if count_frames(len(waveform), fps) == 0:
-        raise ValueError("audio is shorter than one frame")
-    return waveform
-
-
-def require_box(box: Sequence[float], size: FrameSize) -> Box:
-    """The box as a tuple.
-
-    Raises:
-        ValueError: it does not lie in the picture.
-    """
-    x, y, width, height = box
-    in_picture = x < size.width and y < size.height and x + width > 0 and y + height > 0
-    if width < 1 or height < 1 or not in_picture:
-        raise ValueError("face_box must be (x, y, width, height) of a face in the image")
-    return (x, y, width, height)

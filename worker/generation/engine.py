@@ -7,7 +7,7 @@ them becomes an error of ours here.
 import ctypes
 import logging
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +34,7 @@ from worker.generation.prefetch import prefetch
 from worker.generation.preview import FramePreview
 from worker.generation.step_cache import host_bytes
 from worker.generation.torchscript import NoArithmeticError
+from worker.generation.voices import Voice
 from worker.loading import loader, manifest, model_directory, preview
 from worker.loading.offload import (
     DECODER_SCRATCH_BYTES,
@@ -118,9 +119,8 @@ class Engine:
         """
         trial = self.pipeline.encode(
             Image.new("RGB", (TRIAL_SIDE, TRIAL_SIDE)),
-            np.zeros(SAMPLE_RATE_HZ, np.float32),
+            [Voice(np.zeros(SAMPLE_RATE_HZ, np.float32), (0, 0, TRIAL_SIDE, TRIAL_SIDE))],
             prompt="",
-            face_box=(0, 0, TRIAL_SIDE, TRIAL_SIDE),
             height=TRIAL_SIDE,
             width=TRIAL_SIDE,
         )
@@ -190,7 +190,7 @@ class Engine:
         portrait = Image.new("RGB", (params.resolution, params.resolution))
         waveform = np.zeros(round(SAMPLE_RATE_HZ / params.fps), np.float32)
         try:
-            conditioning = self.encode(portrait, waveform, params)
+            conditioning = self.encode(portrait, [Voice(waveform, None)], params)
             latents = self.denoise(conditioning, params, 0)
             for _ in self.decode_frames(conditioning, latents):
                 pass
@@ -225,11 +225,11 @@ class Engine:
     def encode(
         self,
         portrait: Image.Image,
-        waveform: np.ndarray,
+        voices: Sequence[Voice],
         params: GenerationParams,
         size: FrameSize | None = None,
     ) -> Conditioning:
-        """What the denoiser is told about portrait, speech and prompt.
+        """What the denoiser is told about portrait, voices and prompt.
 
         `size` is that of the frames; None: what fits the portrait.
         """
@@ -238,10 +238,9 @@ class Engine:
         with _failures_as_ours():
             return self.pipeline.encode(
                 image=portrait,
-                audio=waveform,
+                voices=voices,
                 prompt=params.prompt,
                 negative_prompt=params.negative_prompt,
-                face_box=params.face_box,
                 resolution=params.resolution,
                 **_sides(size),
                 fps=params.fps,
@@ -255,6 +254,11 @@ class Engine:
             return params.face_box
         with _failures_as_ours():
             return self.pipeline.find_face(portrait, params.resolution)
+
+    def find_faces(self, portrait: Image.Image, resolution: int) -> list[Box]:
+        """All faces, from left to right, in pixels of the portrait."""
+        with _failures_as_ours():
+            return self.pipeline.find_faces(portrait, resolution)
 
     def foresee(
         self, portrait: Image.Image, params: GenerationParams, size: FrameSize | None = None

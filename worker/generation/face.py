@@ -1,8 +1,8 @@
-"""The face that speaks: its box in the portrait, by one of two detectors.
+"""The faces of a portrait, of which one speaks or several: their boxes, by one of two detectors.
 
 The published checkpoint comes with a detector in TorchScript. Without it dlib's answers, whose
 weights are in its package. Both give boxes (x, y, width, height) in pixels, from the hairline to
-the chin, and the largest is taken. docs/decisions/faces.md says what each was measured with.
+the chin. docs/decisions/faces.md says what each was measured with.
 """
 
 import warnings
@@ -153,7 +153,13 @@ def _shared(start: float, end: float, limit: float) -> float:
     return max(min(end, limit) - max(start, 0), 0)
 
 
+def find_faces(image: Image.Image, detector: TorchScriptFaceDetector | None) -> list[Box]:
+    """The boxes of all faces in the picture (RGB), from left to right."""
+    boxes = detector.detect(image) if detector else detect_by_dlib(image)
+    return sorted(boxes, key=lambda box: (box[0] + box[2] / 2, box))
+
+
 def largest_face(image: Image.Image, detector: TorchScriptFaceDetector | None) -> Box | None:
     """The box of the largest face in the picture (RGB), None if there is none."""
-    boxes = detector.detect(image) if detector else detect_by_dlib(image)
+    boxes = find_faces(image, detector)
     return max(boxes, key=lambda box: box[2] * box[3], default=None)

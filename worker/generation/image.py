@@ -1,4 +1,6 @@
-"""The portrait: resized to the video's size, as the text encoder's pixels, and as a face mask."""
+"""The portrait: resized to the video's size, as the text encoder's pixels, and as face masks."""
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -6,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from worker.shapes import Box, FrameSize
+from worker.shapes import SPATIAL_COMPRESSION, Box, FrameSize
 
 FACE_AREA = 3.0  # the mask is this many times as wide and as high as the face
 LLAVA_SIDE = 336  # px
@@ -61,6 +63,35 @@ def face_mask(box: Box | None, size: FrameSize) -> Tensor:  # (1, 1, 1, h, w) in
         top, bottom = _widen(y, y + height, size.height)
     mask[..., top:bottom, left:right] = 1
     return interpolate(mask, size=size.latent, mode="bilinear")[:, :, None]
+
+
+def face_masks(boxes: Sequence[Box], size: FrameSize) -> Tensor:  # (1, V, 1, h, w) in latents
+    """The mask of each of several faces; what lies in several masks is the nearest face's.
+
+    Near is measured in the size of each face, so that no mask reaches into the box of another face
+    while the boxes do not overlap. One face's mask is `face_mask`, and all masks together are
+    where any of these is.
+    """
+    masks = torch.cat([face_mask(box, size) for box in boxes], dim=1)
+    if len(boxes) == 1:
+        return masks
+    down, across = (
+        (torch.arange(side, dtype=torch.float64) + 0.5) * SPATIAL_COMPRESSION
+        for side in size.latent
+    )
+    distances = torch.stack(
+        [
+            torch.maximum(
+                ((down - y - height / 2) / height).abs()[:, None],
+                ((across - x - width / 2) / width).abs()[None, :],
+            )
+            for x, y, width, height in boxes
+        ]
+    )  # (V, h, w)
+    places = sorted(range(len(boxes)), key=lambda index: boxes[index])  # for ties: no order counts
+    nearest = torch.tensor(places)[distances[places].argmin(dim=0)]  # (h, w)
+    owns = nearest == torch.arange(len(boxes))[:, None, None]
+    return masks.amax(dim=1, keepdim=True) * owns[None, :, None]
 
 
 def _widen(start: float, end: float, limit: int) -> tuple[int, int]:

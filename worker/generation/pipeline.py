@@ -29,13 +29,18 @@ from worker.generation.conditioning import (
     Conditioning,
     PromptCache,
     frame_size,
-    require_box,
-    require_waveform,
 )
 from worker.generation.denoiser import Denoiser, can_begin_at, denoising_steps
 from worker.generation.denoising_state import DenoisingState, OnState
-from worker.generation.face import TorchScriptFaceDetector, largest_face
-from worker.generation.image import face_mask, resize, scale_box, to_llava_pixels, to_pixels
+from worker.generation.face import TorchScriptFaceDetector, find_faces, largest_face
+from worker.generation.image import (
+    face_mask,
+    face_masks,
+    resize,
+    scale_box,
+    to_llava_pixels,
+    to_pixels,
+)
 from worker.generation.options import DenoiseOptions
 from worker.generation.pipeline_output import (
     HunyuanVideoAvatarPipelineOutput,
@@ -53,13 +58,14 @@ from worker.generation.text import (
     encode_llava,
     tokenize,
 )
+from worker.generation.voices import Voice, require_voices
 from worker.loading.offload import OffloadedModel
 from worker.model import autoencoder
 from worker.model import encoders as encoders  # diffusers loads from modules that are there already
 from worker.model.sparse_attention import SparseAttention
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
 from worker.multi_gpu.parallel import BranchParallel, NoParallel
-from worker.shapes import Box, ComputedSteps, FrameSize, count_frames, fit_size
+from worker.shapes import Box, ComputedSteps, FrameSize, fit_size
 
 OnStep = Callable[[int, int], None]
 
@@ -138,6 +144,8 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
         """A video of the pictured person speaking the recording: encode, denoise, decode in a row.
 
         The arguments are those of the three methods, those of `DenoiseOptions`, and
+            audio: the speech of the one voice, (samples,) float32 in [-1, 1], mono, 16 kHz.
+            face_box: (x, y, width, height) of its face in pixels of `image`; None detects it.
             output_type: "pt" a tensor (1, F, 3, H, W) and "np" an array (1, F, H, W, 3), float32
                 in [0, 1]; "pil" a list of one list of pictures; "latent" (1, C, kept latents, h, w)
                 before decoding, still scaled. Frames are on the CPU.
@@ -148,10 +156,9 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
         require_output_type(output_type)
         conditioning = self.encode(
             image=image,
-            audio=audio,
+            voices=[Voice(_as_array(audio), None if face_box is None else _as_box(face_box))],
             prompt=prompt,
             negative_prompt=negative_prompt,
-            face_box=face_box,
             resolution=resolution,
             height=height,
             width=width,
@@ -181,7 +188,7 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
         return HunyuanVideoAvatarPipelineOutput(
             frames=frames,
             fps=conditioning.fps,
-            face_box=conditioning.face_box,
+            face_box=next(iter(conditioning.face_boxes), None),
             warnings=conditioning.warnings,
         )
 
@@ -189,10 +196,9 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
     def encode(
         self,
         image: Image.Image,
-        audio: np.ndarray | Tensor,
+        voices: Sequence[Voice],
         prompt: str,
         negative_prompt: str | None = None,
-        face_box: Sequence[float] | None = None,
         resolution: int = 704,
         height: int | None = None,
         width: int | None = None,
@@ -204,11 +210,9 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
 
         Args:
             image: the portrait, upright; it is squeezed to the frame size.
-            audio: the speech, (samples,) float32 in [-1, 1], mono, 16 kHz. It sets the length.
+            voices: who speaks; their recordings set the length.
             prompt: the user's words; the reference's prefix is put before them.
             negative_prompt: what to avoid; None is the reference's.
-            face_box: (x, y, width, height) of the speaking face in pixels of `image`; None
-                detects it.
             resolution: the short side, roughly; the size follows from it and the picture's shape.
             height, width: an exact size instead, both or neither, multiples of 16.
             fps: frames a second of the video, 25 or 12.5.
@@ -218,23 +222,24 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
             ValueError: an argument that the model cannot serve, by name.
         """
         size = frame_size(image, resolution, height, width)
-        waveform = require_waveform(audio, fps)
+        given_size = FrameSize(image.height, image.width)
+        num_frames = require_voices(voices, given_size, fps)
         portrait = resize(image, size)
 
+        waveforms = [voice.waveform for voice in voices]
         with self.in_use("audio_encoder"):
-            audio_embeds = encode_audio(waveform, fps, self.feature_extractor, self.audio_encoder)
+            audio_embeds = encode_audio(waveforms, fps, self.feature_extractor, self.audio_encoder)
         negative_prompt = NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
         prompts, warnings = self._encode_prompts(negative_prompt, PROMPT_PREFIX + prompt, portrait)
 
-        given_size = FrameSize(image.height, image.width)
-        if face_box is None:
-            box = largest_face(portrait, self.face_detector)
-            used_box = scale_box(box, size, given_size) if box else None
-        else:
-            used_box = require_box(face_box, given_size)
-            box = scale_box(used_box, given_size, size)
-        if box is None:
+        face_boxes = tuple(voice.face_box for voice in voices if voice.face_box is not None)
+        boxes = [scale_box(box, given_size, size) for box in face_boxes]
+        if not boxes and (found := largest_face(portrait, self.face_detector)):
+            boxes = [found]
+            face_boxes = (scale_box(found, size, given_size),)
+        if not boxes:
             warnings.append(NO_FACE)
+        mask = face_masks(boxes, size) if boxes else face_mask(None, size)
 
         with self.in_use("vae"):
             pixels = to_pixels(portrait).to(self.vae.device, self.vae.dtype)
@@ -243,16 +248,16 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
         return Conditioning(
             **prompts,
             audio_embeds=audio_embeds,
-            face_mask=face_mask(box, size).to(reference.mean.device),
+            face_mask=mask.to(reference.mean.device),
             reference_mean=reference.mean.float(),
             reference_std=reference.std.float(),
             motion_pose=motion_pose,
             motion_expression=motion_expression,
             height=size.height,
             width=size.width,
-            num_frames=count_frames(len(waveform), fps),
+            num_frames=num_frames,
             fps=fps,
-            face_box=used_box,
+            face_boxes=face_boxes,
             warnings=tuple(warnings),
         )
 
@@ -283,6 +288,13 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
         size = fit_size(image.height, image.width, resolution)
         box = largest_face(resize(image, size), self.face_detector)
         return scale_box(box, size, FrameSize(image.height, image.width)) if box else None
+
+    @torch.no_grad()
+    def find_faces(self, image: Image.Image, resolution: int = 704) -> list[Box]:
+        """The boxes of all faces in pixels of `image`, from left to right."""
+        size = fit_size(image.height, image.width, resolution)
+        boxes = find_faces(resize(image, size), self.face_detector)
+        return [scale_box(box, size, FrameSize(image.height, image.width)) for box in boxes]
 
     def _encode_prompts(
         self, negative_prompt: str, prompt: str, portrait: Image.Image
@@ -404,6 +416,17 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
         offloaded = self.offloaded.get(name)
         with offloaded.in_use() if offloaded else nullcontext():
             yield
+
+
+def _as_array(audio: np.ndarray | Tensor) -> np.ndarray:
+    if isinstance(audio, Tensor):
+        audio = audio.cpu().numpy()
+    return np.asarray(audio, dtype=np.float32)
+
+
+def _as_box(box: Sequence[float]) -> Box:
+    x, y, width, height = box
+    return (x, y, width, height)
 
 
 def _cut_warnings(tokens: Sequence[PromptTokens]) -> list[str]:

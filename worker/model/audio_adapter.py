@@ -1,7 +1,7 @@
 """Speech into the video tokens: audio windows to audio tokens, and cross-attention to them.
 
-Shape letters: B batch, F video frames, T latent frames (F = 4(T - 1) + 1), S video tokens a latent
-frame, A audio tokens a latent frame, D width of the transformer, E width of the attention.
+Shape letters: B batch, V voices, F video frames, T latent frames (F = 4(T - 1) + 1), S video tokens
+a latent frame, A audio tokens a latent frame, D width of the transformer, E width of the attention.
 """
 
 import torch
@@ -63,12 +63,31 @@ class AudioAdapter(nn.Module):
     def forward(
         self,
         tokens: Tensor,  # (B, S, T, D)
-        audio_tokens: Tensor,  # (B, T, A, D)
+        audio_tokens: Tensor,  # (B, V, T, A, D)
+        shares: Tensor | None = None,  # (B, S, T, V), how much each voice counts; None: one alone
     ) -> Tensor:  # (B, S, T, D)
-        """The audio delta: what to add to the tokens, before the face mask."""
+        """The audio delta: what to add to the tokens, before the face mask.
+
+        The voices are added up before the last projection, which is linear, so that each takes
+        its own attention and nothing else.
+        """
         query = self.to_q(self.norm2(tokens)).transpose(1, 2)  # (B, T, S, E)
-        key, value = self.to_kv(self.norm1(audio_tokens)).chunk(2, dim=-1)  # 2 x (B, T, A, E)
+        if shares is None:
+            [voice] = audio_tokens.unbind(1)
+            attended = self._attend(query, voice)
+        else:
+            attended = torch.zeros_like(query)
+            weights = shares.transpose(1, 2).split(1, dim=-1)  # V x (B, T, S, 1)
+            for weight, voice in zip(weights, audio_tokens.unbind(1), strict=True):
+                attended = torch.addcmul(attended, weight, self._attend(query, voice))
+        return self.to_out(attended.transpose(1, 2))  # (B, S, T, D)
+
+    def _attend(
+        self,
+        query: Tensor,  # (B, T, S, E)
+        voice: Tensor,  # (B, T, A, D)
+    ) -> Tensor:  # (B, T, S, E)
+        key, value = self.to_kv(self.norm1(voice)).chunk(2, dim=-1)  # 2 x (B, T, A, E)
         # Latent frames stand where heads usually do. Not through the attention backend that the
         # user chooses: flash kernels do not take heads this wide.
-        attended = scaled_dot_product_attention(query, key, value)  # (B, T, S, E)
-        return self.to_out(attended.transpose(1, 2))  # (B, S, T, D)
+        return scaled_dot_product_attention(query, key, value)

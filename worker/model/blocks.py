@@ -5,8 +5,8 @@ memory. Adaptive layer norm (adaLN; arXiv 2212.09748) modulates each block: shif
 of its normalised tokens are projections of one vector a sample. Queries and keys of image tokens
 are rotated by their positions (RoPE; arXiv 2104.09864).
 
-Shape letters: B batch, R recordings a sample, S tokens a frame, T latent frames, N tokens, L valid
-text tokens, A audio tokens a latent frame, D width, h heads.
+Shape letters: B batch, R recordings a sample, V voices a recording, S tokens a frame, T latent
+frames, N tokens, L valid text tokens, A audio tokens a latent frame, D width, h heads.
 """
 
 from typing import Any
@@ -57,8 +57,9 @@ class AvatarTransformerBlock(HunyuanVideoTransformerBlock):
         encoder_hidden_states: Tensor,  # (B, L, D)
         temb: Tensor,  # (B, D)
         image_rotary_emb: tuple[Tensor, Tensor],  # 2 x (S(1 + T), head dim)
-        audio_tokens: Tensor,  # (B R, 1 + T, A, D)
+        audio_tokens: Tensor,  # (B R, V, 1 + T, A, D)
         audio_gate: Tensor,  # (B, S, 1 + T, 1)
+        audio_shares: Tensor | None,  # (B, S, 1 + T, V)
         float8: bool = False,
         sparsity: LayerSparsity | None = None,
     ) -> tuple[Tensor, Tensor]:  # (B, S(1 + T), D), of a block with an adapter B R; (B, L, D)
@@ -96,15 +97,17 @@ class AvatarTransformerBlock(HunyuanVideoTransformerBlock):
         del attended, rows
         image = _fed_forward(image, image_update, image_gate, image_later, self.ff, float8)
         text = _fed_forward(text, text_update, text_gate, text_later, self.ff_context, float8)
-        return self._attend_to_audio(image, audio_tokens, audio_gate), text
+        return self._attend_to_audio(image, audio_tokens, audio_gate, audio_shares), text
 
-    def _attend_to_audio(self, image: Tensor, audio_tokens: Tensor, audio_gate: Tensor) -> Tensor:
+    def _attend_to_audio(
+        self, image: Tensor, audio_tokens: Tensor, audio_gate: Tensor, audio_shares: Tensor | None
+    ) -> Tensor:
         """The image tokens with each recording's audio, (B R, S(1 + T), D); else the same."""
         if self.audio_adapter is None:
             return image
-        columns = image.unflatten(1, (-1, audio_tokens.shape[1]))  # (B, S, 1 + T, D)
+        columns = image.unflatten(1, (-1, audio_tokens.shape[2]))  # (B, S, 1 + T, D)
         after = [  # several recordings are of one sample
-            torch.addcmul(columns, audio_gate, self.audio_adapter(columns, tokens))
+            torch.addcmul(columns, audio_gate, self.audio_adapter(columns, tokens, audio_shares))
             for tokens in audio_tokens.split(len(columns))
         ]
         return (after[0] if len(after) == 1 else torch.cat(after)).flatten(1, 2)

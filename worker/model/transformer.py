@@ -23,11 +23,12 @@ audio cross-attention local to each rank.
 The blocks take one sample at a time: on a GPU a batch gains nothing, and takes memory. Only where a
 gradient is wanted do they take all at once, for the sake of small models. Samples that differ in
 nothing but their audio, as the branches of classifier-free guidance do, are given once, with
-several recordings; they part at the first audio cross-attention.
+several recordings; they part at the first audio cross-attention. A recording is of one voice or of
+several, each of which has a face mask of its own.
 
-Shape letters: B batch, R recordings a sample, C latent channels, T latent frames, H and W latent
-height and width, S = (H/2)(W/2) tokens a frame, L valid text tokens, D width, A audio tokens a
-latent frame.
+Shape letters: B batch, R recordings a sample, V voices a recording, C latent channels, T latent
+frames, H and W latent height and width, S = (H/2)(W/2) tokens a frame, L valid text tokens,
+D width, A audio tokens a latent frame.
 """
 
 from collections.abc import Sequence
@@ -105,6 +106,7 @@ class HunyuanVideoAvatarTransformer3DModel(ModelMixin, AttentionMixin, ConfigMix
         },
         "transformer_blocks.*": {
             "audio_gate": ContextParallelInput(split_dim=1, expected_dims=4),
+            "audio_shares": ContextParallelInput(split_dim=1, expected_dims=4),
         },
         "rope": {
             0: ContextParallelInput(split_dim=0, expected_dims=2, split_output=True),
@@ -217,9 +219,9 @@ class HunyuanVideoAvatarTransformer3DModel(ModelMixin, AttentionMixin, ConfigMix
                 so on the CPU it costs no wait for the GPU.
             pooled_projections: (B, pooled dim).
             reference_latents: (B, C, T, H, W), the portrait's latents.
-            audio_embeds: (B R, 4(T - 1) + 1, 10, 5, 384), a window of speech states a video frame;
-                the R recordings of a sample one after the other.
-            face_mask: (B, 1, 1 or T, H, W), how much of the audio each latent pixel gets.
+            audio_embeds: (B R V, 4(T - 1) + 1, 10, 5, 384), a window of speech states a video
+                frame; the R recordings of a sample one after the other, in each its V voices.
+            face_mask: (B, V, 1 or T, H, W), how much of each voice each latent pixel gets.
             motion_expression, motion_pose: (B, 4).
             fps: (B,), frames a second.
             cached_tokens: of B R samples; runs the last single-stream block on them and nothing
@@ -320,19 +322,27 @@ class HunyuanVideoAvatarTransformer3DModel(ModelMixin, AttentionMixin, ConfigMix
         text = self.context_embedder(embeds.to(self._compute_dtype), timestep, mask)
         return [sample[:, :length] for sample, length in zip(text.split(1), lengths, strict=True)]
 
-    def embed_audio(self, audio_embeds: Tensor, batch: int) -> Tensor:
-        """Audio tokens (B, R, 1 + T, A, D); the gate leaves the reference frame's out."""
+    def embed_audio(self, audio_embeds: Tensor, batch: int, voices: int) -> Tensor:
+        """Audio tokens (B, R, V, 1 + T, A, D); the gate leaves the reference frame's out."""
         tokens = self.audio_proj(audio_embeds.to(self._compute_dtype))
         tokens = torch.cat([tokens[:, :1], tokens], dim=1)
-        return tokens.unflatten(0, (batch, -1))
+        return tokens.unflatten(0, (batch, -1, voices))
 
-    def gate_audio(self, face_mask: Tensor, num_frames: int) -> Tensor:
-        """How much of the audio each token gets, (B, S, 1 + T, 1)."""
+    def gate_audio(self, face_mask: Tensor, num_frames: int) -> tuple[Tensor, Tensor | None]:
+        """How much of the audio each token gets, (B, S, 1 + T, 1), and each voice's share of it.
+
+        The shares (B, S, 1 + T, V) are None where there is one voice alone.
+        """
         patch_size = self.config.patch_size
         # Nearest-neighbour to the size of the tokens: the first row and column of each patch.
-        gate = face_mask[:, 0, :, ::patch_size, ::patch_size].expand(-1, num_frames, -1, -1)
-        gate = torch.cat([torch.zeros_like(gate[:, :1]), gate], dim=1)  # the reference frame: none
-        return gate.to(self._compute_dtype).flatten(2).transpose(1, 2).unsqueeze(-1)
+        gates = face_mask[..., ::patch_size, ::patch_size].expand(-1, -1, num_frames, -1, -1)
+        gates = torch.cat([torch.zeros_like(gates[:, :, :1]), gates], dim=2)  # the reference: none
+        gates = gates.flatten(3).permute(0, 3, 2, 1)  # (B, S, 1 + T, V)
+        if gates.shape[-1] == 1:
+            return gates.to(self._compute_dtype), None
+        gate = gates.sum(dim=-1, keepdim=True)
+        shares = gates / gate.where(gate > 0, 1.0)  # 1 or 0 where the masks do not overlap
+        return gate.to(self._compute_dtype), shares.to(self._compute_dtype)
 
     def _embed_streams(
         self,
@@ -357,11 +367,12 @@ class HunyuanVideoAvatarTransformer3DModel(ModelMixin, AttentionMixin, ConfigMix
         pairs = zip(latents.split(1), reference_latents.split(1), strict=True)
         images = [self.embed_latents(*pair) for pair in pairs]
         texts = self.embed_text(text_embeds, timestep, text_mask)
-        audio_tokens = self.embed_audio(audio_embeds, len(latents))
-        audio_gate = self.gate_audio(face_mask, latents.shape[2])
+        audio_tokens = self.embed_audio(audio_embeds, len(latents), face_mask.shape[1])
+        gate, shares = self.gate_audio(face_mask, latents.shape[2])
+        audio_shares = [None] * len(latents) if shares is None else shares.split(1)
         if self.is_cache_enabled and audio_tokens.shape[:2].numel() > 1:
             raise ValueError("with a cache, give one sample a call, each in its own cache_context")
-        parts = (images, texts, temb.split(1), audio_tokens, audio_gate.split(1))
+        parts = (images, texts, temb.split(1), audio_tokens, gate.split(1), audio_shares)
         return _as_few([_Stream(*each) for each in zip(*parts, strict=True)])
 
     def _run_early_blocks(
@@ -394,6 +405,7 @@ class HunyuanVideoAvatarTransformer3DModel(ModelMixin, AttentionMixin, ConfigMix
                     rotary,
                     stream.audio_tokens,
                     stream.audio_gate,
+                    stream.audio_shares,
                     float8,
                     sparsity_of(layer, sample),
                 )
@@ -455,8 +467,9 @@ class _Stream:
     image: Tensor  # (B, S(1 + T), D), of one sample R after the first adapter
     text: Tensor  # (B, L, D)
     temb: Tensor  # (B, D)
-    audio_tokens: Tensor | None = None  # (B R, 1 + T, A, D)
+    audio_tokens: Tensor | None = None  # (B R, V, 1 + T, A, D)
     audio_gate: Tensor | None = None  # (B, S, 1 + T, 1)
+    audio_shares: Tensor | None = None  # (B, S, 1 + T, V); None: one voice alone
 
     def blocks_of_tokens(self) -> TokenBlocks:
         """The blocks of its tokens, for sparse attention."""

@@ -111,7 +111,7 @@ class Production:
         scene, state = self.inputs.scene, self.state
         with self.stage("preprocess"):
             conditioning = self.engine.encode(
-                scene.portrait, scene.speech.waveform, scene.params, self.plan.size
+                scene.portrait, scene.voices, scene.params, self.plan.size
             )
         with self.stage("denoise"):
             self.sparsity = self.engine.sparse_attention(self.params, self.seed)
@@ -159,7 +159,8 @@ class Production:
             self.stage("decode"),
             closing(self.engine.decode_frames(conditioning, latents)) as frames,
         ):
-            self.drift = DriftMeter(scene.portrait, conditioning.face_box, plan.video.num_frames)
+            face_box = next(iter(conditioning.face_boxes), None)
+            self.drift = DriftMeter(scene.portrait, face_box, plan.video.num_frames)
             shown = finished(
                 self.drift.watch(frames), scene.framing, params.output.background or BLUR
             )

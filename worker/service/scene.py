@@ -8,6 +8,7 @@ from PIL import Image
 from avatar_client.contract.request import JobInput
 from worker import framing
 from worker.framing import Framing
+from worker.generation.voices import Voice
 from worker.media.inputs import Speech
 
 if TYPE_CHECKING:
@@ -43,3 +44,8 @@ class Scene:
                 face = framing.box_in_part(face, part, shape.model)
             params = params.model_copy(update={"face_box": face})
         return cls(portrait, speech, params, shape)
+
+    @property
+    def voices(self) -> list[Voice]:
+        """Who speaks in it."""
+        return [Voice(self.speech.waveform, self.params.face_box)]
