@@ -20,6 +20,7 @@ import pytest
 from local_endpoint import LocalEndpoint, WorkerProcess, client_api, job_queue
 from local_endpoint.job_queue import Webhook
 from local_endpoint.webhooks import call
+from tests.support.waiting import wait_until
 
 HERE = Path(__file__).parent
 
@@ -46,13 +47,8 @@ class Receiver:
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
-    def wait_for(
-        self, count: int, timeout_seconds: float = 60.0
-    ) -> list[tuple[str, dict[str, Any]]]:
-        deadline = time.monotonic() + timeout_seconds
-        while len(self.calls) < count:
-            assert time.monotonic() < deadline, self.calls
-            time.sleep(0.05)
+    def wait_for(self, count: int) -> list[tuple[str, dict[str, Any]]]:
+        wait_until(lambda: len(self.calls) >= count, lambda: self.calls)
         return self.calls
 
     def close(self) -> None:
@@ -104,12 +100,12 @@ def lone_client(alone: LocalEndpoint) -> Iterator[httpx.Client]:
         yield client
 
 
-def wait_for_status(client: Any, job_id: str, *statuses: str, timeout_seconds: float = 60.0) -> Any:
-    deadline = time.monotonic() + timeout_seconds
-    while (state := client.get(f"/status/{job_id}").json())["status"] not in statuses:
-        assert time.monotonic() < deadline, state
-        time.sleep(0.05)
-    return state
+def wait_for_status(client: Any, job_id: str, *statuses: str) -> Any:
+    def state() -> Any:
+        return client.get(f"/status/{job_id}").json()
+
+    wait_until(lambda: state()["status"] in statuses, state)
+    return state()
 
 
 # RunPod's own client library
@@ -226,7 +222,7 @@ def test_a_job_over_its_time_to_live_is_gone_even_while_it_runs(
     client: httpx.Client, told: LocalEndpoint
 ) -> None:
     job_id = told.submit({"input": {"sleep": 60}, "policy": {"ttl": 4000}})
-    wait_for_status(client, job_id, "IN_PROGRESS")
+    told.wait_until(job_id, lambda job: job.claimed_at_seconds is not None, 60)
 
     following = client.post("/runsync", json={"input": {}}).json()
 
@@ -242,13 +238,11 @@ def test_a_result_is_kept_for_the_documented_time(
     prefix: str,
     is_sync: bool,
 ) -> None:
-    monkeypatch.setitem(job_queue.KEPT_SECONDS, prefix, 1.0)
+    monkeypatch.setitem(job_queue.KEPT_SECONDS, prefix, 5.0)
     job_id = told.submit({"input": {}}, is_sync=is_sync)
     wait_for_status(client, job_id, "COMPLETED")
 
-    time.sleep(2.0)
-
-    assert client.get(f"/status/{job_id}").status_code == 404
+    wait_until(lambda: client.get(f"/status/{job_id}").status_code == 404)
 
 
 def test_a_completed_job_is_neither_cancelled_nor_retried(client: httpx.Client) -> None:
@@ -258,14 +252,18 @@ def test_a_completed_job_is_neither_cancelled_nor_retried(client: httpx.Client) 
     assert client.post(f"/retry/{job_id}").status_code == 400
 
 
-def test_purging_removes_what_waits_and_leaves_what_runs(client: httpx.Client) -> None:
-    running_id = client.post("/run", json={"input": {"sleep": 2}}).json()["id"]
+def test_purging_removes_what_waits_and_leaves_what_runs(
+    client: httpx.Client, tmp_path: Path
+) -> None:
+    door = tmp_path / "door"
+    running_id = client.post("/run", json={"input": {"until": str(door)}}).json()["id"]
     wait_for_status(client, running_id, "IN_PROGRESS")
     waiting_ids = [client.post("/run", json={"input": {}}).json()["id"] for _ in range(3)]
 
     assert client.post("/purge-queue").json() == {"removed": 3, "status": "completed"}
 
     assert {client.get(f"/status/{job_id}").status_code for job_id in waiting_ids} == {404}
+    door.touch()
     assert wait_for_status(client, running_id, "COMPLETED")
 
 

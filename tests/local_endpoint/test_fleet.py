@@ -19,6 +19,7 @@ import pytest
 
 from local_endpoint import Fleet, LocalEndpoint
 from tests.conftest import ONE_THREAD
+from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 STEPS = 8  # a job that can be met while it runs
@@ -206,12 +207,14 @@ def test_a_stopped_endpoint_leaves_no_process_and_finishes_its_jobs_after_the_ne
 def test_a_handler_that_ends_at_once_is_not_started_again_and_again(tmp_path: Path) -> None:
     script = tmp_path / "handler.py"
     script.write_text("raise SystemExit(1)")
-    with LocalEndpoint(tmp_path / "state") as endpoint:
-        with Fleet(endpoint, 1, environment={}, script=script):
-            time.sleep(5.0)
-        starts = list((tmp_path / "state" / "workers").iterdir())
-
-    assert 2 <= len(starts) <= 4  # pauses of 1, 2, 4 seconds
+    begun = time.monotonic()
+    started = tmp_path / "state" / "workers"
+    with (
+        LocalEndpoint(tmp_path / "state") as endpoint,
+        Fleet(endpoint, 1, environment={}, script=script),
+    ):
+        wait_until(lambda: len(list(started.iterdir())) >= 3)
+        assert time.monotonic() - begun > 2.0  # pauses of 1, 2, 4 seconds
 
 
 @pytest.mark.parametrize("store_url", ["http://127.0.0.1:1", "http://127.0.0.1:2", None])

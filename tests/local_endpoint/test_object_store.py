@@ -24,6 +24,7 @@ from avatar_client.contract.bucket import BucketSettings
 from avatar_client.contract.job_errors import UploadError
 from local_endpoint import LocalEndpoint
 from local_endpoint.object_store import ObjectStore
+from tests.support.waiting import wait_until
 from worker.media.storage import Storage
 
 ROOT = Path(__file__).parents[2]
@@ -233,15 +234,16 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
 
 
 def wait_until_refused(url: str) -> None:
-    deadline = time.monotonic() + 10
-    while True:
-        with suppress(httpx.HTTPStatusError, httpx.ReadError):
-            try:
-                httpx.get(url)
-            except httpx.ConnectError:
-                return
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    def is_refused() -> bool:
+        try:
+            httpx.get(url)
+        except httpx.ConnectError:
+            return True
+        except httpx.TransportError:
+            return False
+        return False
+
+    wait_until(is_refused)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])

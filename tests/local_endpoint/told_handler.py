@@ -1,6 +1,7 @@
 """A handler that only does as its job tells it, in the SDK's own loop."""
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import runpod
@@ -12,6 +13,8 @@ async def handler(job: dict[str, Any]) -> dict[Any, Any]:
         runpod.serverless.progress_update(job, {"percent": percent})
         await asyncio.sleep(0.1)
     await asyncio.sleep(do.get("sleep", 0))
+    while "until" in do and not Path(do["until"]).exists():  # a file that the test makes
+        await asyncio.sleep(0.05)
     if do.get("raise"):
         raise RuntimeError("as told")
     return {"echo": job, "filler": "x" * do.get("size", 0), **do.get("return", {})}

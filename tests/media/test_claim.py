@@ -10,6 +10,7 @@ import pytest
 from avatar_client.contract.job_errors import InvalidInputError, UploadError
 from tests.conftest import BucketServer
 from tests.support.store_proxy import Proxy, bucket_at
+from tests.support.waiting import wait_until
 from worker.media import claim as claims
 from worker.media import store_proof
 from worker.media.claim import Claim
@@ -41,13 +42,6 @@ def make_claim(object_store: BucketServer, quick: None) -> Iterator[Callable[...
     yield make
     for claim in made:
         claim.release()
-
-
-def until(holds: Callable[[], bool]) -> None:
-    end = time.monotonic() + SOON
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def etag(store: BucketServer, key: str) -> str:
@@ -117,9 +111,9 @@ def test_a_worker_that_was_away_for_too_long_learns_that_another_makes_the_reque
     away.require_held()
     other = make_claim("away")
     vars(other)["_is_abandoned"] = lambda *_: True  # as one that has seen nothing for long
-    until(lambda: other.take(PATIENCE))
+    wait_until(lambda: other.take(PATIENCE))
 
-    until(lambda: away.is_lost)
+    wait_until(lambda: away.is_lost)
 
     with pytest.raises(UploadError, match="another worker makes this request") as caught:
         away.require_held()
@@ -134,7 +128,7 @@ def test_a_claim_that_somebody_has_removed_is_written_again(
     holder = make_claim("removed")
     assert holder.take(PATIENCE)
     object_store.client.delete_object(Bucket=object_store.bucket, Key="claims/removed")
-    until(lambda: exists(object_store, "removed"))
+    wait_until(lambda: exists(object_store, "removed"))
     assert not holder.is_lost
 
 
@@ -166,7 +160,7 @@ def test_a_claim_whose_object_is_none_of_ours_is_taken_after_a_lease(
     object_store.client.put_object(Bucket=object_store.bucket, Key="claims/foreign", Body=b"x")
     claim = make_claim("foreign")
     assert not claim.take(PATIENCE)
-    until(lambda: claim.take(PATIENCE))
+    wait_until(lambda: claim.take(PATIENCE))
 
 
 def test_a_claim_that_is_given_up_while_it_is_taken_does_not_stay(
@@ -175,7 +169,7 @@ def test_a_claim_that_is_given_up_while_it_is_taken_does_not_stay(
     claim = make_claim("late")
     claim.release()  # the job was stopped, and its thread has left the call behind
     claim.take(PATIENCE)
-    until(lambda: not exists(object_store, "late"))
+    wait_until(lambda: not exists(object_store, "late"))
 
 
 @pytest.mark.parametrize("status", [500, 503])
@@ -187,7 +181,7 @@ def test_a_store_that_stumbles_costs_no_claim(
     assert claim.take(PATIENCE)
     seen = len(proxy.seen)
     proxy.failures = [(status, "SlowDown")] * 3
-    until(lambda: len(proxy.seen) > seen + 6)
+    wait_until(lambda: len(proxy.seen) > seen + 6)
     claim.require_held()
 
 

@@ -26,6 +26,7 @@ from avatar_client.contract.job_errors import (
     InvalidInputError,
 )
 from tests.conftest import MediaServer
+from tests.support.waiting import AT_ONCE_SECONDS, wait_until
 from worker import addresses
 from worker.media import download
 
@@ -422,7 +423,7 @@ def test_a_slow_drip_ends_at_the_deadline(
 ) -> None:
     def answer(connection: Any) -> None:
         connection.sendall(drip)
-        for _ in range(60):
+        for _ in range(1200):  # a minute
             time.sleep(0.05)
             connection.sendall(b"a" if drip else b"")
 
@@ -430,7 +431,7 @@ def test_a_slow_drip_ends_at_the_deadline(
         began = time.monotonic()
         with pytest.raises(InputDownloadError, match=r"limit of 0\.3 s"):
             fetch(f"{scheme}://127.0.0.1:{port}/", timeout_seconds=0.3)
-        assert time.monotonic() - began < 2.5
+        assert time.monotonic() - began < AT_ONCE_SECONDS
 
 
 def test_a_tls_handshake_that_never_ends_ends_at_the_deadline(fetch: Callable[..., Any]) -> None:
@@ -450,8 +451,7 @@ def test_no_thread_and_no_socket_outlives_a_download(
     for _ in range(5):
         fetch(url)
 
-    time.sleep(0.1)  # the server's own threads
-    assert threading.active_count() <= before
+    wait_until(lambda: threading.active_count() <= before)  # the server has threads too
 
 
 def test_a_store_must_be_public_and_https_if_a_client_chose_it(localhost_is_public: None) -> None:
@@ -545,13 +545,13 @@ def test_a_compression_that_is_not_undone_is_told(fetch: Callable[..., Any], enc
 def test_a_name_server_that_does_not_answer_ends_at_the_deadline(
     fetch: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(20))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(60))
     begun = time.monotonic()
 
     with pytest.raises(InputDownloadError, match="longer than the limit"):
         fetch("https://slow.example/x", timeout_seconds=0.5)
 
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < AT_ONCE_SECONDS
 
 
 class Stopped(Exception):  # noqa: N818
@@ -585,4 +585,4 @@ def test_a_stop_is_met_while_the_server_hangs(tmp_path: Path, hangs: str) -> Non
                 allow_private=True,
                 check=check,
             )
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < AT_ONCE_SECONDS

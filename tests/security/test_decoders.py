@@ -12,6 +12,7 @@ from avatar_client.contract.request import MediaSource
 from tests.security import bombs
 from tests.support.pictures import chart, encoded
 from tests.support.recordings import voice, write
+from tests.support.waiting import AT_ONCE_SECONDS
 from worker.media import decoders, inputs
 from worker.media.inputs import load_portrait, load_speech
 from worker.service.job import JobStoppedError
@@ -93,7 +94,7 @@ def test_a_jpeg_of_too_many_scans_is_refused_before_it_is_decoded(tmp_path: Path
         ("audio", bombs.amr_without_data),
     ],
 )
-def test_a_stop_frees_the_worker_within_five_seconds(
+def test_a_stop_frees_the_worker_at_once(
     field: str, bomb: Callable[[int], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decoders, "FIRST_SECONDS", 60.0)
@@ -111,5 +112,5 @@ def test_a_stop_frees_the_worker_within_five_seconds(
 
     with pytest.raises(JobStoppedError):
         load(MediaSource(content=bomb(60_000_000)), tmp_path, SETTINGS, check=check)
-    assert time.monotonic() - stopped_at < 5
+    assert time.monotonic() - stopped_at < AT_ONCE_SECONDS
     require_healthy_files_are_read(tmp_path)

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import pytest
 
 from avatar_client.contract.job_errors import WorkerFailedError
+from tests.support.waiting import AT_ONCE_SECONDS, wait_until
 from worker.media.sandbox import Decoded, Failure, Sandbox, SandboxError
 from worker.media.sandbox_process import Limits
 
@@ -137,7 +138,7 @@ def test_a_function_that_takes_too_much_is_given_up_and_the_next_is_served(
     begun = time.monotonic()
     with pytest.raises(SandboxError, match=words):
         run(sandbox, function, file, QUICK)
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < AT_ONCE_SECONDS
     require_nothing_left(sandbox)
     assert isinstance(run(sandbox, "echo", file), Decoded)
 
@@ -194,8 +195,8 @@ def test_a_stop_ends_the_process(sandbox: Sandbox, file: BinaryIO) -> None:
             raise StoppedError
 
     with pytest.raises(StoppedError):
-        run(sandbox, "sleep", file, LIMITS, check)
-    assert time.monotonic() - begun < 5
+        run(sandbox, "sleep", file, Limits(60.0, MEGABYTE, 60.0, MEGABYTE, 0), check)
+    assert time.monotonic() - begun < AT_ONCE_SECONDS
     require_nothing_left(sandbox)
 
 
@@ -240,10 +241,7 @@ def test_hundreds_of_files_leave_nothing_behind(sandbox: Sandbox, file: BinaryIO
         answer = run(sandbox, "echo" if number % 10 else "fork", file)
         assert isinstance(answer, Decoded | Failure)
     assert descriptors(os.getpid()) <= before[0]
-    end = time.monotonic() + 10  # the template may still be closing the last one
-    while descriptors(template) > before[1] and time.monotonic() < end:
-        time.sleep(0.05)
-    assert descriptors(template) <= before[1]
+    wait_until(lambda: descriptors(template) <= before[1])  # it may still close the last one
     assert children_of(os.getpid()) == before[2]
     assert sandbox.template_pid == template
     require_nothing_left(sandbox)
@@ -266,7 +264,4 @@ def test_the_end_of_the_worker_ends_the_template(tmp_path: Path) -> None:
     template = int(process.stdout.readline())
     assert Path(f"/proc/{template}").exists()
     process.communicate(b"x")
-    end = time.monotonic() + 20
-    while Path(f"/proc/{template}").exists() and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not Path(f"/proc/{template}").exists()
+    wait_until(lambda: not Path(f"/proc/{template}").exists())

@@ -15,6 +15,7 @@ from runpod.http_client import AsyncClientSession, TooManyRequests
 from runpod.serverless.modules import rp_http, rp_job
 
 from tests.support.scripted_server import CLOSED, Answer, ScriptedServer
+from tests.support.waiting import AT_ONCE_SECONDS
 from worker.service import control_plane, serve
 from worker.service.serve import Scaler
 
@@ -130,7 +131,7 @@ def test_an_answer_that_never_comes_is_not_waited_for(
     is_taken, _ = send()
 
     assert is_taken
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < AT_ONCE_SECONDS
 
 
 def test_the_server_says_when_to_ask_again(platform: ScriptedServer) -> None:
@@ -210,7 +211,7 @@ def test_an_answer_without_a_job_takes_a_second_however_soon_it_comes(
 
     assert take() is None
 
-    assert 1.0 <= time.monotonic() - begun < 20
+    assert 1.0 <= time.monotonic() - begun < AT_ONCE_SECONDS
 
 
 def test_too_many_requests_is_the_sdks_own_matter(platform: ScriptedServer) -> None:

@@ -22,6 +22,7 @@ import pytest
 from local_endpoint import JobRecord, LocalEndpoint, WorkerProcess
 from tests.conftest import BucketServer, MediaServer
 from tests.support.scripted_server import Answer, ScriptedServer
+from tests.support.waiting import wait_until
 
 JOB_SECONDS = 300.0  # far more than a small job takes
 MANY_STEPS = 100  # for a job that has to be met while it runs
@@ -227,7 +228,7 @@ def test_a_cancel_frees_the_worker_from_a_store_that_hangs(
 ) -> None:
     slow = Answer(body=b"<" * 600, byte_seconds=1.0)
     if hangs == "never an answer":
-        slow = Answer(delay_seconds=60.0)
+        slow = Answer(delay_seconds=600.0)
     with ScriptedServer() as store:
         job = make_job()
         job["s3Config"] = {
@@ -238,16 +239,13 @@ def test_a_cancel_frees_the_worker_from_a_store_that_hangs(
         }
         job_id = endpoint.submit(job)
         store.on(f"GET /own/{job_id}.mp4", slow)
-        deadline = time.monotonic() + JOB_SECONDS
-        while not store.requests and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert store.requests
+        wait_until(lambda: store.requests)
         begun = time.monotonic()
         endpoint.cancel(job_id)
         done = endpoint.wait(endpoint.submit(make_job(dry_run=True)), JOB_SECONDS)
 
         assert done.status == "COMPLETED"
-        assert time.monotonic() - begun < 30.0  # it would hang for a minute, or for ten
+        assert time.monotonic() - begun < 120.0  # it would hang for ten minutes
     assert endpoint.state(job_id).status == "CANCELLED"
 
 
@@ -307,7 +305,6 @@ def test_a_job_that_is_handed_out_after_sigterm_is_run(
     own_endpoint: LocalEndpoint, own_worker: WorkerProcess, make_job: Callable[..., Any]
 ) -> None:
     own_worker.terminate()
-    time.sleep(0.3)
 
     job = run(own_endpoint, make_job())
 
@@ -339,7 +336,7 @@ def test_a_worker_whose_disk_is_full_says_so_and_ends(
         assert (job.status, code(job)) == ("FAILED", "WORKER_FAILED")
         assert job.output["error_info"]["retryable"] is True
         assert job.stop_pod
-        assert worker.wait(timeout_seconds=10.0) == 0
+        assert worker.wait(JOB_SECONDS) == 0
         assert list(worker.temporary_directory.iterdir()) == []
 
 
@@ -430,9 +427,7 @@ def test_a_result_that_is_never_taken_lies_beside_its_video(
     endpoint, worker = talkative
     endpoint.lose_results(100, status=None)
     lost = endpoint.submit(make_job())
-    deadline = time.monotonic() + JOB_SECONDS
-    while "the result was given up" not in worker.log and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_until(lambda: "the result was given up" in worker.log)
 
     key = f"avatar/{lost}.mp4.json"
     assert f"it is in the bucket {object_store.bucket} under {key}" in worker.log

@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import re
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +15,7 @@ from avatar_client import AvatarEndpoint, JobStatus, SignatureError
 from local_endpoint import JobRecord, LocalEndpoint, WorkerProcess
 from tests.conftest import BucketServer
 from tests.support.scripted_server import Answer, ScriptedServer
+from tests.support.waiting import wait_until
 
 SCRIPT = Path(__file__).with_name("once_worker.py")
 NUM_CLIENTS = 20
@@ -86,13 +86,6 @@ def make_input(smallest_input: dict[str, Any]) -> Callable[..., dict[str, Any]]:
 
 def run(site: Site, job: dict[str, Any]) -> JobRecord:
     return site.endpoint.wait(site.endpoint.submit({"input": job}), JOB_SECONDS)
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    end = time.monotonic() + JOB_SECONDS
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def same(job: JobRecord) -> tuple[Any, ...]:

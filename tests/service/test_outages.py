@@ -231,5 +231,5 @@ def test_an_hour_of_outages_loses_no_job_and_mixes_up_none(
         for worker in workers:
             worker.terminate()
         for worker in workers:
-            assert worker.wait(timeout_seconds=30) == 0, worker.log
+            assert worker.wait(timeout_seconds=300) == 0, worker.log
             assert list(worker.temporary_directory.iterdir()) == []

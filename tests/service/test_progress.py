@@ -19,6 +19,11 @@ class Listener:
         await asyncio.sleep(self.delay_seconds)
         self.payloads.append(payload)
 
+    async def has_heard(self, count: int) -> None:
+        """Returns when so many have arrived."""
+        while len(self.payloads) < count:
+            await asyncio.sleep(0.001)
+
 
 def run_job(
     listener: Listener, *, interval_seconds: float = 0.0, pause_seconds: float = 0.0
@@ -70,9 +75,9 @@ def test_a_preview_stays_until_there_is_a_newer_one() -> None:
 
     async def job() -> None:
         async with ProgressReporter(listener, interval_seconds=0.0) as progress:
-            for preview in (None, "first", None, "second", None):
+            for number, preview in enumerate((None, "first", None, "second", None), start=1):
                 progress.update(0.5, preview=preview)
-                await asyncio.sleep(0.02)
+                await listener.has_heard(number)
 
     asyncio.run(job())
     seen = [payload.get("preview") for payload in listener.payloads]
@@ -99,7 +104,7 @@ def test_a_stopped_job_posts_nothing_more() -> None:
     async def job() -> None:
         async with ProgressReporter(listener, interval_seconds=10.0) as progress:
             progress.enter("denoise")
-            await asyncio.sleep(0.02)
+            await listener.has_heard(1)
             progress.update(0.5, step=1, total_steps=2)
             await asyncio.sleep(0.02)
             raise asyncio.CancelledError
@@ -121,16 +126,23 @@ def test_the_remaining_time_is_unknown_until_the_first_step() -> None:
 
 def test_a_job_that_is_stopped_while_its_last_value_is_posted_leaves_no_task_behind() -> None:
     async def stop_late() -> set[asyncio.Task[Any]]:
+        has_ended, is_posting = asyncio.Event(), asyncio.Event()
+
+        async def post(_: dict[str, Any]) -> None:
+            is_posting.set()
+            await asyncio.sleep(1000.0)
+
         async def job() -> None:
-            async with ProgressReporter(Listener(delay_seconds=5.0)) as progress:
+            async with ProgressReporter(post) as progress:
                 progress.enter("upload")
-                await asyncio.sleep(0.02)
+                await is_posting.wait()
+                has_ended.set()
 
         task = asyncio.create_task(job())
-        await asyncio.sleep(0.1)  # the body has ended; the post has not
+        await has_ended.wait()
+        await asyncio.sleep(0)  # the job waits for its post now
         task.cancel()
         await asyncio.wait({task})
-        await asyncio.sleep(0.05)
         return asyncio.all_tasks() - {asyncio.current_task()}
 
     assert asyncio.run(stop_late()) == set()
@@ -143,9 +155,10 @@ def test_what_an_earlier_try_did_does_not_shorten_the_time_that_is_left() -> Non
         async with ProgressReporter(listener, interval_seconds=0.0) as progress:
             progress.enter("denoise")
             progress.skip(0.8)
+            await listener.has_heard(1)
             await asyncio.sleep(0.2)
             progress.update(0.85, step=17, total_steps=20)
-            await asyncio.sleep(0.05)
+            await listener.has_heard(2)
 
     asyncio.run(job())
     [first] = [each for each in listener.payloads if each["step"] is None][-1:]

@@ -23,6 +23,7 @@ from avatar_client.contract.job_errors import (
     UploadError,
 )
 from tests.conftest import BucketServer
+from tests.support.waiting import wait_until
 from worker.generation.denoising_state import DenoisingState, ModelIdentity
 from worker.generation.engine import Engine
 from worker.media import state_store
@@ -45,13 +46,6 @@ NAME = "0" * 64
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resume, "POLL_SECONDS", 0.001)
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 # Through the worker
@@ -102,7 +96,7 @@ def break_off(
     if during == "decode":
 
         def decode_frames(*_: object) -> Any:
-            wait_for(lambda: kept_step(settings) == step)
+            wait_until(lambda: kept_step(settings) == step)
             raise GenerationError("broken off")
 
         monkeypatch.setattr(Engine, "decode_frames", decode_frames)
@@ -114,7 +108,7 @@ def break_off(
         nonlocal passes
         passes += 1
         if passes == step + 1:
-            wait_for(lambda: kept_step(settings) == step)
+            wait_until(lambda: kept_step(settings) == step)
             raise RuntimeError("broken off")
         return forward(*arguments, **named)
 
@@ -250,7 +244,7 @@ def leave(resumption: Resumption, error: BaseException, step: int = STEP) -> Non
     with suppress(type(error)), opened(resumption) as state:
         state.begin_denoising()
         state.offer(some_state(step))
-        wait_for(lambda: kept.exists() and resume.facts_of(kept.read_bytes()).step == step)
+        wait_until(lambda: kept.exists() and resume.facts_of(kept.read_bytes()).step == step)
         raise error
 
 
@@ -372,7 +366,7 @@ def test_a_state_of_no_numbers_is_not_kept(
 ) -> None:
     with opened(resumption) as state:
         state.offer(some_state(fill=float("nan")))
-        wait_for(lambda: "was not kept" in caplog.text)
+        wait_until(lambda: "was not kept" in caplog.text)
     assert not path_of(resumption).exists()
 
 
@@ -387,20 +381,19 @@ def test_states_are_kept_at_intervals_and_at_once_where_the_worker_is_to_end(
             time.sleep(0.05)
         assert not path_of(resumption).exists()
         resumption.is_ending = True
-        wait_for(path_of(resumption).exists)
+        wait_until(path_of(resumption).exists)
     assert not path_of(resumption).exists()  # it is done
 
 
 def test_the_last_state_is_kept_if_the_steps_took_an_interval(tmp_path: Path) -> None:
-    resumption = Resumption(DirectoryStore(tmp_path), KEY, interval_seconds=0.5)
+    resumption = Resumption(DirectoryStore(tmp_path), KEY, interval_seconds=0.01)
     with opened(resumption) as state:
         state.begin_denoising()
         state.offer(some_state(1))
-        wait_for(path_of(resumption).exists)
-        state.offer(some_state(NUM_STEPS))  # well before the next interval is over
-        begun = time.monotonic()
-        wait_for(lambda: resume.facts_of(path_of(resumption).read_bytes()).step == NUM_STEPS)
-        assert time.monotonic() - begun < 0.4
+        wait_until(path_of(resumption).exists)
+        resumption.interval_seconds = 1000.0  # the next one is never over
+        state.offer(some_state(NUM_STEPS))
+        wait_until(lambda: resume.facts_of(path_of(resumption).read_bytes()).step == NUM_STEPS)
 
 
 # Names

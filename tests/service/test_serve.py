@@ -170,13 +170,16 @@ def test_a_failing_poll_is_repeated_after_a_pause(
 ) -> None:
     monkeypatch.setattr(serve, "RETRY_SECONDS", 0.25)
 
+    take = f"GET /job-take/{WORKER_ID}"
+    begun = time.monotonic()
+
     async def act(scaler: Scaler) -> None:
-        await asyncio.sleep(1.1)
+        while len(failing_platform.asked(take)) < 4:
+            await asyncio.sleep(0.02)
+        assert time.monotonic() - begun >= 3 * serve.RETRY_SECONDS
         scaler.kill_worker()
 
-    serve_during(worker, act, END_SECONDS)
-    polls = failing_platform.asked(f"GET /job-take/{WORKER_ID}")
-    assert 2 <= len(polls) <= 6
+    serve_during(worker, act, JOB_SECONDS)
 
 
 def test_a_worker_that_a_job_has_damaged_takes_no_further_one(

@@ -14,6 +14,8 @@ from typing import Any, Self
 import httpx
 import pytest
 
+from tests.support.waiting import wait_until
+
 playwright = pytest.importorskip("playwright.sync_api")
 expect = playwright.expect
 WAIT_MILLISECONDS = 120_000  # a machine may be busy
@@ -201,13 +203,6 @@ def wait_for_video(page: Any) -> Any:
     return player
 
 
-def wait_until(condition: Any, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 def job_in_address(page: Any) -> Any:
     page.wait_for_url(re.compile(r"\?job="))
     return page.url.rpartition("=")[2]
@@ -341,7 +336,7 @@ def assert_right_below(page: Any, field: str, message: Any) -> None:
         upper, lower = page.locator(field).bounding_box(), message.bounding_box()
         return lower["y"] - (upper["y"] + upper["height"])
 
-    wait_until(lambda: 0 <= gap() < 60, 30)  # the part of the page may be unfolding
+    wait_until(lambda: 0 <= gap() < 60)  # the part of the page may be unfolding
 
 
 def test_a_reloaded_page_finds_its_job_and_another_tab_has_its_own(
@@ -384,7 +379,7 @@ def test_a_closed_page_stops_nothing_and_the_history_outlives_the_studio(
         job = job_in_address(page)
         page.close()
         record = studio.directory / "jobs" / job / "record.json"
-        wait_until(lambda: '"COMPLETED"' in record.read_text(), JOB_MILLISECONDS / 1000)
+        wait_until(lambda: '"COMPLETED"' in record.read_text())
         studio.stop(signal.SIGINT)
         studio.start()
         page = open_page(studio.url)
