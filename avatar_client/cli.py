@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from avatar_client.contract import request
+from avatar_client.contract import schema
 from avatar_client.contract.formats import require_suffix, suffix_of
 from avatar_client.contract.job_errors import InputUrlBlockedError, InvalidInputError, WorkerError
+from avatar_client.contract.request import JobInput
 from avatar_client.endpoint import EXECUTION_TIMEOUT_SECONDS, AvatarEndpoint, AvatarJob
 from avatar_client.endpoint_errors import EndpointError
 from avatar_client.environment import ClientSettings
@@ -25,6 +26,8 @@ from avatar_client.terminal import progress_bar
 
 MAX_WARNINGS = 20  # that are shown
 DONE, FAILED, BAD_ARGUMENTS, INTERRUPTED = 0, 1, 2, 130
+
+FILES = ("image", "audio", "speakers")  # which have options of their own
 
 Option = tuple[str, dict[str, Any]]  # a value's dotted name in `input`, its JSON schema
 
@@ -57,6 +60,8 @@ def _generate(endpoint: AvatarEndpoint, parsed: argparse.Namespace, options: lis
             for parent in parents:
                 inner = inner.setdefault(parent, {})
             inner[last] = value
+    if parsed.speaker:
+        fields["speakers"] = parsed.speaker
     if parsed.output is not None:
         container = fields.get("output", {}).get("format", "mp4")
         require_suffix(parsed.output.name, container, "--output")
@@ -165,7 +170,16 @@ def _parser(options: list[Option]) -> argparse.ArgumentParser:
 
     generate = command("generate", _generate, "make a video; Ctrl-C cancels the job")
     generate.add_argument("--image", required=True, type=_media, metavar="FILE|URL")
-    generate.add_argument("--audio", required=True, type=_media, metavar="FILE|URL")
+    generate.add_argument("--audio", type=_media, metavar="FILE|URL", help="or one --speaker each")
+    generate.add_argument(
+        "--speaker",
+        action="append",
+        type=_speaker,
+        metavar="FACE[@SECONDS]=FILE|URL",
+        help="in the place of --audio, up to four times: left, right, a face's index from the left "
+        "or its box x,y,width,height, when it begins, and its recording; for example "
+        "left=a.wav right@2.5=b.wav",
+    )
     generate.add_argument("--webhook", metavar="URL", help="called when the job is over")
     generate.add_argument(
         "--execution-timeout-seconds",
@@ -192,9 +206,9 @@ def _parser(options: list[Option]) -> argparse.ArgumentParser:
 
 
 def _options() -> Iterator[Option]:
-    """The values of `input` but for the two files, and for secrets, which a process list shows."""
-    for name, described in request.described_fields(request.JobInput):
-        if name not in ("image", "audio") and "$ref" not in described:
+    """The values of `input` but for files, and for secrets, which a process list shows."""
+    for name, described in schema.described_fields(JobInput):
+        if name.partition(".")[0] not in FILES and "$ref" not in described:
             yield name, described
 
 
@@ -225,7 +239,7 @@ def _help(described: dict[str, Any]) -> str:
     default = described.get("default")
     texts = [
         described.get("description", ""),
-        request.limits(described),
+        schema.limits(described),
         "" if default is None else f"Default: {default}",
     ]
     return " ".join(filter(None, texts)).replace("`", "").replace("%", "%%")
@@ -234,6 +248,22 @@ def _help(described: dict[str, Any]) -> str:
 def _media(text: str) -> Path | str:
     """An address as it is, anything else as a file."""
     return text if re.match(r"[a-z]+://|data:", text, re.IGNORECASE) else Path(text)
+
+
+def _speaker(text: str) -> dict[str, Any]:
+    """A speaker as the request has it. What it says of the face is the schema's own matter."""
+    place, equals, media = text.partition("=")
+    face, at, seconds = place.partition("@")
+    if not equals or not media:
+        raise argparse.ArgumentTypeError(f"{text!r} is not FACE[@SECONDS]=FILE|URL")
+    speaker: dict[str, Any] = {"audio": _media(media)}
+    if "," in face:
+        speaker["face_box"] = [_number(part) for part in face.split(",")]
+    elif face:
+        speaker["face"] = face
+    if at:
+        speaker["start_seconds"] = _number(seconds)
+    return speaker
 
 
 def _target(text: str) -> Path:

@@ -143,7 +143,7 @@ class AvatarEndpoint(_Endpoint):
     def request(
         self,
         image: Media,
-        audio: Media,
+        audio: Media | None = None,
         *,
         webhook: str | None = None,
         execution_timeout_seconds: float = EXECUTION_TIMEOUT_SECONDS,
@@ -153,7 +153,8 @@ class AvatarEndpoint(_Endpoint):
 
         Args:
             image: a path or bytes, sent inside the request; or an https URL or a data: URI.
-            audio: the same.
+            audio: the same; None where there are `speakers`, each of which has an `audio` of its
+                own in these forms.
             webhook: is called by the platform when the job is over.
             execution_timeout_seconds: after so long the platform ends the job.
             input_fields: the other fields of `input`, as in `contract.request.JobInput`.
@@ -174,7 +175,7 @@ class AvatarEndpoint(_Endpoint):
     def submit(
         self,
         image: Media,
-        audio: Media,
+        audio: Media | None = None,
         *,
         webhook: str | None = None,
         execution_timeout_seconds: float = EXECUTION_TIMEOUT_SECONDS,
@@ -338,7 +339,7 @@ class AsyncAvatarEndpoint(_Endpoint):
     async def request(
         self,
         image: Media,
-        audio: Media,
+        audio: Media | None = None,
         *,
         webhook: str | None = None,
         execution_timeout_seconds: float = EXECUTION_TIMEOUT_SECONDS,
@@ -358,7 +359,7 @@ class AsyncAvatarEndpoint(_Endpoint):
     async def submit(
         self,
         image: Media,
-        audio: Media,
+        audio: Media | None = None,
         *,
         webhook: str | None = None,
         execution_timeout_seconds: float = EXECUTION_TIMEOUT_SECONDS,

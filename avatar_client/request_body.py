@@ -6,15 +6,17 @@ first, and its address takes its place.
 
 import base64
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import HttpUrl, TypeAdapter, ValidationError
 
-from avatar_client.contract import request
 from avatar_client.contract.bucket import BucketSettings
 from avatar_client.contract.job_errors import InvalidInputError
+from avatar_client.contract.request import JobInput
+from avatar_client.contract.schema import validated
 from avatar_client.upload import upload
 
 MAX_BODY_BYTES = 9_990_000  # 10 MB on /run (RunPod's limit), less room for addresses of uploads
@@ -25,7 +27,7 @@ Media = Path | bytes | str
 
 def build_request(
     image: Media,
-    audio: Media,
+    audio: Media | None,
     *,
     webhook: str | None,
     execution_timeout_seconds: float,
@@ -34,15 +36,20 @@ def build_request(
 ) -> dict[str, Any]:
     """The JSON body of `/run`. Reads files, and writes to the bucket if it has to.
 
+    `audio` is None where `input_fields` holds `speakers`, whose recordings come in the same forms.
+
     Raises:
         InvalidInputError: a value that no worker would take; names the field.
         UploadError: the bucket refused a file or did not answer.
     """
-    inputs = {"image": _Input.of("image", image), "audio": _Input.of("audio", audio)}
-    # the schema does not look into a file: one byte stands for it, which is replaced below
-    media = {name: source.url or "AA==" for name, source in inputs.items()}
-    fields = {**input_fields, **media}
-    request.validated(request.JobInput, fields)
+    fields = {**input_fields, "image": image}
+    if audio is not None:
+        fields["audio"] = audio
+    inputs = list(_inputs(fields))
+    for source in inputs:
+        # the schema does not look into a file: one byte stands for it, which is replaced below
+        source.place(source.url or "AA==")
+    validated(JobInput, fields)
     body: dict[str, Any] = {
         "input": fields,
         "policy": {"executionTimeout": _milliseconds(execution_timeout_seconds)},
@@ -51,11 +58,11 @@ def build_request(
         body["webhook"] = _checked_webhook(webhook)
     room_bytes = MAX_BODY_BYTES - len(encode(body))
     if room_bytes < 0:
-        longest = max(media, key=lambda name: len(media[name]))
+        longest = max(inputs, key=lambda source: len(source.url or ""))
         raise InvalidInputError(
-            f"does not fit into a request of {MAX_BODY_BYTES} bytes", field=longest
+            f"does not fit into a request of {MAX_BODY_BYTES} bytes", field=longest.field
         )
-    files = [source for source in inputs.values() if source.url is None]
+    files = [source for source in inputs if source.url is None]
     for source in _too_many(files, room_bytes):
         if uploads is None:
             raise InvalidInputError(
@@ -67,8 +74,8 @@ def build_request(
             source.url = upload(source.content, uploads)
         except OSError as error:
             raise _unreadable(source.field, source.content, error) from None
-    for name, source in inputs.items():
-        fields[name] = source.url or base64.b64encode(source.read()).decode()
+    for source in inputs:
+        source.place(source.url or base64.b64encode(source.read()).decode())
     return body
 
 
@@ -84,24 +91,42 @@ def encode(body: dict[str, Any]) -> bytes:
         raise InvalidInputError("must be plain JSON", field="input") from None
 
 
+def _inputs(fields: dict[str, Any]) -> "Iterator[_Input]":
+    """The portrait and the recordings, wherever they stand; those of speakers in a copy of them."""
+    for name in ("image", "audio"):
+        if name in fields:
+            yield _Input.of(name, fields[name], fields, name)
+    given = fields.get("speakers")
+    if not isinstance(given, list | tuple):
+        return
+    fields["speakers"] = speakers = [
+        dict(each) if isinstance(each, Mapping) else each for each in given
+    ]
+    for index, speaker in enumerate(speakers):
+        if isinstance(speaker, dict) and "audio" in speaker:
+            yield _Input.of(f"speakers.{index}.audio", speaker["audio"], speaker, "audio")
+
+
 @dataclass(slots=True)
 class _Input:
-    """One of the two inputs: an address, or content with its size."""
+    """A file of the request, and its place there: an address, or content with its size."""
 
     field: str
+    holder: dict[str, Any]
+    key: str
     url: str | None = None
     content: Path | bytes = b""
     size_bytes: int = 0
 
     @classmethod
-    def of(cls, field: str, media: Media) -> "_Input":
+    def of(cls, field: str, media: Media, holder: dict[str, Any], key: str) -> "_Input":
         if isinstance(media, str):
             if ":" not in media:
                 raise InvalidInputError(
                     'a string must be an https URL or a data: URI; a file is Path("...")',
                     field=field,
                 )
-            return cls(field, url=media)
+            return cls(field, holder, key, url=media)
         if isinstance(media, bytes):
             size_bytes = len(media)
         elif isinstance(media, Path):
@@ -113,7 +138,11 @@ class _Input:
             raise InvalidInputError("must be a Path, bytes or a URL", field=field)
         if size_bytes == 0:
             raise InvalidInputError("is empty", field=field)
-        return cls(field, content=media, size_bytes=size_bytes)
+        return cls(field, holder, key, content=media, size_bytes=size_bytes)
+
+    def place(self, text: str) -> None:
+        """Puts what stands for the file into the request."""
+        self.holder[self.key] = text
 
     @property
     def num_characters(self) -> int:

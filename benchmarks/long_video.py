@@ -29,7 +29,8 @@ import psutil
 import torch
 from PIL import Image
 
-from avatar_client.contract.request import GenerationParams, MediaSource
+from avatar_client.contract.media_source import MediaSource
+from avatar_client.contract.request import GenerationParams
 from benchmarks.random_model import report, synchronize
 from worker.generation.conditioning import Conditioning
 from worker.generation.engine import Engine

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from avatar_client.contract.request import MediaSource
+from avatar_client.contract.media_source import MediaSource
 from tests.support.pictures import chart, encoded
 from tests.support.recordings import voice, write
 from worker.media import decoders, inputs

@@ -11,7 +11,8 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from avatar_client.contract import request
+from avatar_client.contract import schema
+from avatar_client.contract.request import JobInput
 from worker.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -91,6 +92,8 @@ PLATFORM_INPUTS = {
         "advanced": False,
     },
 }
+INPUTS = ("image", "audio", "speakers")
+
 # Where the form's entry is another than a setting gives by itself.
 FORM: dict[str, dict[str, Any]] = {
     "model_repository": {
@@ -165,16 +168,18 @@ def settings_table() -> str:
 
 
 def request_table() -> str:
-    """The README's table of the request's fields, the required ones first."""
+    """The README's table of the request's fields, the inputs first."""
     rows = [
         (
             name,
             _shown(described["default"]) if "default" in described else "required",
             f"{described['description']} {_allowed(described)}".strip(),
         )
-        for name, described in request.described_fields(request.JobInput)
+        for name, described in schema.described_fields(JobInput)
     ]
-    return _table("Field of `input`", sorted(rows, key=lambda row: row[1] != "required"))
+    return _table(
+        "Field of `input`", sorted(rows, key=lambda row: row[0].partition(".")[0] not in INPUTS)
+    )
 
 
 def _table(head: str, rows: list[tuple[str, str, str]]) -> str:
@@ -190,7 +195,7 @@ def _shown(default: Any) -> str:
 
 def _allowed(described: dict[str, Any]) -> str:
     choices = described.get("enum", ())
-    return f"One of {', '.join(map(str, choices))}." if choices else request.limits(described)
+    return f"One of {', '.join(map(str, choices))}." if choices else schema.limits(described)
 
 
 def readme(text: str) -> str:

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from avatar_client.contract import request
+from avatar_client.contract import schema
 from avatar_client.contract.job_errors import InvalidInputError
+from avatar_client.contract.request import GenerationParams
 from worker.shapes import FRAME_RATES
 
 Kind = Literal["choice", "slider", "number", "text", "box"]
@@ -55,8 +56,8 @@ class Control:
 
 def controls() -> dict[str, Control]:
     """Every field that decides the frames, by name, in the schema's order."""
-    described = request.described_fields(request.GenerationParams)
-    return {name: _control(name, schema) for name, schema in described}
+    described = schema.described_fields(GenerationParams)
+    return {name: _control(name, one) for name, one in described}
 
 
 def request_fields(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,7 +102,7 @@ def _control(name: str, described: Mapping[str, Any]) -> Control:
         closed = None not in limits.values()
         kind = "slider" if closed and described["default"] is not None else "number"
     # a slider shows its ends by itself
-    limits_in_words = "" if kind == "slider" else request.limits(described)
+    limits_in_words = "" if kind == "slider" else schema.limits(described)
     return Control(
         name=name,
         kind=kind,

@@ -3,33 +3,20 @@
 All values are checked and frozen: no invalid request exists past `validated`.
 """
 
-import base64
-import binascii
-import difflib
-import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
-from urllib.parse import unquote
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
-    PlainSerializer,
     SecretStr,
-    ValidationError,
-    ValidationInfo,
-    WithJsonSchema,
     field_validator,
     model_validator,
 )
 
-from avatar_client.contract import plain_json, plain_values
+from avatar_client.contract import speakers
 from avatar_client.contract.bucket import (
     SEVEN_DAYS_SECONDS,
     AddressingStyle,
@@ -45,8 +32,11 @@ from avatar_client.contract.formats import (
     VideoFormat,
     require_suffix,
 )
-from avatar_client.contract.job_errors import InputUrlBlockedError, InvalidInputError
+from avatar_client.contract.job_errors import InvalidInputError
+from avatar_client.contract.media_source import Media
 from avatar_client.contract.presets import PRESETS
+from avatar_client.contract.schema import Finite, Frozen
+from avatar_client.contract.speakers import MAX_PAUSE_SECONDS, FaceBox, Order, Speaker, Speakers
 
 MAX_SEED = 2**53 - 1  # the largest whole number that every JSON reader keeps exact
 MAX_PROMPT_CHARACTERS = 2000
@@ -79,102 +69,7 @@ def _request_id(value: str) -> str:
     return value
 
 
-@dataclass(frozen=True, slots=True)
-class MediaSource:
-    """Where an input comes from: exactly one of an address and the bytes themselves."""
-
-    url: str | None = None
-    content: bytes | None = field(default=None, repr=False)
-
-    @classmethod
-    def parse(cls, value: Any, info: ValidationInfo) -> Self:
-        """A source from an https URL, a `data:` URI or plain base64.
-
-        Raises:
-            InputUrlBlockedError: an address of another scheme.
-            ValueError: none of the three.
-        """
-        if not isinstance(value, str):
-            raise ValueError("must be a string: an https URL, a data: URI or base64")
-        text = value.strip()
-        scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", text)
-        if scheme is None:
-            return cls(content=_decode_base64(value))
-        if scheme[1].lower() == "data":
-            head, comma, payload = text.partition(",")
-            parameters = [part.strip().lower() for part in head.split(";")]
-            if not comma or "base64" not in parameters[1:]:
-                raise ValueError("a data: URI must be data:<type>;base64,<data>")
-            return cls(content=_decode_base64(unquote(payload)))  # `+`, `/` and `=` may be escaped
-        if scheme[1].lower() not in ("https", "http"):
-            raise InputUrlBlockedError("only https URLs are fetched", field=info.field_name)
-        if len(text) > 4096 or not text.isprintable() or " " in text:
-            raise ValueError("is not a well-formed URL")
-        return cls(url=text)
-
-    @property
-    def digest(self) -> str:
-        """Fingerprint of the source, for telling one request from another."""
-        return hashlib.sha256(self.content or (self.url or "").encode()).hexdigest()
-
-
-def _decode_base64(text: str) -> bytes:
-    """The bytes of base64 in its common forms: with line breaks, for URLs, without padding.
-
-    A blank inside is a `+` that a form has decoded: left out, it would shift all bits behind it.
-    """
-    lines = text.splitlines()
-    whole = lines[0] if len(lines) == 1 else ""
-    if whole != whole.strip() and len(whole) % 4 == 0:
-        compact = whole  # a blank at its end is such a `+`, too, or the length would be another
-    else:
-        compact = "".join(line.strip(" \t") for line in lines)
-        if whole != whole.strip() and len(compact) % 4:
-            raise ValueError("is base64 with a blank at its end, which may stand for a '+'")
-    if len(compact) % 4 and len(compact) < MIN_UNPADDED_CHARACTERS:
-        raise ValueError("is neither an https URL, a data: URI nor base64")
-    compact = compact.replace(" ", "+").translate(_URL_SAFE).rstrip("=")
-    try:
-        content = base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
-    except (binascii.Error, ValueError):  # ValueError: not ASCII
-        raise ValueError("is neither an https URL, a data: URI nor base64") from None
-    if not content:
-        raise ValueError("is empty")
-    return content
-
-
-MIN_UNPADDED_CHARACTERS = 64  # a word or a path has no padding either, and no media is so short
-_URL_SAFE = str.maketrans("-_", "+/")
-
-
-Model = TypeVar("Model", bound=BaseModel)
-Media = Annotated[
-    MediaSource,
-    BeforeValidator(MediaSource.parse),
-    PlainSerializer(lambda source: source.digest, return_type=str),
-    WithJsonSchema({"type": "string"}),
-]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        arbitrary_types_allowed=True,
-        hide_input_in_errors=True,  # which may be a secret under a mistyped key
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _as_declared(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping):
-            return values
-        return plain_values.as_declared(values, cls.model_fields)
-
-
-class Motion(_Frozen):
+class Motion(Frozen):
     """How much the head and the face move; the reference's own values are the defaults."""
 
     pose: Annotated[Finite, Field(ge=0, le=100)] = Field(
@@ -185,7 +80,7 @@ class Motion(_Frozen):
     )
 
 
-class Watermark(_Frozen):
+class Watermark(Frozen):
     """A mark that people see, in a corner of every frame. Exactly one of text and picture."""
 
     # what Pillow's own font has; other letters are a picture's
@@ -210,7 +105,7 @@ class Watermark(_Frozen):
         return self
 
 
-class OutputOptions(_Frozen):
+class OutputOptions(Frozen):
     """The video's shape and its file, and how it is handed over."""
 
     aspect: Aspect = Field(
@@ -282,11 +177,14 @@ class OutputOptions(_Frozen):
         return self
 
 
+# Beside the recordings: what decides how they become the video's speech.
+SPEECH_FIELDS = ("order", "pause_seconds", "trim_silence")
+
 # Of `output`: what decides the video's bytes, and not where they go.
 VIDEO_FIELDS = {"aspect", "fit", "background", "format", "codec", "quality", "watermark"}
 
 
-class S3Config(_Frozen):
+class S3Config(Frozen):
     """RunPod's own form of a bucket that comes with a job, and what some stores need beside it."""
 
     endpoint_url: Annotated[str, Field(max_length=2048)] | None = Field(None, alias="endpointUrl")
@@ -342,7 +240,7 @@ def no_bucket_if_empty(value: Any) -> Any:
     return None if is_empty else value
 
 
-class GenerationParams(_Frozen):
+class GenerationParams(Frozen):
     """What decides the frames, beside the two inputs."""
 
     prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)] = Field(
@@ -378,16 +276,16 @@ class GenerationParams(_Frozen):
     )
     fps: Finite = Field(25.0, description="25 or 12.5 frames a second.")
     motion: Motion = Motion()
-    face_box: Annotated[tuple[Finite, Finite, Finite, Finite], Field(strict=False)] | None = Field(
+    face_box: FaceBox | None = Field(
         None,
-        description="The face that speaks: x, y, width, height in pixels of the upright image. "
-        "Empty: the largest.",
+        description="The face that speaks `audio`: x, y, width, height in pixels of the upright "
+        "image. Empty: the largest.",
     )
     audio_start_seconds: Annotated[Finite, Field(ge=0)] = Field(
-        0.0, description="Where in the recording the speech begins."
+        0.0, description="Where in `audio` the speech begins."
     )
     max_seconds: Annotated[Finite, Field(gt=0)] | None = Field(
-        None, description="How many seconds of it are used. Empty: all."
+        None, description="The longest that the speech may be; the rest is cut. Empty: all of it."
     )
 
     @field_validator("fps")
@@ -397,15 +295,6 @@ class GenerationParams(_Frozen):
             raise ValueError("must be 25 or 12.5")
         return value
 
-    @field_validator("face_box")
-    @classmethod
-    def _box_with_an_area(
-        cls, value: tuple[float, float, float, float] | None
-    ) -> tuple[float, float, float, float] | None:
-        if value is not None and (min(value) < 0 or min(value[2:]) < 1):
-            raise ValueError("must be [x, y, width, height] in pixels of the image")
-        return value
-
 
 class JobInput(GenerationParams):
     """The `input` object of a job."""
@@ -413,8 +302,28 @@ class JobInput(GenerationParams):
     image: Media = Field(
         description="The portrait: JPEG, PNG, WebP, GIF, TIFF, BMP, AVIF, JPEG 2000 or PPM."
     )
-    audio: Media = Field(
-        description="The speech: wav, mp3, m4a, ogg, opus, flac, webm, or the sound of an mp4."
+    audio: Media | None = Field(
+        None,
+        description="The speech: wav, mp3, m4a, ogg, opus, flac, webm, or the sound of an mp4. "
+        "Required, unless there are `speakers`.",
+    )
+    speakers: Speakers | None = Field(
+        None,
+        description="In the place of `audio`: 1 to 4 recordings, each with the face that speaks "
+        "it.",
+    )
+    order: Order = Field(
+        "together",
+        description="When the speakers begin. `together`: each at its `start_seconds`; `in_turn`: "
+        "each when the one before has ended.",
+    )
+    pause_seconds: Annotated[Finite, Field(ge=0, le=MAX_PAUSE_SECONDS)] = Field(
+        0.0, description="Between two speakers who speak `in_turn`."
+    )
+    trim_silence: bool = Field(
+        False,
+        description="Whether long silence at the start and at the end of each recording is cut "
+        "off. Silence inside it stays in any case.",
     )
     request_id: Annotated[str, Field(max_length=128), AfterValidator(_request_id)] | None = Field(
         None,
@@ -453,77 +362,36 @@ class JobInput(GenerationParams):
             raise ValueError(f"must be at most {MAX_USER_DATA_CHARACTERS} characters of JSON")
         return value
 
+    @model_validator(mode="after")
+    def _someone_speaks(self) -> Self:
+        """Refuses what leaves open who speaks, or when."""
+        if self.speakers is None:
+            if self.audio is None:
+                raise InvalidInputError("field required, or speakers in its place", field="audio")
+        elif self.audio is not None:
+            message = "are in the place of audio, not beside it: leave one of them out"
+            raise InvalidInputError(message, field="speakers")
+        elif self.face_box is not None or self.audio_start_seconds:
+            field = "audio_start_seconds" if self.face_box is None else "face_box"
+            message = "belongs to audio; speakers have face_box and start_seconds of their own"
+            raise InvalidInputError(message, field=field)
+        if self.pause_seconds and self.order != "in_turn":
+            message = "there is none but with order 'in_turn'; together, start_seconds says it"
+            raise InvalidInputError(message, field="pause_seconds")
+        speakers.require_apart(self.speakers or ())
+        if self.max_seconds is not None and self.order == "together":
+            for index, speaker in enumerate(self.speakers or ()):
+                speakers.require_heard(speaker.start_seconds, self.max_seconds, index)
+        return self
 
-def described_fields(model: type[BaseModel]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each value that a request may hold: its dotted name, and its JSON schema.
+    @property
+    def voices(self) -> tuple[Speaker, ...]:
+        """All who speak, whichever way the request says it."""
+        if self.speakers is not None:
+            return self.speakers
+        assert self.audio is not None
+        return (Speaker(audio=self.audio, face_box=self.face_box),)
 
-    An object's values come by their own names, but for one that holds a secret.
-    """
-    schema = model.model_json_schema()
-    yield from _described(schema["properties"], schema.get("$defs", {}), "")
-
-
-def _described(
-    properties: Mapping[str, Any], definitions: Mapping[str, Any], prefix: str
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    for name, value in properties.items():
-        # optional values are written as a choice between the value and null
-        choices = [one for one in value.get("anyOf", [value]) if one.get("type") != "null"]
-        form = {**choices[0], **value}
-        inner = definitions.get(form.get("$ref", "").rpartition("/")[2], {}).get("properties", {})
-        if inner and not any(one.get("writeOnly") for one in inner.values()):
-            yield from _described(inner, definitions, f"{prefix}{name}.")
-        else:
-            yield prefix + name, form
-
-
-def limits(described: Mapping[str, Any]) -> str:
-    """What a field's JSON schema allows, in words; nothing where it says all by itself."""
-    low, high = described.get("minimum"), described.get("maximum")
-    if low is not None and high is not None:
-        return f"{low:g} to {high:.16g}."
-    if low is not None:
-        return f"{low:g} or more."
-    if (above := described.get("exclusiveMinimum")) is not None:
-        return f"More than {above:g}."
-    longest = described.get("maxLength")
-    return "" if longest is None else f"At most {longest} characters."
-
-
-def validated(model: type[Model], raw: Any, prefix: str = "") -> Model:
-    """The checked values.
-
-    Raises:
-        InvalidInputError: a value cannot be served, or sent on; names the field, below `prefix`.
-        InputUrlBlockedError: an input names an address that is never fetched.
-    """
-    plain_json.require_plain(raw, prefix)
-    try:
-        return model.model_validate(raw)
-    except ValidationError as failure:
-        error = failure.errors(include_url=False, include_input=False)[0]
-        if error["type"] == "extra_forbidden":
-            message = _unknown_key(model, error["loc"])
-        else:
-            message = error["msg"].removeprefix("Value error, ").replace("Input should", "must")
-        raise InvalidInputError(
-            message[:1].lower() + message[1:], field=plain_json.field_name(prefix, error["loc"])
-        ) from None
-
-
-def _unknown_key(model: type[BaseModel], location: tuple[int | str, ...]) -> str:
-    for name in location[:-1]:
-        [annotation] = (
-            info.annotation
-            for own_name, info in model.model_fields.items()
-            if name == (info.alias or own_name)
-        )
-        [model] = (  # the model itself, or the model in "model or None"
-            choice
-            for choice in (annotation, *get_args(annotation))
-            if isinstance(choice, type) and issubclass(choice, BaseModel)
-        )
-    known = [info.alias or name for name, info in model.model_fields.items()]
-    given = str(location[-1])[: plain_json.MAX_FIELD_CHARACTERS]
-    near = difflib.get_close_matches(given, known, n=1)
-    return f"unknown key; did you mean {near[0]!r}?" if near else f"unknown key; known: {known}"
+    def field_of(self, index: int, name: str) -> str:
+        """What errors call a field of one of the `voices`."""
+        return name if self.speakers is None else f"speakers.{index}.{name}"

@@ -1,5 +1,6 @@
 """The command `avatar` as a person in front of a terminal meets it."""
 
+import base64
 import hashlib
 import json
 import os
@@ -153,6 +154,30 @@ def test_a_field_that_is_not_given_is_left_to_the_worker(
     assert server.asked(RUN)[0].json["input"] == {"image": INPUTS[1], "audio": INPUTS[3]}
 
 
+def test_each_speaker_is_an_option_with_a_face_a_start_and_a_recording(
+    run: Callable[..., Any], server: ScriptedServer
+) -> None:
+    address = INPUTS[3]
+    Path("c.wav").write_bytes(b"sound")
+    run(
+        *("generate", *INPUTS[:2], "--speaker", f"left={address}", "--speaker", "2@1.5=c.wav"),
+        *("--speaker", f"10,20,30.5,40={address}?a=b@c", "--speaker", f"={address}"),
+        *("--order", "in_turn", "--pause-seconds", 0.5, "--trim-silence"),
+    )
+    assert server.asked(RUN)[0].json["input"] == {
+        "image": INPUTS[1],
+        "speakers": [
+            {"face": "left", "audio": address},
+            {"face": "2", "start_seconds": 1.5, "audio": base64.b64encode(b"sound").decode()},
+            {"face_box": [10, 20, 30.5, 40], "audio": f"{address}?a=b@c"},
+            {"audio": address},
+        ],
+        "order": "in_turn",
+        "pause_seconds": 0.5,
+        "trim_silence": True,
+    }
+
+
 @pytest.mark.parametrize("order", ["gift", "5", "[1]"])
 def test_user_data_is_json_or_else_text(
     run: Callable[..., Any], server: ScriptedServer, order: str
@@ -187,13 +212,17 @@ def test_a_plan_is_printed_instead_of_a_video(
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["generate", "--image", "a.png"], "--audio"),
         (["generate", *INPUTS, "--resolution", "500"], "--resolution"),
         (["generate", *INPUTS, "--seed", "x"], "'x' is no number"),
         (["generate", *INPUTS, "--seed", "-1"], "seed: must be greater than or equal to 0"),
         (["generate", *INPUTS, "--motion-pose", "nan"], "motion.pose: "),
         (["generate", "--image", "nowhere.png", "--audio", "b.wav"], "image: nowhere.png cannot"),
         (["generate", "--image", "HTTPS://x/a", "--audio", "ftp://x/b"], "audio: only https URLs"),
+        (["generate", *INPUTS[:2]], "audio: field required, or speakers"),
+        (["generate", *INPUTS, "--speaker", "left=https://x/a"], "speakers: are in the place of"),
+        (["generate", *INPUTS[:2], "--speaker", "a.wav"], "is not FACE[@SECONDS]=FILE|URL"),
+        (["generate", *INPUTS[:2], "--speaker", "left@x=https://x/a"], "'x' is no number"),
+        (["generate", *INPUTS[:2], "--speaker", "up=https://x/a"], "speakers.0.face: must be"),
         (["generate", *INPUTS, "--output", "nowhere/a.mp4"], "there is no directory nowhere"),
         (["generate", *INPUTS, "--output", "a.webm"], "--output: ends with .webm"),
         (["generate", *INPUTS, "--output-codec", "vp9"], "output.codec: mp4 holds"),

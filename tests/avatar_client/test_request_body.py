@@ -28,6 +28,54 @@ def test_files_travel_in_the_request_and_addresses_as_they_are(client: Any, tmp_
     assert client.request(IMAGE, b"sound")["input"]["audio"] == base64.b64encode(b"sound").decode()
 
 
+def test_each_speakers_recording_travels_as_the_one_of_a_single_voice(
+    client: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "left.wav"
+    path.write_bytes(b"left")
+    given: list[dict[str, Any]] = [
+        {"face": "left", "audio": path},
+        {"audio": b"right"},
+        {"audio": AUDIO, "name": "C"},
+    ]
+
+    body = client.request(IMAGE, speakers=given, order="in_turn")
+
+    assert body["input"] == {
+        "image": IMAGE,
+        "speakers": [
+            {"face": "left", "audio": base64.b64encode(b"left").decode()},
+            {"audio": base64.b64encode(b"right").decode()},
+            {"audio": AUDIO, "name": "C"},
+        ],
+        "order": "in_turn",
+    }
+    assert given[0]["audio"] is path  # the caller's own stay as they are
+
+
+@pytest.mark.parametrize(
+    ("speakers", "field"),
+    [
+        ([{"audio": AUDIO}, {"audio": Path("nowhere.wav")}], "speakers.1.audio"),
+        ([{"audio": AUDIO}, {"audio": "right.wav"}], "speakers.1.audio"),
+        ([{"audio": AUDIO}, {"audio": b"s" * 8_000_000}], "speakers.1.audio"),
+        ([{"audio": AUDIO}, {"audio": "data:audio/wav;base64," + "A" * 10**7}], "speakers.1.audio"),
+        ([{"audio": AUDIO}, {"face": "left"}], "speakers.1.audio"),
+        ([{"audio": AUDIO, "face": "top"}], "speakers.0.face"),
+        ([{"audio": AUDIO}, "right.wav"], "speakers.1"),
+        ({"audio": AUDIO}, "speakers"),
+        ([], "speakers"),
+    ],
+)
+def test_a_wrong_speaker_is_named_before_anything_is_sent(
+    client: Any, server: ScriptedServer, speakers: Any, field: str
+) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        client.submit(IMAGE, speakers=speakers)
+    assert caught.value.field == field
+    assert server.requests == []
+
+
 def test_the_platform_is_told_how_long_the_job_may_take(client: Any) -> None:
     assert client.request(IMAGE, AUDIO)["policy"] == {"executionTimeout": 3_600_000}
     body = client.request(IMAGE, AUDIO, execution_timeout_seconds=90.5, webhook="https://me.com/")
@@ -41,6 +89,8 @@ def test_the_platform_is_told_how_long_the_job_may_take(client: Any) -> None:
         ({"image": Path()}, "image"),
         ({"image": b""}, "image"),
         ({"image": None}, "image"),
+        ({"audio": None}, "audio"),
+        ({"speakers": [{"audio": AUDIO}]}, "speakers"),  # and audio
         ({"image": "portrait.png"}, "image"),
         ({"audio": "data:audio/wav,raw"}, "audio"),
         ({"audio": "data:audio/wav;base64," + "A" * 10_000_000}, "audio"),

@@ -21,7 +21,7 @@ from avatar_client.contract.job_errors import (
     UnsupportedMediaError,
     WorkerError,
 )
-from avatar_client.contract.request import MediaSource
+from avatar_client.contract.media_source import MediaSource
 from tests.conftest import MediaServer
 from worker.media.inputs import Speech, load_portrait, load_speech
 from worker.settings import Settings

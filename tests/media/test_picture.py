@@ -14,7 +14,8 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from avatar_client.contract.job_errors import UnsupportedMediaError
-from avatar_client.contract.request import JobInput, MediaSource
+from avatar_client.contract.media_source import MediaSource
+from avatar_client.contract.request import JobInput
 from tests.support import profiles
 from tests.support.pictures import chart, encoded
 from worker.media import picture

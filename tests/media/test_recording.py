@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from avatar_client.contract.job_errors import UnsupportedMediaError
-from avatar_client.contract.request import JobInput, MediaSource
+from avatar_client.contract.media_source import MediaSource
+from avatar_client.contract.request import JobInput
 from tests.support.recordings import as_ffmpeg_hears, lag_seconds, likeness_db, voice, write
 from worker.media.inputs import Speech, load_speech
 from worker.settings import Settings

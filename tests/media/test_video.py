@@ -13,7 +13,7 @@ from av.video.reformatter import Interpolation
 from PIL import Image
 
 from avatar_client.contract.job_errors import EncodeError, ResultTooLargeError
-from avatar_client.contract.request import MediaSource
+from avatar_client.contract.media_source import MediaSource
 from worker.media.encoding import Encoding, check_encoders
 from worker.media.inputs import AudioSegment, load_speech
 from worker.media.video import VideoFile, write_thumbnail, write_video

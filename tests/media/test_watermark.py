@@ -13,7 +13,8 @@ from avatar_client.contract.job_errors import (
     UnsupportedMediaError,
     WorkerError,
 )
-from avatar_client.contract.request import MediaSource, Watermark
+from avatar_client.contract.media_source import MediaSource
+from avatar_client.contract.request import Watermark
 from tests.support.pictures import encoded
 from worker.media.inputs import load_mark
 from worker.media.watermark import Mark

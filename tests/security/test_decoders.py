@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from avatar_client.contract.job_errors import WorkerError
-from avatar_client.contract.request import MediaSource
+from avatar_client.contract.media_source import MediaSource
 from tests.security import bombs
 from tests.support.pictures import chart, encoded
 from tests.support.recordings import voice, write

@@ -174,6 +174,48 @@ def test_a_request_id_that_cannot_stand_in_a_key_is_refused_by_its_field(name: A
     assert caught.value.field == "request_id"
 
 
+@pytest.mark.parametrize("as_list", [True, False], ids=["list", "no list"])
+def test_the_addresses_of_speakers_are_as_secret_as_that_of_one_recording(as_list: bool) -> None:
+    speaker = {"audio": "https://user:hush-hush@example.com/b.wav?token=0123456789"}
+    speakers = [{"audio": AUDIO}, speaker] if as_list else speaker
+    hidden = job_request.secret_values({"input": {"speakers": speakers}})
+    assert {"hush-hush", "token=0123456789", "0123456789"} <= hidden
+
+
+def test_two_requests_are_told_apart_by_all_that_their_speakers_say() -> None:
+    def sent(speaker: dict[str, Any], **fields: Any) -> tuple[str, str | None]:
+        first = {"audio": IMAGE, "face": "left"}
+        raw = {"image": IMAGE, "speakers": [first, {"audio": IMAGE, **speaker}], **fields}
+        request = job_request.parse({"id": "job-1", "input": raw})
+        return request.fingerprint.sent, request.fingerprint_with(["i", "a", "b"]).content
+
+    plain = sent({})
+    assert sent({"name": "Ada"}) == plain  # decides nothing
+    others = [
+        sent({"face": "right"}),
+        sent({"face_box": [1, 2, 3, 4]}),
+        sent({"start_seconds": 1}),
+        sent({}, order="in_turn"),
+        sent({}, order="in_turn", pause_seconds=1),
+        sent({}, trim_silence=True),
+    ]
+    for values in zip(plain, *others, strict=True):
+        assert len(set(values)) == 7
+
+
+def test_an_address_may_be_another_at_each_sending_in_each_speaker() -> None:
+    def request(token: str) -> job_request.JobRequest:
+        speakers = [{"audio": f"https://example.com/{n}.wav?token={token}"} for n in "ab"]
+        return job_request.parse({"id": "job-1", "input": {"image": IMAGE, "speakers": speakers}})
+
+    first, second = request("one"), request("two")
+    assert first.fingerprint.content is None
+    assert first.fingerprint.sent != second.fingerprint.sent
+    digests = ["i", "a", "b"]
+    assert first.fingerprint_with(digests).content == second.fingerprint_with(digests).content
+    assert first.fingerprint_with(["i", "b", "a"]) != first.fingerprint_with(digests)
+
+
 def test_the_address_of_a_watermark_is_as_secret_as_that_of_an_input() -> None:
     mark = {"image": "https://example.com/logo.png?signature=0123456789"}
     hidden = job_request.secret_values({"input": {"output": {"watermark": mark}}})

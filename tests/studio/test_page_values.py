@@ -133,6 +133,7 @@ def test_a_shell_sends_exactly_the_fields_that_the_snippet_stands_for(tmp_path: 
     assert {key: body["input"][key] for key in fields} == fields
     content = job_request.parse({"input": body["input"]}).input
     assert content.image.content == names["image"].encode() * 100
+    assert content.audio is not None
     assert content.audio.content == names["audio"].encode() * 100
     assert body["policy"]["executionTimeout"] == 3_600_000
     assert "https://api.runpod.ai/v2/abc123/run" in arguments

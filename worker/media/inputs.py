@@ -23,7 +23,7 @@ from avatar_client.contract.job_errors import (
     UnsupportedMediaError,
     WorkerError,
 )
-from avatar_client.contract.request import MediaSource
+from avatar_client.contract.media_source import MediaSource
 from worker.media import connection, decoders, download, recording
 from worker.media.sandbox import Decoded, Failure, Sandbox, SandboxError
 from worker.media.sandbox_process import Limits

@@ -154,7 +154,7 @@ class JobRun:
                 )
             plan = _plan(params, inputs.scene)
             self._require_room(plan)
-            fingerprint = self.request.fingerprint_with(*inputs.digests)
+            fingerprint = self.request.fingerprint_with(inputs.digests)
             existing = self._turn(delivery, fingerprint, ending)
             if existing is not None:
                 return self._reused(engine, delivery, existing)

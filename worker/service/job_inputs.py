@@ -53,8 +53,12 @@ class JobInputs:
         portrait = load_portrait(params.image, directory, settings, check=check)
         _require_face_box_inside(params, portrait)
         check()
+        [speaker, *others] = params.voices
+        if others:
+            message = "this worker's model follows one voice: send one speaker"
+            raise InvalidInputError(message, field="speakers")
         speech = load_speech(
-            params.audio,
+            speaker.audio,
             directory,
             settings,
             start_seconds=params.audio_start_seconds,
@@ -72,7 +76,8 @@ class JobInputs:
 def largest_bytes(params: JobInput, settings: Settings) -> int:
     """What the inputs may take on the disk: those that have to be fetched."""
     mark = params.output.watermark
-    sources = [params.image, params.audio, mark.image if mark is not None else None]
+    recordings = [each.audio for each in params.voices]
+    sources = [params.image, *recordings, mark.image if mark is not None else None]
     fetched = sum(source is not None and source.url is not None for source in sources)
     return settings.max_input_bytes * fetched
 

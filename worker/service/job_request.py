@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
@@ -13,13 +13,15 @@ from avatar_client.contract.bucket import BucketSettings
 from avatar_client.contract.formats import require_suffix
 from avatar_client.contract.job_errors import InvalidInputError
 from avatar_client.contract.request import (
+    SPEECH_FIELDS,
     VIDEO_FIELDS,
     GenerationParams,
     JobInput,
     S3Config,
     no_bucket_if_empty,
-    validated,
 )
+from avatar_client.contract.schema import validated
+from avatar_client.contract.speakers import PLACE_FIELDS
 
 # 10 MB on /run and 20 MB on /runsync, less room for the rest of the reply (RunPod's limits).
 MAX_INLINE_CHARACTERS = {"run": 9_500_000, "runsync": 19_000_000}
@@ -60,19 +62,26 @@ class JobRequest:
     @property
     def fingerprint(self) -> Fingerprint:
         """As far as it is known before anything is fetched."""
-        sources = (self.input.image, self.input.audio)
+        sources = (self.input.image, *(each.audio for each in self.input.voices))
         sent = self._fingerprint([source.digest for source in sources])
         has_addresses = any(source.url is not None for source in sources)
         return Fingerprint(sent, None if has_addresses else sent)
 
-    def fingerprint_with(self, image_sha256: str, audio_sha256: str) -> Fingerprint:
-        """The same with the inputs' content. An address may be another at each sending."""
-        content = self._fingerprint([image_sha256, audio_sha256])
+    def fingerprint_with(self, digests: Sequence[str]) -> Fingerprint:
+        """The same with the inputs' content. An address may be another at each sending.
+
+        `digests` are those of the portrait and of each recording.
+        """
+        content = self._fingerprint(digests)
         return Fingerprint(self.fingerprint.sent, content)
 
-    def _fingerprint(self, digests: list[str]) -> str:
-        included = dict.fromkeys(GenerationParams.model_fields, True)
-        params = self.input.model_dump(mode="json", include={**included, "output": VIDEO_FIELDS})
+    def _fingerprint(self, digests: Sequence[str]) -> str:
+        included: dict[str, Any] = {
+            **dict.fromkeys((*GenerationParams.model_fields, *SPEECH_FIELDS), True),
+            "speakers": {"__all__": PLACE_FIELDS},
+            "output": VIDEO_FIELDS,
+        }
+        params = self.input.model_dump(mode="json", include=included)
         identity: list[Any] = [self.job_id]
         if self.input.request_id is not None:  # whoever sends it again may send another
             output = self.input.output.model_dump(mode="json", exclude=NOT_OF_THE_VIDEO)
@@ -122,8 +131,12 @@ def secret_values(job: Any) -> set[str]:
         found |= _secrets_of_address(text) if text.startswith(("https://", "http://")) else {text}
     output = given.get("output")
     mark = output.get("watermark") if isinstance(output, dict) else None
-    mark_image = mark.get("image") if isinstance(mark, dict) else None
-    for address in (given.get("image"), given.get("audio"), mark_image, top.get("webhook")):
+    speakers = given.get("speakers")
+    holders = [given, mark, *(speakers[:MAX_SECRETS] if isinstance(speakers, list) else [speakers])]
+    media = [
+        each.get(name) for each in holders if isinstance(each, dict) for name in ("image", "audio")
+    ]
+    for address in (*media, top.get("webhook")):
         if isinstance(address, str) and len(address) <= MAX_ADDRESS_CHARACTERS:
             found |= _secrets_of_address(address)
     return found

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from avatar_client.contract.job_errors import InputUrlBlockedError, InvalidInputError
-from avatar_client.contract.request import JobInput, validated
+from avatar_client.contract.request import JobInput
+from avatar_client.contract.schema import validated
 
 IMAGE = base64.b64encode(b"an image").decode()
 AUDIO = "https://example.com/speech.wav"
