@@ -10,6 +10,7 @@ published code. The finished frames are scaled back: a circle in the portrait is
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image
@@ -78,8 +79,8 @@ def cover(portrait: FrameSize, aspect: Aspect, face: Box | None) -> Box:
     if right - left > width or bottom - top > height:
         side = "wider" if right - left > width else "higher"
         raise InvalidInputError(
-            f"the face is {side} than the part of the image that {aspect} leaves; choose another "
-            "aspect, or output.fit 'contain'",
+            f"the face, or all that speak together, is {side} than the part of the image that "
+            f"{aspect} leaves; choose another aspect, or output.fit 'contain'",
             field="output.aspect",
         )
     x = (left + right - width) / 2
@@ -101,6 +102,23 @@ def box_in_part(box: Box, part: Box, size: FrameSize) -> Box:
     left, top, part_width, part_height = part
     across, down = size.width / part_width, size.height / part_height
     return ((x - left) * across, (y - top) * down, width * across, height * down)
+
+
+def box_of_whole(box: Box, part: Box, size: FrameSize) -> Box:
+    """The box in the whole picture of a face in a part of it: what `box_in_part` was given."""
+    x, y, width, height = box
+    left, top, part_width, part_height = part
+    across, down = part_width / size.width, part_height / size.height
+    return (left + x * across, top + y * down, width * across, height * down)
+
+
+def around(boxes: Sequence[Box]) -> Box | None:
+    """The smallest box that holds all of them; None: there are none."""
+    if not boxes:
+        return None
+    left, top = (min(box[side] for box in boxes) for side in (0, 1))
+    right, bottom = (max(box[side] + box[side + 2] for box in boxes) for side in (0, 1))
+    return (left, top, right - left, bottom - top)
 
 
 def _ratio(aspect: Aspect) -> FrameSize:

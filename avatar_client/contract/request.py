@@ -339,7 +339,8 @@ class JobInput(GenerationParams):
     dry_run: bool = Field(
         False,
         description="Checks everything, fetches and probes the media, answers the plan, an "
-        "estimate and the warnings.",
+        "estimate, the warnings, and all `faces` with `faces_thumbnail`, a small picture in which "
+        "each has its number.",
     )
     preview: bool = Field(
         False,
@@ -381,7 +382,8 @@ class JobInput(GenerationParams):
         speakers.require_apart(self.speakers or ())
         if self.max_seconds is not None and self.order == "together":
             for index, speaker in enumerate(self.speakers or ()):
-                speakers.require_heard(speaker.start_seconds, self.max_seconds, index)
+                if speaker.start_seconds >= self.max_seconds:
+                    raise speakers.never_heard(speaker.start_seconds, self.max_seconds, index)
         return self
 
     @property

@@ -76,6 +76,15 @@ class WorkerIdentity(TypedDict):
     imports: dict[str, str]  # what became of torchvision, torchaudio and xformers
 
 
+class SpeakerShown(TypedDict):
+    """Who spoke when, and with which face."""
+
+    name: str | None  # the request's own
+    face_box: list[float] | None  # in pixels of the upright image; None: the whole frame moved
+    start_seconds: float  # in the video
+    duration_seconds: float
+
+
 class JobResult(TypedDict):
     """A video, where it is, and how it was made."""
 
@@ -101,6 +110,7 @@ class JobResult(TypedDict):
     seed: int
     # what the video says of being generated: by plain metadata, or signed by C2PA too
     provenance: Literal["metadata", "c2pa"]
+    speakers: list[SpeakerShown]  # in the request's order; one, where that had `audio`
     parameters: ParametersUsed
     user_data: Any
     warnings: list[str]
@@ -125,11 +135,20 @@ class Plan(TypedDict):
     key: NotRequired[str]  # in the bucket
 
 
+class FaceFound(TypedDict):
+    """A face of the portrait."""
+
+    index: int  # from the left, as a speaker's `face` has it
+    face_box: list[float]  # in pixels of the upright image
+
+
 class DryRunResult(TypedDict):
     """The answer to a request with `dry_run`."""
 
     dry_run: Literal[True]
     plan: Plan
+    faces: list[FaceFound]
+    faces_thumbnail: str  # the portrait with their numbers: a JPEG as a `data:` URL, below 60 kB
     estimate_seconds: float | None  # of the whole job; None before this worker's first video
     estimate_usd: float | None  # what they cost; None unless the operator has set a price
     warnings: list[str]  # those of the video that the job would make

@@ -6,8 +6,9 @@ from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from avatar_client.contract import media_source, plain_json, plain_values
+from avatar_client.contract import plain_json, plain_values
 from avatar_client.contract.job_errors import InputUrlBlockedError, InvalidInputError, WorkerError
+from avatar_client.contract.media_source import BlockedSchemeError
 
 Model = TypeVar("Model", bound=BaseModel)
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -105,7 +106,7 @@ def validated(model: type[Model], raw: Any, prefix: str = "") -> Model:
             message = _unknown_key(model, error["loc"])
         elif error["type"] == "model_type":
             message = "must be an object"
-        elif error["type"] == media_source.BLOCKED:
+        elif isinstance(error.get("ctx", {}).get("error"), BlockedSchemeError):
             kind = InputUrlBlockedError
         for python, plain in PLAIN_WORDS.items():
             message = message.replace(python, plain)

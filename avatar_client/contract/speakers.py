@@ -120,18 +120,13 @@ def require_apart(speakers: Sequence[Speaker]) -> None:
             require_no_overlap(one.face_box, other.face_box, first, f"speakers.{second}.face_box")
 
 
-def require_heard(start_seconds: float, end_seconds: float, index: int) -> None:
-    """Returns if a speaker begins before the speech is cut.
-
-    Raises:
-        InvalidInputError: he does not.
-    """
-    if start_seconds >= end_seconds:
-        raise InvalidInputError(
-            f"begins at {start_seconds:g} s, after the end that max_seconds sets at "
-            f"{end_seconds:g} s: begin earlier, or raise max_seconds",
-            field=f"speakers.{index}.start_seconds",
-        )
+def never_heard(start_seconds: float, end_seconds: float, index: int) -> InvalidInputError:
+    """The refusal of a speaker who begins where the speech has been cut."""
+    return InvalidInputError(
+        f"begins at {start_seconds:g} s, and max_seconds ends the speech at {end_seconds:g} s: "
+        "begin earlier, or raise max_seconds",
+        field=f"speakers.{index}.start_seconds",
+    )
 
 
 def require_no_overlap(box: Box, other: Box, index: int, field: str) -> None:

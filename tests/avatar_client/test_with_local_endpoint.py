@@ -12,6 +12,7 @@ from typing import Any
 
 import av
 import pytest
+from PIL import Image
 
 from avatar_client import (
     AsyncAvatarEndpoint,
@@ -25,6 +26,7 @@ from avatar_client import (
 from local_endpoint import LocalEndpoint
 from tests.avatar_client.client_kinds import KINDS, clients
 from tests.conftest import BucketServer
+from tests.support.pictures import encoded
 
 ROOT = Path(__file__).parents[2]
 DRAFT: dict[str, Any] = {"resolution": 256, "num_inference_steps": 2, "seed": 128}
@@ -81,6 +83,30 @@ def test_a_video_inside_the_answer_becomes_a_file(
         job = client.submit(make_portrait(), make_speech(0.5), **DRAFT, output=inline)
         job.wait(timeout_seconds=JOB_SECONDS)
         assert num_frames(job.download(tmp_path / "video.mp4")) > 0
+
+
+def test_two_speakers_become_one_video_and_a_wrong_one_is_named(
+    endpoint: LocalEndpoint, make_speech: Callable[..., bytes], tmp_path: Path
+) -> None:
+    recording = tmp_path / "left.wav"
+    recording.write_bytes(make_speech(0.3))
+    speakers: list[dict[str, Any]] = [
+        {"audio": recording, "face_box": [20, 20, 90, 100], "name": "Ada"},
+        {"audio": make_speech(0.5, 44_100), "face_box": [180, 20, 90, 100], "start_seconds": 0.2},
+    ]
+    picture = encoded(Image.new("RGB", (320, 256), "grey"), "PNG")
+    with AvatarEndpoint(endpoint.url, endpoint.api_key) as client:
+        job = client.submit(picture, speakers=speakers, **DRAFT)
+        output = job.wait(timeout_seconds=JOB_SECONDS).output or {}
+        assert num_frames(job.download(tmp_path / "video.mp4")) == 17
+        assert [each["name"] for each in output["speakers"]] == ["Ada", None]
+        assert [each["face_box"] for each in output["speakers"]] == [
+            each["face_box"] for each in speakers
+        ]
+        job = client.submit(picture, speakers=[{"audio": recording, "face": 1}], **DRAFT)
+        with pytest.raises(JobFailedError, match="no face was found") as caught:
+            job.wait(timeout_seconds=JOB_SECONDS)
+    assert (caught.value.code, caught.value.field) == ("INVALID_INPUT", "speakers.0.face")
 
 
 def test_the_worker_names_what_it_cannot_use(

@@ -11,10 +11,11 @@ from PIL import Image
 from avatar_client.contract import preview
 from avatar_client.contract.request import GenerationParams
 from worker.generation.engine import Engine
-from worker.generation.preview import FramePreview, encoded
+from worker.generation.preview import FramePreview
 from worker.generation.voices import Voice
 from worker.model.latent_to_rgb import LatentToRGB
 from worker.settings import Settings
+from worker.small_jpeg import encoded
 
 CHANNELS = 4
 

@@ -26,7 +26,7 @@ from worker.media.provenance import SOURCE_TYPE, Credentials, Making, mark_pictu
 from worker.media.video import VideoFile, write_thumbnail, write_video
 from worker.settings import Settings
 
-MAKING = Making("demo", "0.1.0", 7, "1" * 64, "2" * 64)
+MAKING = Making("demo", "0.1.0", 7, "1" * 64, ("2" * 64,))
 FRAMES = np.random.default_rng(0).integers(0, 256, (25, 64, 96, 3), dtype=np.uint8)
 
 

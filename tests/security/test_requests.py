@@ -88,6 +88,36 @@ def test_a_mistyped_bucket_is_refused_and_its_secret_told_to_nobody(
     require_refusal(output, log(), "s3Config")
 
 
+SECRET_ADDRESS = f"https://me:{MARK}@example.com/a.wav?token={MARK}"
+
+
+@pytest.mark.parametrize(
+    ("speakers", "field"),
+    [
+        (SECRET_ADDRESS, "speakers"),
+        ({"audio": SECRET_ADDRESS}, "speakers"),
+        ([SECRET_ADDRESS], "speakers.0"),
+        ([[{"audio": SECRET_ADDRESS}]], "speakers.0"),
+        ([{"audio": {"url": SECRET_ADDRESS}}], "speakers.0.audio"),
+        ([{"audio": SECRET_ADDRESS, "face": MARK}], "speakers.0.face"),
+        ([{"audio": SECRET_ADDRESS, "face": {"left": MARK}}], "speakers.0.face"),
+        ([{"audio": SECRET_ADDRESS, "face": "9" * 5000}], "speakers.0.face"),
+        ([{"audio": SECRET_ADDRESS, "face_box": [MARK] * 4}], "speakers.0.face_box"),
+        ([{"audio": SECRET_ADDRESS, "name": f"{MARK}\n\x1b[2J"}], "speakers.0.name"),
+        ([{"audio": SECRET_ADDRESS, "name": [MARK]}], "speakers.0.name"),
+        ([{"audio": SECRET_ADDRESS, "start_seconds": MARK}], "speakers.0.start_seconds"),
+        ([{"audio": SECRET_ADDRESS}] * 5, "speakers"),
+        ([{"audio": SECRET_ADDRESS}] * 9000, "speakers"),
+        ([{"audio": SECRET_ADDRESS, "face": 0}] * 2, "speakers.1.face"),
+    ],
+    ids=range(15),
+)
+def test_speakers_of_any_shape_are_refused_and_nothing_of_them_is_told(
+    handle: Handle, log: Callable[[], str], speakers: Any, field: str
+) -> None:
+    require_refusal(handle(job(audio=None, speakers=speakers)), log(), field)
+
+
 @pytest.mark.parametrize("text", SURROGATES, ids=ascii)
 @pytest.mark.parametrize(
     "fields",
@@ -101,6 +131,8 @@ def test_a_mistyped_bucket_is_refused_and_its_secret_told_to_nobody(
         lambda text: {"output": {"prefix": text}},
         lambda text: {"image": text},
         lambda text: {"audio": f"https://example.com/{text}"},
+        lambda text: {"speakers": [{"audio": "AAAA", "name": text}]},
+        lambda text: {"speakers": [{"audio": text}]},
         lambda text: {"preset": text},
         lambda text: {text: 1},
         lambda text: {"s3Config": {**S3, "bucketName": text}},
@@ -115,13 +147,16 @@ def test_text_that_has_no_utf8_is_refused(
 
 
 @pytest.mark.parametrize("number", NUMBERS, ids=range(len(NUMBERS)))
-@pytest.mark.parametrize("field", [*NUMBER_FIELDS, "user_data", "face_box", "motion", "output"])
+@pytest.mark.parametrize(
+    "field", [*NUMBER_FIELDS, "user_data", "face_box", "motion", "output", "speakers"]
+)
 def test_a_number_that_json_or_its_readers_do_not_know_is_refused(
     handle: Handle, log: Callable[[], str], field: str, number: float
 ) -> None:
     values: dict[str, Any] = {
         "face_box": [0, 0, number, 10],
         "motion": {"pose": number},
+        "speakers": [{"audio": "AAAA", "start_seconds": number, "face": number}],
         "output": {"url_expires_seconds": number},
         "user_data": {"a": [number]},
     }
@@ -138,7 +173,9 @@ def nested(depth: int, kind: str) -> Any:
 
 @pytest.mark.parametrize("kind", ["list", "dict"])
 @pytest.mark.parametrize("depth", [33, 100, 400, 985, 5000, 100_000])
-@pytest.mark.parametrize("field", ["user_data", "prompt", "s3Config", "image", "unknown"])
+@pytest.mark.parametrize(
+    "field", ["user_data", "prompt", "s3Config", "image", "speakers", "unknown"]
+)
 def test_a_value_that_is_nested_too_deep_is_refused(
     handle: Handle, log: Callable[[], str], field: str, depth: int, kind: str
 ) -> None:
@@ -219,11 +256,13 @@ KEYS = [
 
 
 @pytest.mark.parametrize("key", KEYS, ids=range(len(KEYS)))
-@pytest.mark.parametrize("place", ["input", "motion", "output"])
+@pytest.mark.parametrize("place", ["input", "motion", "output", "speakers"])
 def test_an_unknown_key_is_named_in_short_and_in_print(
     handle: Handle, log: Callable[[], str], key: str, place: str
 ) -> None:
     fields: dict[str, Any] = {key: 1} if place == "input" else {place: {key: 1}}
+    if place == "speakers":
+        fields = {"audio": None, "speakers": [{"audio": "A" * 80, key: 1}]}
     output = handle(job(**fields))
     require_refusal(output, log(), None)
     named = output["error_info"]["field"]

@@ -443,6 +443,7 @@ def test_an_endpoint_that_is_none_is_refused_by_its_field(endpoint: str) -> None
 
 # Objects that another has written
 
+SPEAKER = {"face_box": None, "start_seconds": 0.0, "duration_seconds": 0.4}
 RECORD = {
     "fingerprint": "f",
     "thumbnail": False,
@@ -454,6 +455,7 @@ RECORD = {
     "width": 256,
     "height": 320,
     "seed": 7,
+    "speakers": [SPEAKER],
     "warnings": ["a"],
 }
 
@@ -504,6 +506,11 @@ FORGED: dict[str, Any] = {
     "true for a number": RECORD | {"num_frames": True},
     "warnings of objects": RECORD | {"warnings": [{"error": "x"}]},
     "a warning": RECORD | {"warnings": "text"},
+    "no speaker": RECORD | {"speakers": []},
+    "five speakers": RECORD | {"speakers": [SPEAKER] * 5},
+    "a speaker's error": RECORD | {"speakers": [SPEAKER | {"error": "x"}]},
+    "a speaker's name": RECORD | {"speakers": [SPEAKER | {"name": "x"}]},
+    "a box of text": RECORD | {"speakers": [SPEAKER | {"face_box": ["x"] * 4}]},
     "another size": RECORD | {"size_bytes": 2},
     "no thumbnail's word": RECORD | {"thumbnail": "yes"},
     "a negative length": RECORD | {"duration_seconds": -1.0},

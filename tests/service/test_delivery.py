@@ -41,6 +41,10 @@ METADATA = {
     "height": 320,
     "seed": 7,
     "provenance": "metadata",
+    "speakers": [
+        {"face_box": [1.5, 2.0, 30.0, 40.0], "start_seconds": 0.0, "duration_seconds": 0.3},
+        {"face_box": None, "start_seconds": 0.1, "duration_seconds": 0.3},
+    ],
     "warnings": ['zwei  "Räume"'],
 }
 THUMBNAIL = b"\xff\xd8\xff not really a picture"

@@ -216,7 +216,8 @@ def test_the_face_that_is_found_in_the_whole_portrait_is_the_one_in_its_part(
     media = {"image": "AA==", "audio": "AA=="}
     params = JobInput.model_validate({**media, "resolution": 256, "output": {"aspect": "1:1"}})
 
-    scene = Scene.of(image, None, params, engine)  # type: ignore[arg-type]  # nobody hears it
+    nobody_hears: Any = None
+    scene = Scene.of(image, nobody_hears, params, [None], engine)
 
     assert scene.portrait.size == (256, 256)
     assert scene.params.face_box is not None

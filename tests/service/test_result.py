@@ -12,9 +12,15 @@ from worker.generation.engine import Engine
 from worker.media.video import VideoFile
 from worker.service import result
 from worker.service.estimate import JobPlan
+from worker.service.faces import ShownFaces
 from worker.shapes import FrameSize, VideoPlan
 
 PLAN = JobPlan(FrameSize(256, 320), VideoPlan(150), "balanced", 50, 2)
+
+FACES = ShownFaces(
+    [(1.0, 2.24, 30.0, 40.0), (50.0, 2.0, 30.0, 40.0)], "data:image/jpeg;base64,AA=="
+)
+SPEAKER = {"face_box": [1.0, 2.2, 30.0, 40.0], "start_seconds": 0.0, "duration_seconds": 1.5}
 
 
 @pytest.fixture
@@ -26,7 +32,7 @@ def params(make_input: Callable[..., dict[str, Any]]) -> JobInput:
 
 def test_a_dry_run_tells_the_plan_the_delivery_and_the_estimate(params: JobInput) -> None:
     output = result.dry_run_output(
-        params, PLAN, {"delivery": "inline"}, 12.0004, 99.5, 0.002, ("w",), "demo"
+        params, PLAN, {"delivery": "inline"}, 12.0004, FACES, 99.5, 0.002, ("w",), "demo"
     )
     assert output.pop("worker")["model"] == "demo"
     assert output == {
@@ -42,6 +48,11 @@ def test_a_dry_run_tells_the_plan_the_delivery_and_the_estimate(params: JobInput
             "num_computed_steps": 17,
             "delivery": "inline",
         },
+        "faces": [
+            {"index": 0, "face_box": [1.0, 2.2, 30.0, 40.0]},
+            {"index": 1, "face_box": [50.0, 2.0, 30.0, 40.0]},
+        ],
+        "faces_thumbnail": "data:image/jpeg;base64,AA==",
         "estimate_seconds": 99.5,
         "estimate_usd": 0.199,
         "warnings": ["w"],
@@ -51,7 +62,7 @@ def test_a_dry_run_tells_the_plan_the_delivery_and_the_estimate(params: JobInput
 
 def test_a_videos_metadata_are_those_of_its_file_and_its_plan(params: JobInput) -> None:
     file = VideoFile(Path("x"), num_frames=150, duration_seconds=12.0, size_bytes=9, sha256="ab")
-    assert result.video_metadata(params, PLAN, file, 7, ("no face",)) == {
+    assert result.video_metadata(params, PLAN, file, 7, ("no face",), [SPEAKER]) == {
         "sha256": "ab",
         "size_bytes": 9,
         "duration_seconds": 12.0,
@@ -61,12 +72,15 @@ def test_a_videos_metadata_are_those_of_its_file_and_its_plan(params: JobInput) 
         "height": 256,
         "seed": 7,
         "provenance": "metadata",
+        "speakers": [SPEAKER],
         "warnings": ["no face"],
     }
 
 
 def test_a_reply_names_what_shaped_the_video_and_who_made_it(params: JobInput) -> None:
-    output = result.video_output(params, {"seed": 7}, {"total_seconds": 1.0}, "demo")
+    video = {"seed": 7, "speakers": [SPEAKER]}
+    output = result.video_output(params, video, {"total_seconds": 1.0}, "demo")
+    assert output["speakers"] == [{"name": None, **SPEAKER}]
     assert (output["seed"], output["content_type"]) == (7, "video/mp4")
     assert output["parameters"] == {
         "preset": "balanced",

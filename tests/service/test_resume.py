@@ -26,6 +26,7 @@ from tests.conftest import BucketServer
 from tests.support.waiting import wait_until
 from worker.generation.denoising_state import DenoisingState, ModelIdentity
 from worker.generation.engine import Engine
+from worker.generation.voices import Voice
 from worker.media import state_store
 from worker.media.state_store import SUFFIX, BucketStore, DirectoryStore, StateStore
 from worker.service import job_request, resume
@@ -403,7 +404,9 @@ def name(resumption: Resumption, job_id: str = "a", shade: int = 9, **job_input:
     media = {"image": "aGk=", "audio": "aGk="}
     request = job_request.parse({"id": job_id, "input": media | job_input})
     waveform = np.full(100, 0.25, np.float32)
-    return resumption.name(request, Image.new("RGB", (8, 8), (shade, 9, 9)), waveform)
+    return resumption.name(
+        request, Image.new("RGB", (8, 8), (shade, 9, 9)), [Voice(waveform, None)]
+    )
 
 
 def test_the_same_request_has_the_same_state_where_it_must_be_the_same_video(

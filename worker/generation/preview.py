@@ -4,7 +4,6 @@ The autoencoder, which may not be on the GPU while the transformer is, is not as
 latents leave the GPU, a tenth of the way at a time, and nothing waits for them.
 """
 
-import io
 import logging
 from collections.abc import Sequence
 
@@ -14,13 +13,12 @@ from torch import Tensor
 
 from avatar_client.contract import preview
 from worker.model.latent_to_rgb import LatentToRGB
+from worker.small_jpeg import encoded
 
 logger = logging.getLogger(__name__)
 
 TENTHS = 10
 PIXELS_PER_LATENT = 8  # across: the picture has the size of the video
-QUALITIES = (80, 60, 40, 20)  # of the JPEG: the first that makes it small enough
-SMALLER = 2  # times, where none does
 
 
 class FramePreview:
@@ -88,14 +86,3 @@ class FramePreview:
         height, width = (PIXELS_PER_LATENT * side for side in latents.shape[1:])
         picture = Image.fromarray(pixels.numpy())
         return encoded(picture.resize((width, height), Image.Resampling.BICUBIC))
-
-
-def encoded(picture: Image.Image) -> bytes:
-    """A JPEG that fits into a progress."""
-    while True:
-        for quality in QUALITIES:
-            content = io.BytesIO()
-            picture.save(content, "JPEG", quality=quality, optimize=True)
-            if preview.fits(content.tell(), *picture.size):
-                return content.getvalue()
-        picture = picture.reduce(SMALLER)

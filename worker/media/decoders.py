@@ -22,7 +22,7 @@ from avatar_client.contract.job_errors import (
     InvalidInputError,
     UnsupportedMediaError,
 )
-from worker.media import file_kind, picture, recording, speech_check
+from worker.media import file_kind, picture, recording, silence, speech_check
 from worker.media.sandbox_process import Answer, Budget, Limits
 from worker.shapes import SAMPLE_RATE_HZ
 
@@ -85,7 +85,9 @@ def warm_up() -> None:
             importlib.import_module(module.name)
     for encoding in ("ascii", "latin-1", "utf-8", "utf-16", "utf-16-le", "utf-16-be", "cp1252"):
         "".encode(encoding)
-    speech_check.voice_warnings(np.sin(np.arange(SAMPLE_RATE_HZ, dtype=np.float32)))
+    tone = np.sin(np.arange(SAMPLE_RATE_HZ, dtype=np.float32))
+    speech_check.voice_warnings(tone)
+    silence.spoken_part(tone[None], SAMPLE_RATE_HZ)
 
 
 def read_portrait(file: BinaryIO, budget: Budget, *, max_pixels: int) -> Answer:
@@ -167,10 +169,12 @@ def read_speech(
     start_seconds: float,
     max_seconds: float | None,
     limit_seconds: float,
+    trim_silence: bool = False,
 ) -> Answer:
     """The recording (N, channels) int16 with its rate, the waveform (M,) float32, warnings.
 
-    Decoding stops where the chosen part ends, so that a long recording costs no memory.
+    Decoding stops where the chosen part ends, so that a long recording costs no memory. Where
+    silence at both ends is cut first, the part is chosen of what is left.
 
     Raises:
         InputTooLargeError: over the limit of seconds.
@@ -178,14 +182,18 @@ def read_speech(
         UnsupportedMediaError: no sound in it, or a damaged file.
     """
     wanted_seconds = min(max_seconds or math.inf, limit_seconds + 1.0)  # 1 s more: too long
+    decoded_seconds = limit_seconds + 1.0 if trim_silence else wanted_seconds
     try:
-        sound = recording.decode(file, start_seconds, wanted_seconds)
+        sound = recording.decode(file, start_seconds, decoded_seconds)
     except DAMAGED as error:
         file.seek(0)
         what = file_kind.describe(file.read(file_kind.HEAD_BYTES))
         message = what or "is not a recording that can be decoded"
         raise UnsupportedMediaError(message, field="audio") from error
     samples, rate_hz = sound.samples, sound.rate_hz
+    if trim_silence and np.isfinite(samples).all():
+        first, last = silence.spoken_part(samples, rate_hz)
+        samples = samples[:, first : min(last, first + round(wanted_seconds * rate_hz))]
     if samples.shape[1] > limit_seconds * rate_hz:
         message = f"is longer than the limit of {limit_seconds:g} s; max_seconds takes a part of it"
         raise InputTooLargeError(message, field="audio")

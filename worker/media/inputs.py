@@ -1,4 +1,4 @@
-"""The two inputs of a job, from where the client put them to checked values in memory.
+"""The inputs of a job, from where the client put them to checked values in memory.
 
 What a file is, is decided by decoding it, in the sandbox; its name and its declared type are never
 looked at.
@@ -42,12 +42,9 @@ REFUSALS = {
 }
 MARK = "output.watermark.image"
 MAX_MARK_PIXELS = 16_000_000
-FIELDS = ("image", "audio", "audio_start_seconds")
-REMEDIES = {
-    MARK: "export it as a plain PNG",
-    "image": "export it as a plain JPEG or PNG",
-    "audio": "export it as a plain wav or mp3",
-}
+REMEDIES = {MARK: "export it as a plain PNG", "image": "export it as a plain JPEG or PNG"}
+REMEDY_OF_SOUND = "export it as a plain wav or mp3"
+START = "audio_start_seconds"
 
 MAX_MESSAGE = 300  # characters
 
@@ -131,11 +128,15 @@ def load_speech(
     *,
     start_seconds: float = 0.0,
     max_seconds: float | None = None,
+    trim_silence: bool = False,
+    field: str = "audio",
     check: Callable[[], None] = connection.nothing_to_check,
 ) -> Speech:
     """The recording from `start_seconds` on, `max_seconds` of it at most.
 
-    Decoding stops where the chosen part ends, so that a long recording costs no memory.
+    Decoding stops where the chosen part ends, so that a long recording costs no memory. With
+    `trim_silence` the part is chosen of what is left. `field` is what the request calls it; the
+    file is named after it.
 
     Raises:
         InputUrlBlockedError, InputDownloadError: see `download.download`.
@@ -148,16 +149,18 @@ def load_speech(
         raise InvalidInputError(message, field="max_seconds")
     if start_seconds > MAX_START_SECONDS:
         message = f"must be at most {MAX_START_SECONDS:g}"
-        raise InvalidInputError(message, field="audio_start_seconds")
-    limits = decoders.speech_limits(start_seconds, max_seconds, settings.max_audio_seconds)
+        raise InvalidInputError(message, field=START)
+    decoded_seconds = None if trim_silence else max_seconds
+    limits = decoders.speech_limits(start_seconds, decoded_seconds, settings.max_audio_seconds)
     arguments = {
         "start_seconds": start_seconds,
         "max_seconds": max_seconds,
         "limit_seconds": settings.max_audio_seconds,
+        "trim_silence": trim_silence,
     }
-    with _open(source, directory / "audio", settings, "audio", check) as file:
-        decoded = _decoded(decoders.read_speech.__name__, "audio", file, arguments, limits, check)
-    return _speech(decoded)
+    with _open(source, directory / field, settings, field, check) as file:
+        decoded = _decoded(decoders.read_speech.__name__, field, file, arguments, limits, check)
+    return _speech(decoded, field)
 
 
 def _decoded(
@@ -176,7 +179,8 @@ def _decoded(
     try:
         answer = sandbox.run(f"{decoders.__name__}:{function}", file, arguments, limits, check)
     except SandboxError as error:
-        raise UnsupportedMediaError(f"{error}; {REMEDIES[field]}", field=field) from None
+        remedy = REMEDIES.get(field, REMEDY_OF_SOUND)
+        raise UnsupportedMediaError(f"{error}; {remedy}", field=field) from None
     if isinstance(answer, Decoded):
         return answer
     raise _refusal(answer, field)
@@ -185,13 +189,14 @@ def _decoded(
 def _refusal(failure: Failure, field: str) -> WorkerError:
     if failure.kind in REFUSALS:
         message = "".join(filter(str.isprintable, failure.message))[:MAX_MESSAGE]
-        named = failure.field if failure.field in FIELDS and field != MARK else field
+        # a process that a file may have taken over names no other field
+        named = START if failure.field == START and field == "audio" else field
         return REFUSALS[failure.kind](message, field=named)
     logger.error("the %s could not be read: %r", field, failure.message)
     return InternalError(f"the {field} could not be read; the worker's log says why")
 
 
-def _speech(decoded: Decoded) -> Speech:
+def _speech(decoded: Decoded, field: str) -> Speech:
     """The speech of numbers that anybody may have written.
 
     Raises:
@@ -207,7 +212,7 @@ def _speech(decoded: Decoded) -> Speech:
         or decoded.arrays[0].shape[1] not in (1, 2)
         or not np.isfinite(decoded.arrays[1]).all()
     ):
-        raise UnsupportedMediaError("is not a recording that can be decoded", field="audio")
+        raise UnsupportedMediaError("is not a recording that can be decoded", field=field)
     samples, waveform = decoded.arrays
     segment = AudioSegment(
         samples.tobytes(), sample_width=2, frame_rate=rate_hz, channels=samples.shape[1]

@@ -54,7 +54,7 @@ class Making:
     version: str  # of the worker
     seed: int
     image_sha256: str
-    audio_sha256: str
+    audio_sha256: tuple[str, ...]  # of each recording
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,11 +207,13 @@ def _manifest(content_type: str, making: Making | None) -> dict[str, Any]:
     if making is not None:
         generator["version"] = making.version
         created["softwareAgent"] = {"name": making.model, "version": making.version}
+        [first, *others] = making.audio_sha256
+        recordings = [first, *others] if others else first
         facts = {
             "model": making.model,
             "worker_version": making.version,
             "seed": making.seed,
-            "inputs": {"image_sha256": making.image_sha256, "audio_sha256": making.audio_sha256},
+            "inputs": {"image_sha256": making.image_sha256, "audio_sha256": recordings},
         }
         assertions.append({"label": ASSERTION, "data": facts})
     return {

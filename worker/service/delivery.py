@@ -24,6 +24,7 @@ from avatar_client.contract.job_errors import (
     UploadError,
 )
 from avatar_client.contract.request import MAX_SEED
+from avatar_client.contract.speakers import MAX_SPEAKERS
 from worker.media.claim import ANOTHER_REQUEST, Claim
 from worker.media.gif import MAX_GIF_BYTES
 from worker.media.provenance import Provenance
@@ -57,6 +58,14 @@ NO_ADDRESS = dict.fromkeys(
 NOT_OF_THE_REPLY = {"fingerprint", "content_fingerprint", *PICTURES}
 
 
+class _StoredSpeaker(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    face_box: Annotated[list[float], Field(min_length=4, max_length=4)] | None
+    start_seconds: Annotated[float, Field(ge=0)]
+    duration_seconds: Annotated[float, Field(gt=0)]
+
+
 class _StoredRecord(BaseModel):
     """What a video's object says of it: the metadata of its reply, and whose it is.
 
@@ -78,6 +87,7 @@ class _StoredRecord(BaseModel):
     height: Annotated[int, Field(ge=1)]
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)]
     provenance: Provenance = "metadata"
+    speakers: Annotated[list[_StoredSpeaker], Field(min_length=1, max_length=MAX_SPEAKERS)]
     warnings: list[str]
 
     @property

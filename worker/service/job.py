@@ -159,7 +159,7 @@ class JobRun:
             if existing is not None:
                 return self._reused(engine, delivery, existing)
             if params.dry_run:
-                return self._dry_run_output(engine, throughput, delivery, plan, inputs.scene)
+                return self._dry_run_output(engine, throughput, delivery, plan, inputs)
             with self._resumable(engine, plan, inputs.scene, resumption) as state:
                 self._production = production = Production(
                     params=params,
@@ -198,7 +198,7 @@ class JobRun:
         """The state of an earlier try of this job, if there is one, and of this try."""
         state = self._state = JobState(resumption, plan.num_inference_steps)
         if resumption is not None:
-            name = resumption.name(self.request, scene.portrait, scene.speech.waveform)
+            name = resumption.name(self.request, scene.portrait, scene.voices)
             identity = engine.identity(self.request.input)
             state.restore(name, identity, self._abandonably, self.check)
         if state.seed is None:
@@ -212,7 +212,12 @@ class JobRun:
         """What is known of the video, once it is made and lies where the client wants it."""
         made = production.run()
         metadata = result.video_metadata(
-            self.request.input, production.plan, made.file, production.seed, made.warnings
+            self.request.input,
+            production.plan,
+            made.file,
+            production.seed,
+            made.warnings,
+            made.speakers,
         )
         with self.stage("upload"):
             address = self._abandonably(
@@ -267,18 +272,20 @@ class JobRun:
         throughput: ThroughputEstimator,
         delivery: Delivery,
         plan: JobPlan,
-        scene: Scene,
+        inputs: JobInputs,
     ) -> dict[str, Any]:
-        params = self.request.input
+        params, scene = self.request.input, inputs.scene
+        assert inputs.faces is not None
         foreseen = engine.foresee(scene.portrait, scene.params, plan.size)
         return result.dry_run_output(
             params,
             plan,
             delivery.describe(),
-            scene.speech.duration_seconds,
+            scene.soundtrack.duration_seconds,
+            inputs.faces,
             throughput.estimate_seconds(plan),
             self.settings.price_per_second,
-            (*scene.speech.warnings, *foreseen, *preview_warnings(params, engine)),
+            (*scene.all_warnings, *foreseen, *preview_warnings(params, engine)),
             self.settings.avatar_model,
         )
 
@@ -302,7 +309,7 @@ class JobRun:
 def _plan(params: JobInput, scene: Scene) -> JobPlan:
     return JobPlan(
         size=scene.framing.model,
-        video=VideoPlan(count_frames(len(scene.speech.waveform), params.fps)),
+        video=VideoPlan(count_frames(len(scene.soundtrack.waveforms[0]), params.fps)),
         num_inference_steps=params.num_inference_steps,
         preset=params.preset,
         num_cfg_branches=2 if uses_cfg(params.guidance_scale) else 1,

@@ -1,4 +1,4 @@
-"""What a job brings: its portrait, its speech and its watermark, fetched, decoded and checked."""
+"""What a job brings: portrait, recordings and watermark, fetched, decoded and checked."""
 
 import hashlib
 from collections.abc import Callable
@@ -6,20 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image
-
-from avatar_client.contract.job_errors import InvalidInputError
 from avatar_client.contract.request import JobInput
-from worker.media.inputs import load_mark, load_portrait, load_speech
+from worker.media.inputs import load_mark, load_portrait
 from worker.media.watermark import Mark
+from worker.service import faces, soundtrack
+from worker.service.faces import ShownFaces
 from worker.service.scene import Scene
 from worker.settings import Settings
 from worker.shapes import FrameSize
 
 if TYPE_CHECKING:
     from worker.generation.engine import Engine
-
-MIN_FACE_SHARE = 0.02  # of the image's short side: a smaller face has no latent of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +25,8 @@ class JobInputs:
 
     scene: Scene
     mark: Mark | None  # on every frame
-    digests: tuple[str, str]  # sha256 of the image's and the audio's file
+    digests: tuple[str, ...]  # sha256 of the image's file, and of each recording's
+    faces: ShownFaces | None  # for a client who wants to choose; None: it makes a video
 
     @classmethod
     def fetch(
@@ -51,26 +49,21 @@ class JobInputs:
             WorkerError: one of them is not what it should be, by field.
         """
         portrait = load_portrait(params.image, directory, settings, check=check)
-        _require_face_box_inside(params, portrait)
+        chosen = faces.choose(params, portrait, engine)
         check()
-        [speaker, *others] = params.voices
-        if others:
-            message = "this worker's model follows one voice: send one speaker"
-            raise InvalidInputError(message, field="speakers")
-        speech = load_speech(
-            speaker.audio,
-            directory,
-            settings,
-            start_seconds=params.audio_start_seconds,
-            max_seconds=params.max_seconds,
-            check=check,
-        )
+        sound = soundtrack.load(params, directory, settings, check)
         shape = (params.output.aspect, params.output.fit)
         engine.require_fits_memory(portrait, params.resolution, *shape)
-        require_fits(speech.duration_seconds)
-        scene = Scene.of(portrait, speech, params, engine)
+        require_fits(sound.duration_seconds)
+        scene = Scene.of(portrait, sound, params, chosen.boxes, engine, chosen.warnings)
         mark = _watermark(params, directory, settings, scene.framing.video, check)
-        return cls(scene, mark, (_digest(directory / "image"), _digest(directory / "audio")))
+        files = ["image", *(params.field_of(index, "audio") for index in range(len(sound.voices)))]
+        return cls(
+            scene,
+            mark,
+            tuple(_digest(directory / name) for name in files),
+            ShownFaces.of(portrait, params.resolution, engine) if params.dry_run else None,
+        )
 
 
 def largest_bytes(params: JobInput, settings: Settings) -> int:
@@ -80,21 +73,6 @@ def largest_bytes(params: JobInput, settings: Settings) -> int:
     sources = [params.image, *recordings, mark.image if mark is not None else None]
     fetched = sum(source is not None and source.url is not None for source in sources)
     return settings.max_input_bytes * fetched
-
-
-def _require_face_box_inside(params: JobInput, portrait: Image.Image) -> None:
-    if params.face_box is None:
-        return
-    x, y, width, height = params.face_box
-    if x + width > portrait.width or y + height > portrait.height:
-        raise InvalidInputError(
-            f"reaches over the image's {portrait.width} x {portrait.height} pixels",
-            field="face_box",
-        )
-    if min(width, height) < MIN_FACE_SHARE * min(portrait.size):
-        raise InvalidInputError(
-            f"must be at least {MIN_FACE_SHARE:.0%} of the image's short side", field="face_box"
-        )
 
 
 def _watermark(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +56,7 @@ class MadeVideo:
     file: VideoFile
     pictures: Mapping[str, Path]  # that were asked for, by the name of their field in `output`
     warnings: tuple[str, ...]
+    speakers: list[dict[str, Any]]  # as the reply tells of them
 
 
 @dataclass(slots=True, kw_only=True)
@@ -88,11 +89,12 @@ class Production:
         video, pictures = self._write(conditioning, latents, credentials)
         warnings = (
             *self.state.warnings,
-            *self.inputs.scene.speech.warnings,
+            *self.inputs.scene.all_warnings,
             *conditioning.warnings,
             *preview_warnings(self.params, self.engine),
         )
-        return MadeVideo(video, pictures, warnings)
+        speakers = self.inputs.scene.told_speakers(conditioning.face_boxes)
+        return MadeVideo(video, pictures, warnings, speakers)
 
     @property
     def seed(self) -> int:
@@ -148,7 +150,10 @@ class Production:
     ) -> tuple[VideoFile, Mapping[str, Path]]:
         """The video's file, and those of the pictures that were asked for."""
         params, scene, plan = self.params, self.inputs.scene, self.plan
-        making = Making(self.settings.avatar_model, __version__, self.seed, *self.inputs.digests)
+        image_sha256, *audio_sha256 = self.inputs.digests
+        making = Making(
+            self.settings.avatar_model, __version__, self.seed, image_sha256, tuple(audio_sha256)
+        )
         content_type = params.output.video_format.content_type
         pictures: dict[str, Path] = {}
         if params.output.thumbnail:
@@ -174,7 +179,7 @@ class Production:
                 fps=params.fps,
                 height=plan.shown_size.height,
                 width=plan.shown_size.width,
-                recording=scene.speech.recording,
+                recording=scene.soundtrack.recording,
                 metadata={"seed": str(self.seed), "worker": __version__},
                 encoding=encoding_of(params),
                 mark=lambda path: mark_video(path, content_type, making, credentials),

@@ -11,6 +11,7 @@ from avatar_client.version import __version__
 from worker import import_guard
 from worker.media.video import VideoFile
 from worker.service.estimate import JobPlan, cost_usd
+from worker.service.faces import ShownFaces
 
 if TYPE_CHECKING:  # imports torch
     from worker.generation.engine import Engine
@@ -31,6 +32,7 @@ def dry_run_output(
     plan: JobPlan,
     delivery: Mapping[str, Any],  # as `Delivery.describe` says it
     duration_seconds: float,
+    faces: ShownFaces,
     estimate_seconds: float | None,  # None: nothing is known of this GPU yet
     price_per_second: float | None,
     warnings: Sequence[str],
@@ -50,6 +52,11 @@ def dry_run_output(
             "num_computed_steps": plan.num_computed_steps,
             **delivery,
         },
+        "faces": [
+            {"index": index, "face_box": [round(value, 1) for value in box]}
+            for index, box in enumerate(faces.boxes)
+        ],
+        "faces_thumbnail": faces.thumbnail,
         "estimate_seconds": estimate_seconds,
         "estimate_usd": cost_usd(estimate_seconds, price_per_second),
         "warnings": list(warnings),
@@ -64,6 +71,7 @@ def video_metadata(
     video: VideoFile,
     seed: int,
     warnings: Sequence[str],
+    speakers: Sequence[Mapping[str, Any]],  # but for their names, which the request tells
 ) -> dict[str, Any]:
     """What stays true of the video wherever it lies: part of the reply, and stored beside it."""
     return {
@@ -76,6 +84,7 @@ def video_metadata(
         "height": plan.shown_size.height,
         "seed": seed,
         "provenance": video.provenance,
+        "speakers": list(speakers),
         "warnings": list(warnings),
     }
 
@@ -87,9 +96,14 @@ def video_output(
     model: str,
 ) -> dict[str, Any]:
     """The reply to a job whose video has been delivered."""
+    names = [speaker.name for speaker in params.voices]
     return {
         "request_id": params.request_id,
         **video,
+        "speakers": [
+            {"name": name, **speaker}
+            for name, speaker in zip(names, video["speakers"], strict=False)
+        ],
         "content_type": params.output.video_format.content_type,
         "parameters": params.model_dump(mode="json", include=TOLD_PARAMETERS),
         "user_data": params.user_data,

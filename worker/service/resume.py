@@ -14,17 +14,16 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from worker.generation.voices import Voice
 from worker.media import state_store
 from worker.media.state_store import StateStore
 from worker.service import machine
@@ -48,6 +47,7 @@ TAG_BYTES = 32
 NO_PART_OF_THE_VIDEO = {
     "image",
     "audio",
+    "speakers",
     "s3_config",
     "user_data",
     "dry_run",
@@ -118,9 +118,7 @@ class Resumption:
 
         threading.Thread(target=run, name="sweep", daemon=True).start()
 
-    def name(
-        self, request: JobRequest, portrait: Image.Image, waveform: NDArray[np.float32]
-    ) -> str:
+    def name(self, request: JobRequest, portrait: Image.Image, voices: Sequence[Voice]) -> str:
         """Of a job's state: equal for two jobs that must become the same video.
 
         With a seed that is the same request, whatever its id. Without one each job is a video of
@@ -134,7 +132,10 @@ class Resumption:
         content = [
             hashlib.sha256(portrait.tobytes()).hexdigest(),
             *portrait.size,
-            hashlib.sha256(waveform.tobytes()).hexdigest(),
+            *(
+                (hashlib.sha256(each.waveform.tobytes()).hexdigest(), each.face_box)
+                for each in voices
+            ),
         ]
         text = json.dumps([told, whose, content], sort_keys=True)
         return hmac.digest(self.key, f"name {text}".encode(), "sha256").hex()
