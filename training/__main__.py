@@ -7,6 +7,7 @@ is a model directory as the worker loads it.
 import argparse
 import logging
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -16,7 +17,7 @@ from diffusers import AutoencoderKLHunyuanVideo, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 from transformers import WhisperFeatureExtractor, WhisperModel
 
-from training import architecture, audio_encoder, autoencoder, transformer
+from training import architecture, audio_encoder, autoencoder, report, transformer
 from training.speech import SpeechCorpus
 from worker.generation.pipeline import HunyuanVideoAvatarPipeline
 from worker.loading import manifest, preview
@@ -26,6 +27,7 @@ from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
 logger = logging.getLogger("training")
 
 HERE = Path(__file__).parent
+WRITING_SECONDS = 30  # that the files take in the end, and what the device still has to do
 PREVIEW_PEOPLE = 16  # whose pictures the previews are fitted to
 CARD = HERE / "model_card.md"
 
@@ -40,7 +42,7 @@ def main() -> None:
     parser.add_argument(
         "--processes",
         type=int,
-        default=min(max((os.cpu_count() or 1) - 2, 1), 8),
+        default=min(max((os.cpu_count() or 1) - 2, 1), 12),
         help="that make the training data",
     )
     parser.add_argument(
@@ -49,7 +51,15 @@ def main() -> None:
         default=transformer.FIRST_SCENES,
         help="that are made before the denoiser's first step; fewer begin sooner",
     )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="that the whole run may take; the denoiser gets what the other two leave",
+    )
     arguments = parser.parse_args()
+    deadline = None
+    if arguments.minutes is not None:
+        deadline = time.monotonic() + 60 * arguments.minutes - WRITING_SECONDS
     torch.backends.cudnn.benchmark = True  # the shapes are few
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     make(
@@ -58,8 +68,10 @@ def main() -> None:
         torch.device(arguments.device),
         arguments.processes,
         arguments.scenes,
+        deadline,
     )
     write(arguments.work, arguments.out)
+    report.write(arguments.work, arguments.out.parent)
 
 
 class _Saved(Protocol):
@@ -70,7 +82,12 @@ class _Saved(Protocol):
 
 
 def make(
-    work: Path, seed: int, device: torch.device, num_processes: int, first_scenes: int
+    work: Path,
+    seed: int,
+    device: torch.device,
+    num_processes: int,
+    first_scenes: int,
+    deadline: float | None = None,
 ) -> None:
     """Trains each part that `work` does not hold yet, and says how good it is."""
 
@@ -96,7 +113,13 @@ def make(
     once(
         "transformer",
         lambda: transformer.train_transformer(
-            work / "transformer_run", work, seed, device, num_processes, first_scenes=first_scenes
+            work / "transformer_run",
+            work,
+            seed,
+            device,
+            num_processes,
+            first_scenes=first_scenes,
+            deadline=deadline,
         ),
     )
 

@@ -7,7 +7,6 @@ Shape letters: B batch, P positions (50 a second), C channels, E layers whose st
 """
 
 import functools
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 
+from training.loop import LOG, Log
 from training.muon import Muon
 from training.processes import prefetched
 from training.speech import (
@@ -29,6 +29,7 @@ from training.speech import (
 )
 from worker.generation.audio import encode_speech, log_mel
 
+RUN = "audio_encoder_run"  # the log's directory
 BATCH = 8
 STEPS = 1600
 WHOLE_SHARE = 0.12  # of the steps, the last ones, on all 1500 positions
@@ -72,7 +73,8 @@ def train(
     model = build().to(device)
     heads = nn.ModuleList(nn.Linear(model.config.d_model, 2) for _ in range(4)).to(device)
     optimizers = _optimizers(model, heads)
-    began, recent = time.monotonic(), list[Tensor]()
+    (work / RUN).mkdir(parents=True, exist_ok=True)
+    log = Log(work / RUN / LOG)
     make = partial(make_batch, work, seed, round((1 - WHOLE_SHARE) * steps))
     with prefetched(make, num_processes) as batches:
         for step, batch in zip(range(steps), batches, strict=False):
@@ -93,12 +95,8 @@ def train(
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            recent.append(losses.detach())
-            if (step + 1) % 50 == 0:
-                layers = " ".join(f"{loss:.5f}" for loss in torch.stack(recent).mean(0).tolist())
-                seconds = time.monotonic() - began
-                print(f"step {step + 1} loss by layer {layers} {seconds:.0f} s", flush=True)  # noqa: T201
-                recent.clear()
+            named = {f"layer_{index}": loss for index, loss in enumerate(losses.detach(), 1)}
+            log.add(named, step + 1, is_last=step + 1 == steps)
     return model.eval().cpu()
 
 

@@ -14,11 +14,14 @@ from torch.nn.functional import l1_loss
 
 from training import architecture, world
 from training.convolution import inflate_kernels, use_fast_convolutions, with_library_convolutions
+from training.groups import Group, random_group
 from training.loop import LossGradients, mixed_precision, train
 from training.speech import MouthTrack
+from worker.shapes import FrameSize
 
 SIZE = 256  # px of a picture
-PEOPLE = 1200  # whose clips are rendered before the training
+PICTURES = 1200  # whose clips are rendered before the training
+PEOPLE = (1, 1, 2, 3)  # in a picture, each as often
 CLIP_FRAMES = 17
 TRACK_FRAMES = 60  # of the movement of which a clip is a part
 
@@ -28,7 +31,7 @@ class Phase:
     """A part of the training."""
 
     name: str
-    count: int  # clips a step, each of another person
+    count: int  # clips a step, each of another picture
     num_frames: int
     crop: int  # px of what is learned from a picture
     steps: int
@@ -61,49 +64,58 @@ class ClipSampler:
     """Samples crops of people who move at random, half of them around the mouth and the eyes."""
 
     def __init__(
-        self, seed: int, device: torch.device, people: int = PEOPLE, size: int = SIZE
+        self, seed: int, device: torch.device, pictures: int = PICTURES, size: int = SIZE
     ) -> None:
         self._rng = np.random.default_rng(seed)
         self._size = size
-        self._faces = [world.random_face(self._rng) for _ in range(people)]
-        self._clips = torch.stack([self._draw(face, device) for face in self._faces])
-        self._weights = torch.stack([face_weight(face, size, size) for face in self._faces]).to(
-            device
-        )
+        square = FrameSize(size, size)
+        self._groups = [
+            random_group(self._rng, int(self._rng.choice(PEOPLE)), square) for _ in range(pictures)
+        ]
+        self._clips = torch.stack([self._draw(group, device) for group in self._groups])
+        self._weights = torch.stack(
+            [
+                torch.stack([face_weight(face, *square) for face in group.faces]).amax(dim=0)
+                for group in self._groups
+            ]
+        ).to(device)
 
-    def _draw(self, face: world.Face, device: torch.device) -> Tensor:  # (3, F, H, W) uint8
+    def _draw(self, group: Group, device: torch.device) -> Tensor:  # (3, F, H, W) uint8
         rng = self._rng
-        track = random_track(rng, TRACK_FRAMES)
-        motion = world.speaking_motion(rng, track, rng.uniform(0, 100), rng.uniform(0, 100))
         start = int(rng.integers(0, TRACK_FRAMES - CLIP_FRAMES))
-        part = motion[start : start + CLIP_FRAMES]
-        frames = world.render(face, part, self._size, self._size, device)
+        motions = []
+        for _ in group.faces:
+            track = random_track(rng, TRACK_FRAMES)
+            motion = world.speaking_motion(rng, track, rng.uniform(0, 100), rng.uniform(0, 100))
+            motions.append(motion[start : start + CLIP_FRAMES])
+        frames = group.render(motions, FrameSize(self._size, self._size), device)
         return (frames * 255).round().byte().transpose(0, 1)
 
     def batch(self, count: int, num_frames: int, crop: int) -> tuple[Tensor, Tensor]:
         """Pixels (B, 3, F, crop, crop) uint8 and their weights (B, 1, 1, crop, crop)."""
         rng = self._rng
-        people = rng.integers(len(self._faces), size=count)
+        pictures = rng.integers(len(self._groups), size=count)
         firsts = rng.integers(CLIP_FRAMES - num_frames + 1, size=count)
         corners = [
-            self._corner(self._faces[person], crop, of_face=number % 2 == 0)
-            for number, person in enumerate(people)
+            self._corner(self._groups[picture], crop, of_face=number % 2 == 0)
+            for number, picture in enumerate(pictures)
         ]
-        starts = np.concatenate([people[None], firsts[None], np.transpose(corners)])  # (4, B)
-        person, first, top, left = torch.from_numpy(starts).to(self._clips.device)[..., None]
+        starts = np.concatenate([pictures[None], firsts[None], np.transpose(corners)])  # (4, B)
+        picture, first, top, left = torch.from_numpy(starts).to(self._clips.device)[..., None]
         planes, frames, pixels = (
             torch.arange(length, device=self._clips.device) for length in (3, num_frames, crop)
         )
         rows, columns = (top + pixels)[:, :, None], (left + pixels)[:, None, :]  # (B, crop, crop)
-        weights = self._weights[person[:, None], rows, columns]
+        weights = self._weights[picture[:, None], rows, columns]
         rows, columns = rows[:, None, None], columns[:, None, None]
         frame = (first + frames)[:, None, :, None, None]
-        person = person[:, None, None, None]
-        clips = self._clips[person, planes[:, None, None, None], frame, rows, columns]
+        picture = picture[:, None, None, None]
+        clips = self._clips[picture, planes[:, None, None, None], frame, rows, columns]
         return clips, weights[:, None, None]
 
-    def _corner(self, face: world.Face, crop: int, *, of_face: bool) -> np.ndarray:  # row, column
+    def _corner(self, group: Group, crop: int, *, of_face: bool) -> np.ndarray:  # row, column
         rng, size = self._rng, self._size
+        face = group.faces[rng.integers(len(group.faces))]
         # between the mouth and the eyes
         middle = np.asarray((face.centre[1] + face.size * rng.choice([0.0, 0.5]), face.centre[0]))
         spread = crop * 0.3 if of_face else size
@@ -156,7 +168,7 @@ def train_autoencoder(
     seed: int,
     device: torch.device,
     phases: tuple[Phase, ...] = PHASES,
-    people: int = PEOPLE,
+    pictures: int = PICTURES,
 ) -> AutoencoderKLHunyuanVideo:
     """The trained autoencoder; resumes an earlier run in the directory."""
     torch.manual_seed(seed)
@@ -164,7 +176,7 @@ def train_autoencoder(
     use_fast_convolutions(vae)
     vae.to(device)
     size = phases[-1].crop
-    sampler = ClipSampler(seed, device, people, size)
+    sampler = ClipSampler(seed, device, pictures, size)
 
     for phase in phases:
         gradients = LossGradients(vae, partial(reconstruction_loss, vae))

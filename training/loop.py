@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from training.muon import Muon
 from worker.atomic_file import atomic_write
 
 CHECKPOINT = "checkpoint.pt"
-LOGGED_STEPS = 50
+LOG = "log.jsonl"
+LOGGED_STEPS = 25
 CHECKPOINT_STEPS = 50
 EMA_DECAY = 0.995
 
@@ -27,65 +29,105 @@ def train(
     steps: int,
     learning_rate: float,
     decay_share: float = 0.3,
+    seconds: float | None = None,
 ) -> nn.Module:
     """Trains the model in place; resumes an earlier run in the directory.
 
     Matrices are stepped by Muon, all else by AdamW. The rate warms up over 50 steps, stays, and
-    falls to zero over the last `decay_share` of the steps. What is returned is the model with the
-    exponential moving average (EMA) of its weights.
+    falls to zero over the last `decay_share` of the run, be it the steps that end it or the time.
+    What is returned is the model with the exponential moving average (EMA) of its weights.
 
     Args:
         model: in float32; its forward passes may run in bfloat16.
         backward: sets the parameters' gradients, and returns metrics for the log, each a
             scalar on any device.
         directory: gets `checkpoint.pt` and `log.jsonl`.
-        steps: in all, those of earlier runs counted.
+        steps: at most, those of earlier runs counted.
         learning_rate: AdamW's; Muon's is ten times as much.
-        decay_share: share of the steps over which the rate falls.
+        decay_share: share of the run over which the rate falls.
+        seconds: that this call has; None: as many as the steps take.
     """
     directory.mkdir(parents=True, exist_ok=True)
     optimizers = _optimizers(model, learning_rate)
     weights = list(model.state_dict().values())
     ema = [value.detach().clone() for value in weights]
-    done = 0
+    clock = _Clock(steps, seconds)
     path = directory / CHECKPOINT
     if path.exists():
         state = torch.load(path, weights_only=True, map_location=weights[0].device)
         model.load_state_dict(state["model"])
-        ema, done = state["ema"], state["step"]
+        ema = state["ema"]
+        clock = _Clock(steps, seconds, step=state["step"], progress=state["progress"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-    began, unlogged = time.monotonic(), list[dict[str, Tensor]]()
-    with (directory / "log.jsonl").open("a") as log:
-        for step in range(done, steps):
-            rate = min(1, (step + 1) / 50, (steps - step) / (decay_share * steps))
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["base_lr"] * rate
-            unlogged.append(backward())
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            decay = min(EMA_DECAY, step / (step + 10))
-            torch._foreach_lerp_(ema, weights, 1 - decay)
-            if (step + 1) % LOGGED_STEPS == 0 or step + 1 == steps:
-                # read here alone: each reading waits for the device
-                line: dict[str, Any] = {"step": step + 1}
-                for name in unlogged[0]:
-                    mean = torch.stack([metrics[name] for metrics in unlogged]).mean()
-                    line[name] = round(mean.item(), 5)
-                line["seconds"] = round(time.monotonic() - began, 1)
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-                print(json.dumps(line), flush=True)  # noqa: T201
-                unlogged.clear()
-            if (step + 1) % CHECKPOINT_STEPS == 0 or step + 1 == steps:
-                _save(path, model, ema, optimizers, step + 1)
+    log = Log(directory / LOG)
+    while clock.progress < 1:
+        rate = min(1, (clock.step + 1) / 50, (1 - clock.progress) / decay_share)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * rate
+        metrics = backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        decay = min(EMA_DECAY, clock.step / (clock.step + 10))
+        torch._foreach_lerp_(ema, weights, 1 - decay)
+        clock.tick()
+        is_last = clock.progress >= 1
+        log.add(metrics, clock.step, is_last=is_last)
+        if clock.step % CHECKPOINT_STEPS == 0 or is_last:
+            _save(path, model, ema, optimizers, clock)
     if any(not math.isfinite(value.sum().item()) for value in ema):
         raise ArithmeticError("the training diverged")
     model.load_state_dict(dict(zip(model.state_dict(), ema, strict=True)))
     return model.eval()
+
+
+class _Clock:
+    """How far a run is, by its steps and by its time, whichever is further."""
+
+    def __init__(
+        self, steps: int, seconds: float | None, step: int = 0, progress: float = 0.0
+    ) -> None:
+        self.step = step
+        self.progress = max(progress, step / steps)  # 1 at the end
+        self._steps = steps
+        self._seconds = seconds
+        self._first = self.progress
+        self._began = time.monotonic()
+
+    def tick(self) -> None:
+        """A step is done."""
+        self.step += 1
+        self.progress = max(self.progress, self.step / self._steps)
+        if self._seconds is not None:
+            share = (time.monotonic() - self._began) / self._seconds if self._seconds > 0 else 1.0
+            self.progress = max(self.progress, self._first + (1 - self._first) * min(share, 1.0))
+
+
+@dataclass
+class Log:
+    """Means of the metrics over some steps, a line each."""
+
+    path: Path
+    began: float = field(default_factory=time.monotonic)
+    metrics: list[dict[str, Tensor]] = field(default_factory=list)
+
+    def add(self, metrics: dict[str, Tensor], step: int, *, is_last: bool) -> None:
+        """Those of a step; they are read in some steps alone: each reading waits for the device."""
+        self.metrics.append(metrics)
+        if step % LOGGED_STEPS and not is_last:
+            return
+        line: dict[str, Any] = {"step": step}
+        for name in self.metrics[0]:
+            mean = torch.stack([each[name] for each in self.metrics]).mean()
+            line[name] = round(mean.item(), 5)
+        self.metrics.clear()
+        line["seconds"] = round(time.monotonic() - self.began, 1)
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(json.dumps(line), flush=True)  # noqa: T201
 
 
 def mixed_precision(device: torch.device, *, cache_enabled: bool = True) -> torch.autocast:
@@ -145,8 +187,17 @@ class LossGradients:
 
 def steps_done(directory: Path) -> int:
     """How many steps of an earlier run in the directory are kept."""
+    return int(_kept(directory, "step"))
+
+
+def progress_of(directory: Path) -> float:
+    """How far an earlier run in the directory came, from 0 to 1."""
+    return _kept(directory, "progress")
+
+
+def _kept(directory: Path, name: str) -> float:
     path = directory / CHECKPOINT
-    return int(torch.load(path, weights_only=True)["step"]) if path.exists() else 0
+    return float(torch.load(path, weights_only=True, mmap=True)[name]) if path.exists() else 0.0
 
 
 def _optimizers(model: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
@@ -173,14 +224,15 @@ def _save(
     model: nn.Module,
     ema: list[Tensor],
     optimizers: list[torch.optim.Optimizer],
-    step: int,
+    clock: _Clock,
 ) -> None:
     """Writes the state beside the old one first, so that a stop in between costs nothing."""
     state = {
         "model": model.state_dict(),
         "ema": ema,
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "step": step,
+        "step": clock.step,
+        "progress": clock.progress,
     }
     with atomic_write(path) as part:
         torch.save(state, part)

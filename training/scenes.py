@@ -1,15 +1,15 @@
 """What the denoiser is trained on: people who speak, as latents with all that goes with them.
 
 A scene is sampled (who, what they say, how they move) and then rendered and encoded. A window is a
-stretch of a scene's latents, as one pass of the denoiser has it. Shape letters: C latent channels,
-T latent frames of a scene, h and w latents, L text positions.
+stretch of a scene's latents, as one pass of the denoiser has it. Shape letters: V people and their
+voices, C latent channels, T latent frames of a scene, h and w latents, L text positions.
 """
 
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -21,10 +21,11 @@ from transformers import WhisperFeatureExtractor, WhisperModel
 from training import architecture, world
 from training.autoencoder import face_weight
 from training.convolution import use_fast_convolutions
+from training.groups import Group, conversation, random_group
 from training.loop import mixed_precision
 from training.speech import WORDS, MouthTrack, SpeechCorpus, mouth_track, sentence
 from worker.generation.audio import audio_windows, encode_speech, log_mel
-from worker.generation.image import face_mask, to_llava_pixels
+from worker.generation.image import face_mask, face_masks, to_llava_pixels
 from worker.generation.text import (
     NEGATIVE_PROMPT,
     PROMPT_PREFIX,
@@ -32,7 +33,7 @@ from worker.generation.text import (
     encode_llava,
     tokenize,
 )
-from worker.shapes import TEMPORAL_COMPRESSION, FrameSize
+from worker.shapes import TEMPORAL_COMPRESSION, Box, FrameSize
 
 PROMPTS = (
     "A person speaks to the camera.",
@@ -47,9 +48,19 @@ RANDOM_PROMPT_SHARE = 0.5  # of random words: what a prompt says moves nothing
 SPATIAL_FIELDS = ("latents", "reference_mean", "reference_std", "face_mask", "weight", "outside")
 LEAD_LATENTS = 3  # before a window that does not begin at its scene's start
 AUDIO_CUT_SHARE = 0.15  # of scenes whose audio is zero from some frame on
-MISPLACED_MASK_SHARE = 0.08  # of scenes whose face mask misses the mouth: it stays closed
-FULL_MASK_SHARE = 0.3  # of scenes whose face mask is the whole picture
-MOUTH_WEIGHT = 5.0
+# Of one person alone:
+MISPLACED_MASK_SHARE = 0.08  # whose face mask misses the mouth: it stays closed
+FULL_MASK_SHARE = 0.3  # whose face mask is the whole picture
+# Of several:
+BYSTANDER_SHARE = 0.25  # of scenes in which those who are silent have no voice of their own
+MOUTH_WEIGHT = 5.0  # as of the eyes
+
+
+class Shot(NamedTuple):
+    """A picture's size and how many people are in it."""
+
+    size: FrameSize
+    people: int
 
 
 def num_frames(num_latents: int) -> int:
@@ -62,11 +73,11 @@ class SceneSpec:
     """A scene before it is rendered."""
 
     size: FrameSize
-    face: world.Face
-    motion: world.Motion
-    mel: np.ndarray  # (1, 80, 3000) float16
+    group: Group
+    motions: tuple[world.Motion, ...]  # of each
+    mels: np.ndarray  # (V, 80, 3000) float16
     num_audio_frames: int  # the audio is zero after these
-    face_mask: np.ndarray  # (1, 1, h, w)
+    face_mask: np.ndarray  # (V, 1, h, w)
     prompt_embeds: np.ndarray  # (2, L, D) float16, the negative one first; L valid positions
     pooled_prompt_embeds: np.ndarray  # (2, D)
     pose: float
@@ -83,35 +94,37 @@ class SceneSampler:
         self._text_encoder, self._pooled_text_encoder = architecture.text_encoders()
         self._pooled_tokenizer = architecture.pooled_tokenizer()
 
-    def sample(self, size: FrameSize, num_latents: int, seed: Sequence[int]) -> SceneSpec:
+    def sample(self, shot: Shot, num_latents: int, seed: Sequence[int]) -> SceneSpec:
         """The spec of a scene of so many latent frames."""
         rng = np.random.default_rng(seed)
         frames = num_frames(num_latents)
-        waveform = self._corpus.clip(rng, frames)
-        mouth = mouth_track(waveform)
+        waveforms = conversation(rng, self._corpus, frames, shot.people)
+        mouths = [mouth_track(waveform) for waveform in waveforms]
         num_audio_frames = frames
         if rng.random() < AUDIO_CUT_SHARE:
             num_audio_frames = int(rng.integers(frames))
-            mouth = _closed(mouth, num_audio_frames)
+            mouths = [_closed(mouth, num_audio_frames) for mouth in mouths]
 
-        face = world.random_face(rng)
-        mask = face_mask(_jittered(rng, face.box(*size)), size)
-        if rng.random() < FULL_MASK_SHARE:
-            mask = torch.ones_like(mask)
-        elif rng.random() < MISPLACED_MASK_SHARE:
-            mask = _misplaced_mask(rng, face, size)
-            mouth = _closed(mouth, 0)
+        group = random_group(rng, shot.people, shot.size)
+        if shot.people == 1:
+            mask, is_heard = _mask_of_one(rng, group.boxes(shot.size)[0], shot.size)
+            mouths = mouths if is_heard else [_closed(mouths[0], 0)]
+        else:
+            silent = [not waveform.any() for waveform in waveforms]
+            mask = _masks_of_several(rng, group.boxes(shot.size), silent, shot.size)
 
         pose = float(rng.uniform(0, 100)) if rng.random() < 0.7 else 25.0
         expression = float(rng.uniform(0, 100)) if rng.random() < 0.7 else 30.0
         return SceneSpec(
-            size=size,
-            face=face,
-            motion=world.speaking_motion(rng, mouth, pose, expression),
-            mel=log_mel(waveform, self._feature_extractor).half().numpy(),
+            size=shot.size,
+            group=group,
+            motions=tuple(world.speaking_motion(rng, each, pose, expression) for each in mouths),
+            mels=np.concatenate(
+                [log_mel(each, self._feature_extractor).half().numpy() for each in waveforms]
+            ),
             num_audio_frames=num_audio_frames,
             face_mask=mask[0].numpy(),
-            **self._encode_prompts(rng, world.portrait(face, *size)),
+            **self._encode_prompts(rng, group.portrait(shot.size)),
             pose=pose,
             expression=expression,
         )
@@ -142,20 +155,44 @@ def _closed(mouth: MouthTrack, start: int) -> MouthTrack:
     return MouthTrack(opening, width)
 
 
-def _jittered(
-    rng: np.random.Generator, box: tuple[float, float, float, float]
-) -> tuple[float, float, float, float]:
-    """The box as another detector might have found it."""
+def _jittered(rng: np.random.Generator, box: Box, most: float = 1.0) -> Box:
+    """The box as another detector might have found it, off by at most this share of the usual."""
     x, y, width, height = box
-    wider = width * rng.uniform(-0.15, 0.25)
-    x, y = x - wider / 2 + width * rng.uniform(-0.1, 0.1), y + height * rng.uniform(-0.15, 0.1)
+    wider = most * width * rng.uniform(-0.15, 0.25)
+    x += most * width * rng.uniform(-0.1, 0.1) - wider / 2
+    y += most * height * rng.uniform(-0.15, 0.1)
     return (x, y, width + wider, height + wider)
 
 
-def _misplaced_mask(rng: np.random.Generator, face: world.Face, size: FrameSize) -> Tensor:
+def _mask_of_one(
+    rng: np.random.Generator, box: Box, size: FrameSize
+) -> tuple[Tensor, bool]:  # (1, 1, 1, h, w)
+    """The mask of one person alone, and whether the mouth is in it."""
+    if rng.random() < FULL_MASK_SHARE:
+        return face_mask(None, size), True
+    if rng.random() < MISPLACED_MASK_SHARE:
+        return _misplaced_mask(rng, box, size), False
+    return face_mask(_jittered(rng, box), size), True
+
+
+def _masks_of_several(
+    rng: np.random.Generator, boxes: Sequence[Box], silent: Sequence[bool], size: FrameSize
+) -> Tensor:  # (1, V, 1, h, w)
+    """The mask of each; at times none of those who are silent."""
+    told = list(range(len(boxes)))
+    if rng.random() < BYSTANDER_SHARE:
+        told = [place for place in told if not silent[place]]
+    masks = torch.zeros(1, len(boxes), 1, *size.latent)
+    if told:
+        # by less than for one alone, so that the boxes do not overlap
+        masks[:, told] = face_masks([_jittered(rng, boxes[place], 0.4) for place in told], size)
+    return masks
+
+
+def _misplaced_mask(rng: np.random.Generator, box: Box, size: FrameSize) -> Tensor:
     """A mask of one edge of the picture, away from the mouth."""
     mask = torch.zeros(1, 1, 1, *size.latent)
-    x, y, width, height = face.box(*size)
+    x, y, width, height = box
     top, bottom = int(y / 8), int((y + height) / 8) + 1
     left, right = int(x / 8), int((x + width) / 8) + 1
     edges = [mask[..., : max(top, 1), :], mask[..., bottom:, :]]
@@ -183,45 +220,43 @@ class Scene:
     """A scene, or a window of one, as the denoiser is given it; or several, stacked."""
 
     latents: Tensor  # (C, T, h, w), scaled
-    audio_embeds: Tensor  # (4T - 3, 10, 5, 64)
+    audio_embeds: Tensor  # (V, 4T - 3, 10, 5, 64) float16
     reference_mean: Tensor  # (C, 1, h, w), scaled
     reference_std: Tensor
-    face_mask: Tensor  # (1, 1, h, w)
+    face_mask: Tensor  # (V, 1, h, w)
     prompt_embeds: Tensor  # (2, L, D)
     pooled_prompt_embeds: Tensor  # (2, D)
     pose: Tensor  # ()
     expression: Tensor
     weight: Tensor  # (h, w), of each latent in the loss
-    outside: Tensor  # (h, w), 1 outside of the mouth and the eyes, where no speech is seen
+    outside: Tensor  # (h, w), 1 outside of mouths and eyes, where no speech is seen
+    places: (
+        Tensor  # (V, 3), in latents: the eyes' upper edge, then the face's middle row and column
+    )
 
     def window(self, start: int, length: int) -> Self:
         """The latents from `start` on, with the audio as the worker's windows have it."""
         first = TEMPORAL_COMPRESSION * start
         return self._with(
             self.latents[:, start : start + length],
-            self.audio_embeds[first : first + num_frames(length)],
+            self.audio_embeds[:, first : first + num_frames(length)],
         )
 
     def circular_window(self, start: int, before: int, after: int) -> Self:
         """A video's end and its beginning, as a window that wraps around has them."""
         end, begin = self.window(start, before), self.window(0, after)
-        silence = torch.zeros_like(self.audio_embeds[: TEMPORAL_COMPRESSION - 1])
+        silence = torch.zeros_like(self.audio_embeds[:, : TEMPORAL_COMPRESSION - 1])
         return self._with(
             torch.cat([end.latents, begin.latents], dim=1),
-            torch.cat([end.audio_embeds, silence, begin.audio_embeds]),
+            torch.cat([end.audio_embeds, silence, begin.audio_embeds], dim=1),
         )
 
     def crop_face(self, crop: FaceCrop, rng: np.random.Generator) -> Self:
-        """The latents around the face, as if the picture were no larger."""
-        weights = (self.weight - 1).clamp(min=0)  # of eyes and mouth
-        rows, columns = (weights.sum(dim).cpu().numpy() for dim in (1, 0))
-        top = int(np.flatnonzero(rows)[0])
-        row = top + crop.height / 2 if crop.is_top else _centroid(rows)
+        """The latents around one of the faces, as if the picture were no larger."""
+        top, row, column = self.places[int(rng.integers(len(self.places)))].tolist()
+        row = top + crop.height / 2 if crop.is_top else row
         fields = dict(vars(self))
-        for axis, centre, length in (
-            (-2, row, crop.height),
-            (-1, _centroid(columns), crop.width),
-        ):
+        for axis, centre, length in ((-2, row, crop.height), (-1, column, crop.width)):
             begin = round(centre - length / 2 + rng.uniform(-crop.jitter, crop.jitter))
             begin = min(max(begin, 0), self.weight.shape[axis] - length)
             for name in SPATIAL_FIELDS:
@@ -265,24 +300,19 @@ class SceneEncoder:
     def encode(self, spec: SceneSpec) -> Scene:
         """The scene of a spec."""
         size, device = spec.size, self._device
-        clip = world.render(spec.face, spec.motion, *size, device)
-        portrait = world.portrait(spec.face, *size, device)
+        clip = spec.group.render(spec.motions, size, device)
+        portrait = spec.group.portrait(size, device)
         with mixed_precision(device):
             latents = self._vae.encode(clip.transpose(0, 1)[None] * 2 - 1).latent_dist.mean
         # as the worker gets it: in 256 levels
         portrait = (portrait * 255).floor() / 127.5 - 1
         reference = self._vae.encode(portrait[None, :, None]).latent_dist
         scale = self._vae.config.scaling_factor
-        mel = torch.from_numpy(spec.mel).float().to(device)
-        states = encode_speech(mel, self._audio_encoder)
-        audio = audio_windows(states, len(clip), world.FPS)[0].clone()
-        audio[spec.num_audio_frames :] = 0
-        weight = face_weight(spec.face, *size)[None, None]
-        weight = torch.nn.functional.avg_pool2d(weight, 8)[0, 0]
-        weight = (weight - 1) / (weight.max() - 1)
+        weights = [_face_weight(face, size) for face in spec.group.faces]
+        weight = torch.stack(weights).amax(dim=0)
         return Scene(
             latents=latents[0].float() * scale,
-            audio_embeds=audio,
+            audio_embeds=self._encode_audio(spec, len(clip)),
             reference_mean=reference.mean[0].float() * scale,
             reference_std=reference.std[0].float() * scale,
             face_mask=torch.from_numpy(spec.face_mask).to(device),
@@ -292,7 +322,28 @@ class SceneEncoder:
             expression=torch.tensor(spec.expression, device=device),
             weight=(1 + weight * MOUTH_WEIGHT).to(device),
             outside=(weight == 0).float().to(device),
+            places=torch.tensor([_place(each) for each in weights]),
         )
+
+    def _encode_audio(self, spec: SceneSpec, num_frames: int) -> Tensor:  # (V, F, 10, 5, 64)
+        mels = torch.from_numpy(spec.mels).float().to(self._device).split(1)
+        states = torch.stack([encode_speech(mel, self._audio_encoder) for mel in mels])
+        audio = audio_windows(states, num_frames, world.FPS).clone()
+        audio[:, spec.num_audio_frames :] = 0
+        return audio
+
+
+def _face_weight(face: world.Face, size: FrameSize) -> Tensor:  # (h, w)
+    """1 at the eyes and the mouth, 0 elsewhere, in between at their edges."""
+    weight = face_weight(face, *size)[None, None]
+    weight = torch.nn.functional.avg_pool2d(weight, 8)[0, 0]
+    return (weight - 1) / (weight.max() - 1)
+
+
+def _place(weight: Tensor) -> tuple[float, float, float]:
+    """The eyes' upper edge, the middle row and the middle column."""
+    rows, columns = (weight.sum(dim).numpy() for dim in (1, 0))
+    return float(np.flatnonzero(rows)[0]), _centroid(rows), _centroid(columns)
 
 
 def _centroid(weights: np.ndarray) -> float:
@@ -308,29 +359,29 @@ def make_scene(
     work: Path,
     device: torch.device,
     seed: int,
-    sizes: Sequence[FrameSize],
+    shots: Sequence[Shot],
     num_latents: int,
     number: int,
 ) -> dict[str, np.ndarray]:
-    """The fields of a scene, as any process makes it; the sizes take turns."""
+    """The fields of a scene, as any process makes it; the shots take turns."""
     sampler, encoder = _sampler_and_encoder(work, device)
-    spec = sampler.sample(sizes[number % len(sizes)], num_latents, (seed, number))
+    spec = sampler.sample(shots[number % len(shots)], num_latents, (seed, number))
     return {name: value.cpu().numpy() for name, value in vars(encoder.encode(spec)).items()}
 
 
 class SceneBuffer:
-    """A replay buffer: holds scenes of several sizes, and samples batches of windows from them."""
+    """A replay buffer: holds scenes of several shots, and samples batches of windows from them."""
 
     def __init__(
         self,
         scenes: Iterator[dict[str, np.ndarray]],
-        num_sizes: int,
+        num_shots: int,
         limit: int,
         rng: np.random.Generator,
         device: torch.device,
     ) -> None:
         self._source = scenes
-        self._scenes: list[list[Scene]] = [[] for _ in range(num_sizes)]
+        self._scenes: list[list[Scene]] = [[] for _ in range(num_shots)]
         self._limit = limit
         self._rng = rng
         self._device = device
@@ -340,7 +391,8 @@ class SceneBuffer:
         """Adds so many new scenes, which replace the oldest ones once the buffer is full."""
         for _ in range(count):
             fields = {
-                name: torch.from_numpy(value).to(self._device)
+                # a crop reads the places one by one: on a GPU each reading would wait
+                name: torch.from_numpy(value).to("cpu" if name == "places" else self._device)
                 for name, value in next(self._source).items()
             }
             scenes = self._scenes[self._num_added % len(self._scenes)]
@@ -351,7 +403,7 @@ class SceneBuffer:
     def sample(
         self, count: int, length: int, circular_share: float = 0.0, crop: FaceCrop | None = None
     ) -> Scene:
-        """Windows of one size, stacked.
+        """Windows of one shot, stacked.
 
         Args:
             count: of the windows.

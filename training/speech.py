@@ -37,9 +37,9 @@ SPEECH_RMS_DB = -24.0  # of the bank's utterances; a clip's gain goes 10 dB up o
 GAIN_DB = 10.0
 SILENT_SHARE = 0.06
 FORMANT_SHARE = 0.2
-BANK_SECONDS: dict[Split, float] = {"train": 1200.0, "held_out": 240.0}
+BANK_SECONDS: dict[Split, float] = {"train": 900.0, "held_out": 240.0}
 BANK_SEEDS: dict[Split, int] = {"train": 11, "held_out": 12}
-BANK_VERSION = 1
+BANK_VERSION = 2
 
 VOICES: dict[Split, tuple[str, ...]] = {
     "train": ("m1", "m2", "m3", "m4", "m5", "f1", "f2", "f3"),
@@ -281,10 +281,10 @@ def _with_pause(rng: np.random.Generator, utterance: np.ndarray) -> list[np.ndar
         return [utterance]
     cut = int(rng.uniform(0.2, 0.8) * len(utterance))
     silence = np.zeros(int(rng.uniform(0.2, 1.0) * SAMPLE_RATE_HZ), np.float32)
-    return [_faded(utterance[:cut]), silence, _faded(utterance[cut:])]
+    return [faded(utterance[:cut]), silence, faded(utterance[cut:])]
 
 
-def _faded(samples: np.ndarray) -> np.ndarray:
+def faded(samples: np.ndarray) -> np.ndarray:
     """Both ends faded over 10 ms, so that a cut does not click."""
     num_samples = min(SAMPLE_RATE_HZ // 100, len(samples) // 2)
     ramp = np.linspace(0, 1, num_samples, dtype=np.float32)
@@ -312,7 +312,7 @@ def _with_silent_ends(rng: np.random.Generator, speech: np.ndarray) -> np.ndarra
     start = int(rng.integers(third)) if rng.random() < 0.25 else 0
     end = len(speech) - (int(rng.integers(third)) if rng.random() < 0.25 else 0)
     framed = np.zeros_like(speech)
-    framed[start:end] = _faded(speech[start:end])
+    framed[start:end] = faded(speech[start:end])
     return framed
 
 

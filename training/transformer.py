@@ -9,6 +9,7 @@ guided velocity itself into the loss, with the weights that the worker's steps h
 """
 
 import itertools
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,23 +22,28 @@ from torch import Tensor
 
 from avatar_client.contract.request import GenerationParams
 from training import architecture, world
-from training.loop import mixed_precision, steps_done, train
+from training.loop import mixed_precision, progress_of, steps_done, train
 from training.processes import prefetched
-from training.scenes import EYES_CROP, FACE_CROP, FaceCrop, Scene, SceneBuffer, make_scene
+from training.scenes import EYES_CROP, FACE_CROP, FaceCrop, Scene, SceneBuffer, Shot, make_scene
 from worker.generation.cfg import EARLY_FACE_MASK_SCALE, PROMPT_GUIDED_STEPS, guidance_weight
 from worker.model.transformer import CachedTokens, HunyuanVideoAvatarTransformer3DModel
 from worker.shapes import WINDOW_LATENTS, FrameSize
 
-SIZES = (  # a wide and a tall one for three square ones
-    FrameSize(256, 256),
-    FrameSize(256, 320),
-    FrameSize(256, 256),
-    FrameSize(320, 256),
-    FrameSize(256, 256),
+SHOTS = (
+    Shot(FrameSize(256, 256), 1),
+    Shot(FrameSize(256, 384), 2),
+    Shot(FrameSize(256, 256), 1),
+    Shot(FrameSize(256, 384), 3),
+    Shot(FrameSize(320, 256), 1),
+    Shot(FrameSize(256, 320), 2),
+    Shot(FrameSize(256, 320), 1),
+    Shot(FrameSize(192, 448), 3),
+    Shot(FrameSize(256, 256), 2),
+    Shot(FrameSize(192, 448), 2),
 )
 SCENE_LATENTS = WINDOW_LATENTS + 12
-SCENES_PER_SIZE = 300  # scenes that are kept for each entry of SIZES
-FIRST_SCENES = 195  # before the first step
+SCENES_PER_SHOT = 200  # scenes that are kept for each entry of SHOTS
+FIRST_SCENES = 300  # before the first step
 
 UNCOND_SHARE = 0.25  # of a batch's windows, which have an unconditional row too
 CACHED_SHARE = 0.12  # of them, put through the last block again at a later step
@@ -63,6 +69,7 @@ class Windows:
     count: int
     length: int  # latent frames of each
     crop: FaceCrop | None = None  # of the face; None: the whole picture
+    sigma_shift: float = SIGMA_SHIFT
 
 
 @dataclass(frozen=True)
@@ -75,24 +82,39 @@ class Phase:
     learning_rate: float
     decay_share: float
     steps_a_scene: int  # for how many steps no new scene comes in
+    time_share: float  # of the training's, where that is limited
     has_cfg_loss: bool = False
 
 
+# Whether the eyes blink is open at a sigma of 0.99 and decided at 0.8.
+EYES = Windows(256, 17, EYES_CROP, sigma_shift=10.0)
+
 PHASES = (
-    Phase("short", (Windows(64, 9),), 300, 1.5e-3, 0.2, 4),
-    Phase("whole", (Windows(16, WINDOW_LATENTS),), 1000, 1.2e-3, 0.8, 4),
+    Phase("short", (Windows(64, 9),), 300, 1.5e-3, 0.2, 2, 0.07),
+    Phase(
+        "whole",
+        (Windows(16, WINDOW_LATENTS), Windows(16, WINDOW_LATENTS), EYES),
+        1500,
+        1.2e-3,
+        0.7,
+        2,
+        0.35,
+    ),
     # what eyes and mouth do depends on a few frames around them
     Phase(
         "cfg",
         (
-            *(*(Windows(64, 9, EYES_CROP),) * 5, *(Windows(16, 9, FACE_CROP),) * 2, Windows(4, 9))
-            * 2,
-            Windows(1, WINDOW_LATENTS),
+            Windows(8, WINDOW_LATENTS),
+            EYES,
+            Windows(96, 9, FACE_CROP),
+            Windows(8, WINDOW_LATENTS),
+            EYES,
         ),
-        500,
+        4000,
         1.2e-3,
         0.8,
-        16,
+        2,
+        0.58,
         has_cfg_loss=True,
     ),
 )
@@ -104,15 +126,17 @@ def denoising_loss(
     rng: np.random.Generator,
     *,
     has_cfg_loss: bool = False,
+    sigma_shift: float = SIGMA_SHIFT,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The squared error of the velocity at random sigmas.
 
     Args:
         scenes: a batch of windows.
         has_cfg_loss: the error is that of the guided velocity, not of the conditional branch.
+        sigma_shift: of the sigmas; the larger, the more of them are high.
     """
     count = len(scenes.latents)
-    sigmas = _sample_sigmas(count, rng).to(scenes.latents.device)
+    sigmas = _sample_sigmas(count, rng, sigma_shift).to(scenes.latents.device)
     noise = torch.randn_like(scenes.latents)
     velocity = noise - scenes.latents
     batch = _BranchBatch.sample(scenes, noise, sigmas, rng, has_cfg_loss=has_cfg_loss)
@@ -159,7 +183,7 @@ class _BranchBatch:
     scenes: Scene
     noisy: Tensor  # (B, C, T, h, w)
     reference: Tensor  # (B, C, 1, h, w)
-    mask: Tensor  # (B, 1, 1, h, w)
+    mask: Tensor  # (B, V, 1, h, w)
     cfg_weight: Tensor | None  # (B, 1, 1, 1, 1)
     windows: Tensor  # (R,), the window of each row
     is_cond: Tensor  # (R,)
@@ -217,6 +241,7 @@ class _BranchBatch:
         """The velocity of these rows, and their tokens for the step cache."""
         scenes, windows = self.scenes, self.windows[rows]
         embeds = scenes.prompt_embeds[windows, self.prompts[rows]].float()
+        audio = scenes.audio_embeds[windows] * self.is_cond[rows, None, None, None, None, None]
         with mixed_precision(embeds.device):
             predicted, cached_tokens = transformer(
                 hidden_states=self.noisy[windows],
@@ -225,7 +250,7 @@ class _BranchBatch:
                 encoder_attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
                 pooled_projections=scenes.pooled_prompt_embeds[windows, self.prompts[rows]],
                 reference_latents=self.reference[windows],
-                audio_embeds=scenes.audio_embeds[windows] * _over_latents(self.is_cond[rows]),
+                audio_embeds=audio.flatten(0, 1),
                 face_mask=self.mask[windows],
                 motion_expression=scenes.expression[windows, None].expand(-1, 4),
                 motion_pose=scenes.pose[windows, None].expand(-1, 4),
@@ -245,11 +270,11 @@ class _BranchBatch:
         return uncond + self.cfg_weight[:count] * (cond - uncond)
 
 
-def _sample_sigmas(count: int, rng: np.random.Generator) -> Tensor:
+def _sample_sigmas(count: int, rng: np.random.Generator, shift: float) -> Tensor:
     """Sigmas (B,), evenly spread before the shift."""
     share = (rng.permutation(count) + rng.random(count)) / count
     evenly = MIN_SIGMA + (1 - MIN_SIGMA) * share
-    shifted = SIGMA_SHIFT * evenly / (1 + (SIGMA_SHIFT - 1) * evenly)
+    shifted = shift * evenly / (1 + (shift - 1) * evenly)
     return torch.tensor(shifted, dtype=torch.float32)
 
 
@@ -310,12 +335,14 @@ def train_transformer(
     device: torch.device,
     num_processes: int,
     phases: Sequence[Phase] = PHASES,
-    sizes: Sequence[FrameSize] = SIZES,
+    shots: Sequence[Shot] = SHOTS,
     first_scenes: int = FIRST_SCENES,
+    deadline: float | None = None,
 ) -> HunyuanVideoAvatarTransformer3DModel:
     """The denoiser, trained phase by phase.
 
-    Resumes an earlier run in the directory. The other two models are read from `work`.
+    Resumes an earlier run in the directory. The other two models are read from `work`. With a
+    deadline, by `time.monotonic()`, the phases that are not over share the time until then.
     """
     torch.manual_seed(seed)
     transformer = architecture.transformer().train()
@@ -323,14 +350,18 @@ def train_transformer(
         torch.nn.init.zeros_(parameter)
     transformer.to(device)
     done = sum(steps_done(directory / phase.name) for phase in phases)
-    scene = partial(make_scene, work, device, seed, tuple(sizes), SCENE_LATENTS)
+    scene = partial(make_scene, work, device, seed, tuple(shots), SCENE_LATENTS)
     with prefetched(scene, num_processes, first=1000 * done) as scenes:
         rng = np.random.default_rng((seed, done))
         torch.manual_seed(seed + done)
-        buffer = SceneBuffer(scenes, len(sizes), SCENES_PER_SIZE, rng, device)
+        buffer = SceneBuffer(scenes, len(shots), SCENES_PER_SHOT, rng, device)
         buffer.add(first_scenes)
-        for phase in phases:
-            train_phase(transformer, buffer, phase, rng, directory / phase.name)
+        for index, phase in enumerate(phases):
+            seconds = None
+            if deadline is not None and progress_of(directory / phase.name) < 1:
+                left = max(deadline - time.monotonic(), 0.0)
+                seconds = left * phase.time_share / sum(p.time_share for p in phases[index:])
+            train_phase(transformer, buffer, phase, rng, directory / phase.name, seconds)
     return transformer
 
 
@@ -340,6 +371,7 @@ def train_phase(
     phase: Phase,
     rng: np.random.Generator,
     directory: Path,
+    seconds: float | None = None,
 ) -> None:
     """Trains the denoiser in place, or loads what an earlier run of the phase left."""
     steps = itertools.count()
@@ -356,7 +388,13 @@ def train_phase(
         windows = phase.windows[step % len(phase.windows)]
         circular_share = CIRCULAR_SHARE if windows.length == WINDOW_LATENTS else 0.0
         scenes = buffer.sample(windows.count, windows.length, circular_share, windows.crop)
-        loss, metrics = denoising_loss(transformer, scenes, rng, has_cfg_loss=phase.has_cfg_loss)
+        loss, metrics = denoising_loss(
+            transformer,
+            scenes,
+            rng,
+            has_cfg_loss=phase.has_cfg_loss,
+            sigma_shift=windows.sigma_shift,
+        )
         loss.backward()
         return {"loss": loss.detach(), **metrics}
 
@@ -367,4 +405,5 @@ def train_phase(
         steps=phase.steps,
         learning_rate=phase.learning_rate,
         decay_share=phase.decay_share,
+        seconds=seconds,
     )

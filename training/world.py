@@ -43,12 +43,22 @@ MOUTH_INSIDE = (0.16, 0.05, 0.06)
 # At motion_pose 25 the head sways by at most this much to each side.
 SWAY_SHARE = 0.004  # of the picture's short side
 SWAY_RADIANS = 0.007
+HEAD_BOUNDS = (
+    -1.5,
+    1.5,
+    -2.3,
+    2.7,
+)  # left, right, top, bottom of a head with its hair, as it sways
 LIP_FRAMES = 5  # over which the lips' movements are smoothed
 BLINK = (0.6, 0.15, 0.0, 0.0, 0.0, 0.1, 0.45, 0.8)  # how far the eyes are open, frame by frame
-# People blink where they pause, at times: a mouth nearly closed for three frames.
-PAUSE_OPENING = 0.15
-PAUSE_FRAMES = 3
-BLINK_SHARE = 0.5  # of the pauses
+# People blink every few seconds, and where they pause rather than where they speak: how likely a
+# blink begins in a frame, once the one before is some frames past.
+PAUSE_OPENING = 0.15  # of the mouth, below which it pauses
+REST_FRAMES = 30
+BLINK_CHANCE_IN_PAUSE = 0.06
+BLINK_CHANCE_IN_SPEECH = 0.006
+LONGEST_GAP = 85  # frames, after which the eyes must soon blink
+BLINK_CHANCE_AT_LAST = 0.15
 
 
 class Colour(NamedTuple):
@@ -198,27 +208,24 @@ def _sway(rng: np.random.Generator, seconds: np.ndarray) -> np.ndarray:
 
 
 def _blinks(rng: np.random.Generator, opening: np.ndarray) -> np.ndarray:
-    """How far the eyes are open: blinks at half of the pauses, and a few at any time."""
+    """How far the eyes are open: they blink at moments that chance and the pauses decide."""
     num_frames = len(opening)
-    rare = np.cumsum(rng.integers(60, 200, num_frames // 60 + 1)) - 60
-    begins = [
-        pause + int(rng.integers(3)) for pause in pauses(opening) if rng.random() < BLINK_SHARE
-    ]
     eyes = np.ones(num_frames + len(BLINK), np.float32)
-    for begin in (*begins, *rare[rare < num_frames]):
-        moment = eyes[begin : begin + len(BLINK)]
-        np.minimum(moment, BLINK, out=moment, casting="same_kind")
+    draws = rng.random(num_frames)
+    last = -int(rng.integers(LONGEST_GAP))  # when the eyes blinked before the video
+    for frame in range(num_frames):
+        if draws[frame] < _blink_chance(frame - last, float(opening[frame])):
+            eyes[frame : frame + len(BLINK)] = BLINK
+            last = frame
     return eyes[:num_frames]
 
 
-def pauses(opening: np.ndarray) -> list[int]:
-    """The frames at which a mouth that was open begins to stay closed for a moment."""
-    closed = opening < PAUSE_OPENING
-    return [
-        frame
-        for frame in range(1, len(closed) - PAUSE_FRAMES + 1)
-        if closed[frame : frame + PAUSE_FRAMES].all() and not closed[frame - 1]
-    ]
+def _blink_chance(frames_since_last: int, opening: float) -> float:
+    if frames_since_last < REST_FRAMES:
+        return 0.0
+    if frames_since_last > LONGEST_GAP:
+        return BLINK_CHANCE_AT_LAST
+    return BLINK_CHANCE_IN_PAUSE if opening < PAUSE_OPENING else BLINK_CHANCE_IN_SPEECH
 
 
 def _smooth(track: np.ndarray, length: int) -> np.ndarray:
@@ -237,26 +244,47 @@ def render(
     face: Face, motion: Motion, height: int, width: int, device: torch.device | None = None
 ) -> Tensor:
     """The frames (F, 3, H, W) float32 in [0, 1], drawn on the device."""
+    return render_all([face], [motion], height, width, device)
+
+
+def render_all(
+    faces: Sequence[Face],
+    motions: Sequence[Motion],
+    height: int,
+    width: int,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Several people in front of the first one's background: (F, 3, H, W) float32 in [0, 1]."""
     short = min(height, width)
-    num_frames = len(motion.x)
+    num_frames = len(motions[0].x)
     rows = (torch.arange(height, device=device) + 0.5 - height / 2) / short
     columns = (torch.arange(width, device=device) + 0.5 - width / 2) / short
-    pixel = 1 / (face.size * short)
 
-    # what does not move, in the units of the head at rest
-    x = (columns[None, None, :] - face.centre[0]) / face.size
-    y = (rows[None, :, None] - face.centre[1]) / face.size
-    still = _Canvas(_background(face, rows, columns), x, y, pixel)
-    _draw_body(still, face)
+    def canvas(face: Face, colours: Tensor) -> _Canvas:
+        """In the units of the head at rest."""
+        x = (columns[None, None, :] - face.centre[0]) / face.size
+        y = (rows[None, :, None] - face.centre[1]) / face.size
+        x, y = torch.broadcast_tensors(x, y)
+        return _Canvas(colours, x, y, 1 / (face.size * short))
 
-    moved_x = x - _tracks(motion.x, x) / face.size
-    moved_y = y - _tracks(motion.y, x) / face.size
-    tilt = _tracks(motion.tilt, x)
-    # around the neck
-    turned_x, turned_y = moved_x - tilt * (moved_y - 1.2), moved_y + tilt * moved_x
-    colours = still.colours.expand(-1, num_frames, -1, -1).clone()
-    _draw_head(_Canvas(colours, turned_x, turned_y, pixel), face, motion)
+    still = _background(faces[0], rows, columns)
+    for face in faces:
+        _draw_body(canvas(face, still), face)
+    colours = still.expand(-1, num_frames, -1, -1).clone()
+    for face, motion in zip(faces, motions, strict=True):
+        _draw_head(_moved(canvas(face, colours), face, motion), face, motion)
     return colours.transpose(0, 1).clamp(0, 1)
+
+
+def _moved(canvas: "_Canvas", face: Face, motion: Motion) -> "_Canvas":
+    """The part of it where the head is, in the units of the head as it moves."""
+    part = canvas.part(*HEAD_BOUNDS)
+    x = part.x - _tracks(motion.x, part.x) / face.size
+    y = part.y - _tracks(motion.y, part.y) / face.size
+    tilt = _tracks(motion.tilt, part.x)
+    # around the neck
+    turned_x, turned_y = x - tilt * (y - 1.2), y + tilt * x
+    return _Canvas(part.colours, turned_x, turned_y, part.pixel)
 
 
 def _tracks(values: np.ndarray, like: Tensor) -> Tensor:  # (F,) → (F, 1, 1)
@@ -271,7 +299,7 @@ class _Canvas:
         self.colours = colours
         self.x = x  # (F, H, W), as is y
         self.y = y
-        self._pixel = pixel
+        self.pixel = pixel
 
     def part(self, left: float, right: float, top: float, bottom: float) -> "_Canvas":
         """The pixels that are within the bounds in some frame; painting there paints here."""
@@ -280,11 +308,11 @@ class _Canvas:
         columns = _stretch((x > left) & (low_x < right))
         rows = _stretch((y > top) & (low_y < bottom))
         at = (slice(None), rows, columns)
-        return _Canvas(self.colours[:, *at], self.x[at], self.y[at], self._pixel)
+        return _Canvas(self.colours[:, *at], self.x[at], self.y[at], self.pixel)
 
     def cover(self, distance: Tensor, opacity: float = 1) -> Tensor:
         """How much of each pixel lies inside (distance below 0)."""
-        edge = 1.3 * self._pixel
+        edge = 1.3 * self.pixel
         return (0.5 - distance / edge).clamp_(0, 1) * opacity
 
     def paint(self, alpha: Tensor, colour: tuple[float, float, float] | Tensor) -> None:

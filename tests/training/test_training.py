@@ -1,13 +1,15 @@
 """The training's parts: what they compute is what the worker and the libraries compute."""
 
+import json
 import operator
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import psutil
@@ -15,12 +17,20 @@ import pytest
 import torch
 
 from training import __main__ as command
-from training import architecture, audio_encoder, autoencoder, speech, transformer, world
+from training import (
+    architecture,
+    audio_encoder,
+    autoencoder,
+    report,
+    speech,
+    transformer,
+    world,
+)
 from training.convolution import inflate_kernels, use_fast_convolutions, with_library_convolutions
-from training.loop import LossGradients, train
+from training.loop import LOG, LossGradients, progress_of, steps_done, train
 from training.muon import Muon
 from training.processes import prefetched
-from training.scenes import EYES_CROP, FACE_CROP, Scene, SceneBuffer, num_frames
+from training.scenes import EYES_CROP, FACE_CROP, Scene, SceneBuffer, Shot, num_frames
 from training.speech import SpeechCorpus, formant_speech
 from training.transformer import Windows, denoising_loss
 from worker.generation import sampling
@@ -39,7 +49,7 @@ def single_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def make_scene(num_latents: int, size: FrameSize = SMALL) -> Scene:
+def make_scene(num_latents: int, size: FrameSize = SMALL, people: int = 1) -> Scene:
     """A scene of numbers that all differ."""
     height, width = size.latent
     generator = torch.Generator().manual_seed(num_latents)
@@ -49,16 +59,17 @@ def make_scene(num_latents: int, size: FrameSize = SMALL) -> Scene:
 
     return Scene(
         latents=random(16, num_latents, height, width),
-        audio_embeds=random(num_frames(num_latents), *architecture.AUDIO_STATES),
+        audio_embeds=random(people, num_frames(num_latents), *architecture.AUDIO_STATES),
         reference_mean=random(16, 1, height, width),
         reference_std=random(16, 1, height, width) / 10,
-        face_mask=random(1, 1, height, width),
+        face_mask=random(people, 1, height, width),
         prompt_embeds=random(2, 5 + num_latents % 3, architecture.TEXT_DIM),
         pooled_prompt_embeds=random(2, architecture.POOLED_DIM),
         pose=torch.tensor(25.0),
         expression=torch.tensor(30.0),
         weight=1 + random(height, width),
         outside=(random(height, width) > 0.5).float(),
+        places=random(people, 3),
     )
 
 
@@ -114,25 +125,25 @@ def test_inflated_kernels_encode_a_still_as_before() -> None:
 
 
 def test_a_window_has_the_audio_that_the_worker_gives_it() -> None:
-    scene = make_scene(50)
+    scene = make_scene(50, people=2)
     for start in (0, 3, 17):
         window = scene.window(start, WINDOW_LATENTS)
         assert torch.equal(window.latents, scene.latents[:, start : start + WINDOW_LATENTS])
-        expected = sampling.window_audio(scene.audio_embeds[None], start, 50)
-        assert torch.equal(window.audio_embeds, expected[0])
+        expected = sampling.window_audio(scene.audio_embeds, start, 50)
+        assert torch.equal(window.audio_embeds, expected)
 
 
 def test_a_circular_window_has_the_audio_that_the_worker_gives_it() -> None:
     plan = VideoPlan(375)
     ring = plan.sampled_latents
-    scene = make_scene(ring)
+    scene = make_scene(ring, people=2)
     audio = scene.audio_embeds.clone()
-    audio[plan.padded_audio_frames :] = 0
+    audio[:, plan.padded_audio_frames :] = 0
     scene = replace(scene, audio_embeds=audio)
     wrapped = scene.circular_window(ring - 20, 20, WINDOW_LATENTS - 20)
 
-    expected = sampling.window_audio(audio[None, : plan.padded_audio_frames], -20, ring)
-    assert torch.equal(wrapped.audio_embeds, expected[0])
+    expected = sampling.window_audio(audio[:, : plan.padded_audio_frames], -20, ring)
+    assert torch.equal(wrapped.audio_embeds, expected)
     latents = sampling.gather_circular(scene.latents[None], 2, -20, WINDOW_LATENTS)
     assert torch.equal(wrapped.latents, latents[0])
 
@@ -152,13 +163,11 @@ def test_a_full_buffer_drops_its_oldest_scenes() -> None:
 
 def test_a_face_crop_is_the_same_part_of_all_pictures() -> None:
     places = torch.arange(24.0 * 32).view(24, 32)
-    weight = torch.ones(24, 32)
-    weight[9:12, 20:26] = 6  # its middle: row 10.5, column 23
     scene = replace(
         make_scene(3, FrameSize(192, 256)),
         latents=places.expand(16, 3, -1, -1),
         face_mask=places[None, None],
-        weight=weight,
+        places=torch.tensor([[9.0, 10.5, 23.0]]),
     )
     rng = np.random.default_rng(0)
     squares = [scene.crop_face(FACE_CROP, rng) for _ in range(50)]
@@ -166,22 +175,37 @@ def test_a_face_crop_is_the_same_part_of_all_pictures() -> None:
         assert square.latents.shape == (16, 3, 16, 16)
         assert square.reference_mean.shape == (16, 1, 16, 16)
         assert (square.latents[0, 0] == square.face_mask[0, 0]).all()
-        assert square.weight.sum() == 256 + 5 * 18  # the whole face
-    rows, columns = zip(
-        *(divmod(int(each.latents[0, 0, 0, 0]), 32) for each in squares), strict=True
-    )
+    rows, columns = corners(squares)
     assert 0 <= min(rows) < 2 < max(rows) <= 4
     assert 12 <= min(columns) < 15 < max(columns) <= 16
     eyes = scene.crop_face(EYES_CROP, rng)
     assert eyes.latents.shape == (16, 3, 4, 14)
-    assert 8 <= int(eyes.latents[0, 0, 0, 0]) // 32 <= 10  # from the first row that counts
+    assert 8 <= corners([eyes])[0][0] <= 10  # from the first row that counts
 
 
-@pytest.mark.parametrize("has_cfg_loss", [False, True])
-def test_the_loss_trains_every_part_that_a_job_uses(has_cfg_loss: bool) -> None:
+def corners(crops: Sequence[Scene]) -> tuple[list[int], list[int]]:
+    """The rows and the columns where crops of a picture 32 wide begin."""
+    first = [divmod(int(crop.latents[0, 0, 0, 0]), 32) for crop in crops]
+    return [row for row, _ in first], [column for _, column in first]
+
+
+def test_crops_of_several_people_show_each_of_them() -> None:
+    picture = torch.arange(24.0 * 32).view(24, 32)
+    scene = replace(
+        make_scene(3, FrameSize(192, 256), people=2),
+        latents=picture.expand(16, 3, -1, -1),
+        places=torch.tensor([[9.0, 10.5, 8.0], [9.0, 10.5, 23.0]]),
+    )
+    rng = np.random.default_rng(0)
+    _, columns = corners([scene.crop_face(FACE_CROP, rng) for _ in range(50)])
+    assert {column < 8 for column in columns} == {True, False}
+
+
+@pytest.mark.parametrize(("has_cfg_loss", "people"), [(False, 1), (False, 3), (True, 2)])
+def test_the_loss_trains_every_part_that_a_job_uses(has_cfg_loss: bool, people: int) -> None:
     torch.manual_seed(3)
     model = architecture.transformer()
-    scenes = Scene.stack([make_scene(count).window(0, 3) for count in (4, 5, 6, 7)])
+    scenes = Scene.stack([make_scene(count, people=people).window(0, 3) for count in (4, 5, 6, 7)])
     loss, metrics = denoising_loss(
         model, scenes, np.random.default_rng(0), has_cfg_loss=has_cfg_loss
     )
@@ -199,7 +223,7 @@ def test_the_loss_trains_every_part_that_a_job_uses(has_cfg_loss: bool) -> None:
 
 
 def test_a_run_resumes_where_it_stopped(tmp_path: Path) -> None:
-    def run(directory: Path, steps: int) -> torch.Tensor:
+    def run(directory: Path, steps: int, seconds: float | None = None) -> torch.Tensor:
         torch.manual_seed(0)
         model = torch.nn.Linear(4, 4)
         inputs = torch.randn(8, 4)
@@ -214,6 +238,7 @@ def test_a_run_resumes_where_it_stopped(tmp_path: Path) -> None:
             directory=directory,
             steps=steps,
             learning_rate=0.01,
+            seconds=seconds,
         )
         return model.weight
 
@@ -221,6 +246,13 @@ def test_a_run_resumes_where_it_stopped(tmp_path: Path) -> None:
     resumed = run(tmp_path / "both", 20)
     assert torch.equal(resumed, run(tmp_path / "one", 20))
     assert not torch.equal(resumed, run(tmp_path / "shorter", 10))
+
+    stopped = run(tmp_path / "stopped", 1_000_000, seconds=0.2)
+    assert 0 < steps_done(tmp_path / "stopped") < 1_000_000
+    assert progress_of(tmp_path / "stopped") == 1
+    assert torch.equal(stopped, run(tmp_path / "stopped", 1_000_000, seconds=60))  # it is over
+    rates = [json.loads(line) for line in (tmp_path / "stopped" / LOG).read_text().splitlines()]
+    assert rates[-1]["step"] == steps_done(tmp_path / "stopped")
 
 
 def test_what_processes_make_comes_in_its_order() -> None:
@@ -274,7 +306,7 @@ def test_the_training_makes_a_directory_that_the_worker_loads(
         autoencoder.Phase("clips", 1, 5, 32, 1, 1e-3, 0.3),
         autoencoder.Phase("whole", 1, 17, 64, 1, 1e-3, 0.3),
     )
-    vae = autoencoder.train_autoencoder(tmp_path / "vae_run", 1, cpu, phases, people=2)
+    vae = autoencoder.train_autoencoder(tmp_path / "vae_run", 1, cpu, phases, pictures=2)
     vae.save_pretrained(tmp_path / "vae")
     denoiser = transformer.train_transformer(
         tmp_path / "transformer_run",
@@ -283,20 +315,32 @@ def test_the_training_makes_a_directory_that_the_worker_loads(
         cpu,
         0,
         (
-            transformer.Phase("short", (Windows(2, 4),), 2, 1e-3, 0.3, 1),
+            transformer.Phase("short", (Windows(2, 4),), 2, 1e-3, 0.3, 1, 0.5),
             transformer.Phase(
-                "cfg", (Windows(2, 3), Windows(1, 4)), 2, 1e-3, 0.3, 1, has_cfg_loss=True
+                "cfg", (Windows(2, 3), Windows(1, 4)), 2, 1e-3, 0.3, 1, 0.5, has_cfg_loss=True
             ),
         ),
-        (FrameSize(64, 64), FrameSize(64, 128)),
+        (Shot(FrameSize(64, 64), 1), Shot(FrameSize(64, 128), 3)),
         2,
     )
     denoiser.save_pretrained(tmp_path / "transformer")
     monkeypatch.setattr(command, "PREVIEW_PEOPLE", 1)
     command.write(tmp_path, tmp_path / "model")
+    report.write(tmp_path, tmp_path)
 
     require_whole(tmp_path / "model", hashes=True)
     assert preview.load(tmp_path / "model", 16) is not None
+    log = [json.loads(line) for line in (tmp_path / report.LOG_FILE).read_text().splitlines()]
+    assert [(line["run"], line["step"]) for line in log] == [
+        ("audio_encoder_run", 2),
+        ("vae_run/stills", 2),
+        ("vae_run/clips", 1),
+        ("vae_run/whole", 1),
+        ("transformer_run/short", 2),
+        ("transformer_run/cfg", 2),
+    ]
+    curves = ElementTree.parse(tmp_path / report.CURVES_FILE)
+    assert len(curves.findall(".//{*}text")) > 6
     components, _ = loader.load(tmp_path / "model", cpu, {"default": torch.float32})
     face = world.random_face(np.random.default_rng(0))
     picture = world.portrait(face, 64, 64)

@@ -83,16 +83,23 @@ def test_another_chance_moves_the_eyes_and_the_head_but_not_the_mouth() -> None:
     assert one.eyes.min() == 0
 
 
-def test_half_of_the_pauses_are_blinked_at() -> None:
-    words = np.tile(np.repeat(np.array([1, 0], np.float32), 20), 5)  # 0.8 s each, and as much rest
+def blinks(eyes: np.ndarray) -> list[int]:
+    """The frames in which the eyes begin to close."""
+    return [f for f in range(1, len(eyes)) if eyes[f] < 1 and eyes[f - 1] == 1]
+
+
+def test_the_eyes_blink_every_few_seconds_and_rather_in_pauses() -> None:
+    words = np.tile(np.repeat(np.array([1, 0], np.float32), (35, 15)), 20)  # 1.4 s each, 0.6 s rest
     mouth = MouthTrack(words, np.zeros_like(words))
-    starts = world.pauses(words)
-    assert starts == [20, 60, 100, 140, 180]
+    tracks = [world.speaking_motion(np.random.default_rng(seed), mouth) for seed in range(20)]
+    starts = [blinks(track.eyes) for track in tracks]
 
-    motions = [world.speaking_motion(np.random.default_rng(seed), mouth) for seed in range(40)]
-
-    closed = np.stack([motion.eyes == 0 for motion in motions])
-    at_pauses = [closed[:, start : start + 8].any(axis=1).mean() for start in starts]
-    assert 0.4 < np.mean(at_pauses) < 0.65
-    others = [closed[:, start + 10 : start + 30].any(axis=1).mean() for start in starts[:-1]]
-    assert 0 < np.mean(others) < 0.3
+    assert len({tuple(each) for each in starts}) == len(starts)
+    gaps = np.concatenate([np.diff([0, *each]) for each in starts])
+    assert gaps.max() <= 5 * world.FPS
+    assert np.concatenate([np.diff(each) for each in starts]).min() >= world.REST_FRAMES
+    frames = np.concatenate([np.array(each) for each in starts])
+    assert (words[frames] == 0).mean() > 0.6  # pauses are three tenths of the time
+    silent = MouthTrack(np.zeros_like(words), np.zeros_like(words))
+    quiet = blinks(world.speaking_motion(np.random.default_rng(0), silent).eyes)
+    assert np.diff([0, *quiet]).max() <= 5 * world.FPS
