@@ -11,10 +11,14 @@ PYTEST_BESIDE := $(BIN)/pytest -n 2 --dist worksteal
 STUDIO_VENV := .venv-studio
 SDK2_VENV := .venv-sdk2
 
-.PHONY: demo studio test lint types unit slow talks packages browser image sdk2 lock format clean
+.PHONY: demo demo-duet studio test lint types unit slow talks packages browser image sdk2 lock format clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m demo
+
+# Two people in one picture, who speak in turn.
+demo-duet: $(VENV)/ready
+	$(BIN)/python -m demo --duet
 
 # A page in the browser, with an endpoint of its own on this machine.
 studio: $(VENV)/ready $(STUDIO_VENV)/ready

@@ -1,7 +1,8 @@
 """Makes `out/demo.mp4`: one real job, through the real worker, on this machine.
 
 Starts the local endpoint with one worker, sends it the sample portrait and speech with the client,
-and fetches the video from the URL that comes back.
+and fetches the video from the URL that comes back. With `--duet` two people of one picture speak in
+turn, into `out/demo-duet.mp4`.
 """
 
 import argparse
@@ -16,6 +17,12 @@ from avatar_client.contract.presets import PRESETS
 from local_endpoint import LocalEndpoint, WorkerProcess
 
 HERE = Path(__file__).parent
+DUET: dict[str, Any] = {
+    "image": HERE / "duet.png",
+    "speakers": [{"audio": HERE / f"duet-{face}.ogg", "face": face} for face in ("left", "right")],
+    "order": "in_turn",
+    "prompt": "Two people talk to each other.",
+}
 START_SECONDS = 120
 JOB_SECONDS = 600
 
@@ -23,7 +30,8 @@ JOB_SECONDS = 600
 def main() -> int:
     """Runs the demo; 0 if the video was made and fetched."""
     arguments = _arguments()
-    output_path = Path(arguments.output)
+    name = "demo-duet" if arguments.duet else "demo"
+    output_path = Path(arguments.output or f"out/{name}.mp4")
     output_path.parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(prefix="avatar-demo-") as scratch,
@@ -51,9 +59,10 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
+    parser.add_argument("--duet", action="store_true", help="two people who speak in turn")
     parser.add_argument("--image", type=Path, default=HERE / "portrait.png")
     parser.add_argument("--audio", type=Path, default=HERE / "speech.wav")
-    parser.add_argument("--output", default="out/demo.mp4")
+    parser.add_argument("--output")
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--steps", type=int, default=20, help="number of denoising steps")
     parser.add_argument("--preset", choices=PRESETS, default="draft", help="draft is the quickest")
@@ -61,11 +70,14 @@ def _arguments() -> argparse.Namespace:
 
 
 def _submit(endpoint: AvatarEndpoint, arguments: argparse.Namespace) -> AvatarJob:
+    alone = {
+        "image": arguments.image,
+        "audio": arguments.audio,
+        "prompt": "A woman speaks to the camera.",
+    }
     return endpoint.submit(
-        arguments.image,
-        arguments.audio,
+        **(DUET if arguments.duet else alone),
         execution_timeout_seconds=JOB_SECONDS,
-        prompt="A woman speaks to the camera.",
         resolution=arguments.resolution,
         num_inference_steps=arguments.steps,
         preset=arguments.preset,
