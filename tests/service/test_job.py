@@ -65,6 +65,22 @@ def test_a_job_that_is_stopped_enters_no_further_stage(make_run: Callable[..., J
     in_loop(act)
 
 
+@pytest.mark.parametrize("sign", ["stood still", "was not answered", None])
+def test_a_stop_after_a_time_without_contact_may_mean_that_another_worker_has_the_job(
+    make_run: Callable[..., JobRun], sign: str | None
+) -> None:
+    def act() -> None:
+        run = make_run()
+        run.was_out_of_touch = sign == "stood still"
+        run.progress.was_unanswered = sign == "was not answered"
+        run.stop.set()
+        with pytest.raises(JobStoppedError) as stopped:
+            run.check()
+        assert stopped.value.retryable is (sign is not None)
+
+    in_loop(act)
+
+
 def test_a_job_has_the_operators_time_and_without_a_limit_any(
     make_run: Callable[..., JobRun],
 ) -> None:

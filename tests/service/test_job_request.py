@@ -160,6 +160,15 @@ def test_a_request_with_an_id_has_one_fingerprint_whatever_its_job_is() -> None:
     assert fingerprint("order-1", seed=1) != same  # a job of that name
 
 
+def test_all_workers_that_may_have_a_request_without_a_seed_give_it_the_same() -> None:
+    assert parse(seed=3).seed == 3
+    drawn = parse().seed
+    assert parse().seed == drawn
+    assert parse({"id": "job-2"}).seed != drawn
+    own = parse(request_id="order-1").seed
+    assert parse({"id": "job-2"}, request_id="order-1").seed == own != drawn
+
+
 @pytest.mark.parametrize("name", ["a", "Order-1_2.3", "6f1c1d5e-8f2a", "x" * 128])
 def test_a_request_id_is_taken_as_it_is(name: str) -> None:
     assert parse(request_id=name).input.request_id == name

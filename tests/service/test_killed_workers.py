@@ -2,18 +2,21 @@
 
 import base64
 import hashlib
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
+import psutil
 import pytest
 
 from local_endpoint import JobRecord, LocalEndpoint, WorkerProcess, job_queue
 from tests.conftest import ONE_THREAD, BucketServer
 from worker.media.state_store import SUFFIX
 from worker.service import resume
+from worker.service.worker import OUT_OF_TOUCH_SECONDS
 
 JOB_SECONDS = 300.0  # far more than a small job takes
 NUM_STEPS = 10
@@ -65,6 +68,39 @@ def kept_step(store: BucketServer) -> int:
     return resume.facts_of(content).step
 
 
+def is_at(step: int) -> Callable[[JobRecord], bool]:
+    return lambda job: bool(job.output) and (job.output.get("step") or 0) >= step
+
+
+def test_a_worker_that_stood_still_leaves_its_state_to_whoever_has_its_job_now(
+    own_endpoint: LocalEndpoint,
+    object_store: BucketServer,
+    start: Callable[[], WorkerProcess],
+    smallest_input: dict[str, Any],
+) -> None:
+    """As a machine that is paused or cut off: its job is handed on, and it is told to stop."""
+    worker = start()
+    job_id = own_endpoint.submit({"input": smallest_input | {"num_inference_steps": 100}})
+    own_endpoint.wait_until(job_id, is_at(3), JOB_SECONDS)
+    process = psutil.Process(worker.pid)
+    process.suspend()
+    kept = kept_step(object_store)
+    own_endpoint.requeue(job_id)
+    time.sleep(OUT_OF_TOUCH_SECONDS + 1.0)
+    process.resume()
+
+    again = own_endpoint.wait_until(
+        job_id, lambda job: job.num_claims == 2 and is_at(1)(job), JOB_SECONDS
+    )
+
+    assert again.output["step"] > kept > 0
+    own_endpoint.cancel(job_id)
+    deadline = time.monotonic() + JOB_SECONDS
+    while state_keys(object_store):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def test_a_job_of_workers_that_are_killed_becomes_the_video_of_one_that_was_not(
     own_endpoint: LocalEndpoint,
     object_store: BucketServer,
@@ -88,9 +124,6 @@ def test_a_job_of_workers_that_are_killed_becomes_the_video_of_one_that_was_not(
     undisturbed = own_endpoint.wait(own_endpoint.submit(job), JOB_SECONDS).output
     assert state_keys(object_store) == []
     job_id = own_endpoint.submit(job)
-
-    def is_at(step: int) -> Callable[[JobRecord], bool]:
-        return lambda job: bool(job.output) and (job.output.get("step") or 0) >= step
 
     for step in (1, 5, 9):  # 10, 50 and 90 %
         own_endpoint.wait_until(job_id, is_at(step), JOB_SECONDS)

@@ -5,6 +5,8 @@ import threading
 import time
 from typing import Any
 
+import pytest
+
 from worker.service.progress import STAGES, ProgressReporter
 
 
@@ -67,6 +69,25 @@ def test_the_newest_value_wins_between_two_posts() -> None:
     begun = time.monotonic()
     run_job(listener, interval_seconds=0.1, pause_seconds=0.005)  # 100 values in half a second
     assert 2 <= len(listener.payloads) <= (time.monotonic() - begun) / 0.1 + 2
+
+
+@pytest.mark.parametrize(
+    ("status", "is_unanswered"), [(None, True), (503, False)], ids=["nobody", "a refusal"]
+)
+def test_a_value_that_nobody_answers_is_noticed(status: int | None, is_unanswered: bool) -> None:
+    class NotTakenError(Exception):
+        def __init__(self) -> None:
+            self.status = status
+
+    async def post(payload: dict[str, Any]) -> None:
+        raise NotTakenError
+
+    async def job() -> ProgressReporter:
+        async with ProgressReporter(post) as progress:
+            await asyncio.to_thread(progress.update, 0.5)
+        return progress
+
+    assert asyncio.run(job()).was_unanswered is is_unanswered
 
 
 def test_a_preview_stays_until_there_is_a_newer_one() -> None:

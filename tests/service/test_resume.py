@@ -286,6 +286,7 @@ def test_time_that_was_saved_adds_up_over_several_tries(resumption: Resumption) 
         (UploadError("the store did not answer"), True),
         (LookupError("unforeseen"), True),
         (JobStoppedError(), False),
+        (JobStoppedError(may_be_elsewhere=True), True),
         (DeadlineExceededError("too long"), False),
         (InvalidInputError("another object lies there"), False),
     ],

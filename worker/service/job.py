@@ -25,7 +25,7 @@ from worker.service.abandon import CHECK_SECONDS, call_abandonably
 from worker.service.delivery import Delivery
 from worker.service.estimate import JobPlan, ThroughputEstimator
 from worker.service.job_inputs import JobInputs, largest_bytes
-from worker.service.job_request import Fingerprint, JobRequest, draw_seed
+from worker.service.job_request import Fingerprint, JobRequest
 from worker.service.production import Production, encoding_of, preview_warnings
 from worker.service.progress import ProgressReporter
 from worker.service.resume import JobState, Resumption
@@ -44,9 +44,15 @@ FIRST_LOOK_SECONDS, LONGEST_LOOK_SECONDS = 0.5, 5.0  # after another worker's vi
 
 
 class JobStoppedError(Exception):
-    """The client cancelled the job: nothing is posted."""
+    """The platform stopped the job: nothing is posted.
 
-    retryable = False
+    Its client has cancelled it or, after a time without contact, another worker has been given it:
+    then it may go on from the state that this one leaves.
+    """
+
+    def __init__(self, *, may_be_elsewhere: bool = False) -> None:
+        super().__init__()
+        self.retryable = may_be_elsewhere
 
 
 @dataclass(slots=True)
@@ -59,6 +65,7 @@ class JobRun:
     stop: threading.Event = field(default_factory=threading.Event)  # set to end it at its next step
     started: float = field(default_factory=time.monotonic)
     stage_seconds: dict[str, float] = field(default_factory=dict)
+    was_out_of_touch: bool = False  # with the platform, which may have taken this worker for dead
     _directory: Path | None = None  # of its files, while there are any
     _delivery: Delivery | None = None  # once it is decided
     _has_kept_result: bool = False
@@ -84,12 +91,13 @@ class JobRun:
         """Returns if the job may go on.
 
         Raises:
-            JobStoppedError: it was cancelled.
+            JobStoppedError: it was stopped.
             DeadlineExceededError: it takes longer than the operator allows.
             UploadError: another worker makes the same request.
         """
         if self.stop.is_set():
-            raise JobStoppedError
+            out_of_touch = self.was_out_of_touch or self.progress.was_unanswered
+            raise JobStoppedError(may_be_elsewhere=out_of_touch)
         if self._claim is not None:
             self._claim.require_held()
         limit_seconds = self.settings.job_timeout_seconds
@@ -202,8 +210,7 @@ class JobRun:
             identity = engine.identity(self.request.input)
             state.restore(name, identity, self._abandonably, self.check)
         if state.seed is None:
-            seed = self.request.input.seed
-            state.seed = draw_seed() if seed is None else seed
+            state.seed = self.request.seed
         return state
 
     def _deliver(

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +65,14 @@ class JobRequest:
         sent = self._fingerprint([source.digest for source in sources])
         has_addresses = any(source.url is not None for source in sources)
         return Fingerprint(sent, None if has_addresses else sent)
+
+    @property
+    def seed(self) -> int:
+        """Of the noise; for a request that names none, equal for all workers that may have it."""
+        if self.input.seed is not None:
+            return self.input.seed
+        text = json.dumps(["seed", self.input.request_id or self.job_id])
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()) % 2**31
 
     def fingerprint_with(self, digests: Sequence[str]) -> Fingerprint:
         """The same with the inputs' content. An address may be another at each sending.
@@ -166,11 +173,6 @@ def _secrets_of_address(text: str) -> set[str]:
     found = {query, user, *re.split("[&=]", query), *re.split("[:/?#@&=]", user)}
     found |= set(map(unquote, found))
     return {part for part in found if len(part) >= MIN_SECRET_CHARACTERS}
-
-
-def draw_seed() -> int:
-    """A seed for a request that names none."""
-    return secrets.randbelow(2**31)
 
 
 def safe_id(job_id: Any) -> str:

@@ -63,6 +63,7 @@ class ProgressReporter:
         self._closing = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self.stage = STAGES[0].name
+        self.was_unanswered = False  # whether a value met nobody, or a proxy that reached nobody
 
     async def __aenter__(self) -> Self:
         self._task = asyncio.create_task(self._run())
@@ -157,5 +158,6 @@ class ProgressReporter:
                 await self._post(payload)
             except Exception as error:
                 logger.warning("progress was not delivered: %s", type(error).__name__)
+                self.was_unanswered |= getattr(error, "status", None) is None
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._closing.wait(), self._interval_seconds)

@@ -10,6 +10,7 @@ import contextvars
 import json
 import logging
 import secrets
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 KEEP_SECONDS = 30.0  # for a store to take a result; one that hangs must not hold up the next try
 WATCH_SECONDS = 0.5  # between two looks whether the thread waits for a lost rank
+OUT_OF_TOUCH_SECONDS = 10.0  # for which the process stood still: the platform may have given it up
 
 
 class Worker:
@@ -169,7 +171,11 @@ class Worker:
     async def _wait(self, future: "asyncio.Future[Any]", run: JobRun) -> WorkerError | None:
         """Returns None when the thread ends, or the job's error once it waits for a lost rank."""
         while not future.done():
-            await asyncio.wait({future}, timeout=WATCH_SECONDS)
+            looked_at = time.monotonic()
+            try:
+                await asyncio.wait({future}, timeout=WATCH_SECONDS)
+            finally:  # a stop, too, may be what it wakes up to
+                run.was_out_of_touch |= time.monotonic() - looked_at > OUT_OF_TOUCH_SECONDS
             error = self._engine.stuck_error if self._engine else None
             if error is not None and not future.done():
                 logger.error("abandoned in %s: %s", run.progress.stage, error)
