@@ -1,18 +1,24 @@
 """Jobs for several ranks: small ones, whose passes take some hundredths of a second."""
 
+import io
 import os
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import psutil
+from numpy.typing import NDArray
 from PIL import Image
 
+from avatar_client.contract import preview
 from avatar_client.contract.request import GenerationParams
 from tests.support.golden_transformer import relative_difference
 from worker.generation.conditioning import Conditioning
 from worker.generation.engine import Engine
+from worker.generation.preview import FramePreview
 from worker.generation.voices import Voice
+from worker.loading import preview as latent_maps
+from worker.loading.model_directory import DEMO_DIR
 from worker.settings import Settings
 
 TWO = Settings(avatar_model="demo", num_gpus=2)
@@ -41,6 +47,29 @@ def assert_as_alone(engine: Engine, *job: Any) -> None:
     """The latents of all ranks are those of the first alone."""
     expected = replace(engine, ranks=None).denoise(*job)
     assert relative_difference(engine.denoise(*job), expected) < TOLERANCE
+
+
+def last_preview(
+    engine: Engine, told: Conditioning, asked: GenerationParams, seed: int
+) -> NDArray[np.float64]:
+    """The last picture that the first rank draws of a middle frame, while the job is denoised."""
+    latent_to_rgb = latent_maps.load(DEMO_DIR, engine.pipeline.vae.config.latent_channels)
+    assert latent_to_rgb is not None
+    watched = FramePreview(latent_to_rgb, told.plan.kept_latents // 2)
+    pictures: list[str | None] = []
+
+    def on_step(step: int, num_steps: int) -> None:
+        pictures.append(watched.data_url(step / num_steps))
+
+    engine.denoise(told, asked, seed, on_step, preview=watched)
+    last = pictures[-1]
+    assert last is not None
+    return np.array(Image.open(io.BytesIO(preview.read(last)))).astype(np.float64)
+
+
+def assert_same_picture(picture: NDArray[np.float64], expected: NDArray[np.float64]) -> None:
+    """But for what other roundings make of a JPEG, of 255 levels."""
+    assert abs(picture - expected).mean() < 1.0
 
 
 def rank_process_of(pid: int | None = None) -> psutil.Process:

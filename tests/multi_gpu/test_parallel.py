@@ -1,12 +1,22 @@
 """Several ranks make one video. On a CPU they are the processes of a worker with several GPUs."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
 from avatar_client.contract import job_errors
-from tests.multi_gpu.jobs import NUM_STEPS, SIDE, TWO, assert_as_alone, conditioning, params
+from tests.multi_gpu.jobs import (
+    NUM_STEPS,
+    SIDE,
+    TWO,
+    assert_as_alone,
+    assert_same_picture,
+    conditioning,
+    last_preview,
+    params,
+)
 from worker.generation.denoising_state import DenoisingState
 from worker.generation.engine import Engine
 
@@ -42,6 +52,12 @@ def test_two_ranks_make_the_latents_of_one(
     job = (conditioning(engine, seconds), params(guidance_scale=guidance_scale), 7)
     assert engine.num_gpus(job[1]) == num_active_ranks
     assert_as_alone(engine, *job)
+
+
+def test_a_preview_is_of_both_ranks_velocities(engine: Engine) -> None:
+    job = (conditioning(engine, seconds=6.0), params(2), 7)
+    alone = last_preview(replace(engine, ranks=None), *job)
+    assert_same_picture(last_preview(engine, *job), alone)
 
 
 def test_jobs_of_different_sizes_follow_each_other(engine: Engine) -> None:

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from tests.multi_gpu import demo_rank
-from tests.multi_gpu.jobs import TOLERANCE, assert_as_alone, conditioning, params
+from tests.multi_gpu.jobs import (
+    TOLERANCE,
+    assert_as_alone,
+    assert_same_picture,
+    conditioning,
+    last_preview,
+    params,
+)
 from tests.support.golden_transformer import relative_difference
 from worker.generation.engine import Engine
 from worker.multi_gpu.controller import RankController
@@ -37,12 +44,15 @@ def test_four_ranks_make_the_latents_of_one(monkeypatch: pytest.MonkeyPatch) -> 
             (conditioning(engine), params(3, guidance_scale=1.0), 7),
         ]
         alone = [engine.denoise(*job) for job in jobs]
+        preview_alone = last_preview(engine, *jobs[1])  # later a pass needs the other ranks
         engine = engine.join(ranks, timeout_seconds=300.0)
         together = [engine.denoise(*job) for job in jobs]
+        preview_together = last_preview(engine, *jobs[1])
         num_gpus = [engine.num_gpus(settings) for _, settings, _ in jobs]
     finally:
         ranks.close()
         torch.set_num_threads(threads)
     assert num_gpus == [4, 4, 2]
+    assert_same_picture(preview_together, preview_alone)
     for latents, expected in zip(together, alone, strict=True):
         assert relative_difference(latents, expected) < TOLERANCE
