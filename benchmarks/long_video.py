@@ -1,12 +1,13 @@
 """What a long video takes: memory of GPU and host by its length, and what keeping states costs.
 
     python -m benchmarks.long_video --directory /tmp/model --seconds 15 30 60 --chunks 4
-    python -m benchmarks.long_video --directory /tmp/model --states
+    python -m benchmarks.long_video --directory /tmp/model --states --no-mp4 --seconds 15 30 60
     python -m benchmarks.long_video --demo --seconds 60 300
 
 Takes the model directory that `python -m benchmarks.loading` writes, or the demo model at a toy
 size. Each length is measured in a process of its own: its speech is decoded as a job's, two steps
-are taken, the second one cached, and the frames are decoded and written to an mp4.
+are taken, the second one cached, and the frames are decoded and written to an mp4. With `--no-mp4`
+neither sound nor video touches a file, for a machine without PyAV.
 
 With states, three computed steps of one window are taken with and without a state after each.
 """
@@ -22,11 +23,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import psutil
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from avatar_client.contract.media_source import MediaSource
@@ -36,12 +38,13 @@ from worker.generation.conditioning import Conditioning
 from worker.generation.engine import Engine
 from worker.generation.options import DenoiseOptions
 from worker.generation.voices import Voice
-from worker.media.inputs import Speech, load_speech
 from worker.media.state_store import DirectoryStore
-from worker.media.video import write_video
 from worker.service.resume import JobState, Resumption
 from worker.settings import Settings
 from worker.shapes import SAMPLE_RATE_HZ, FrameSize
+
+if TYPE_CHECKING:
+    from worker.media.inputs import Speech
 
 GIB, MIB = 2**30, 2**20
 T = TypeVar("T")
@@ -83,23 +86,23 @@ class Memory:
             self.peaks[f"{name}_gpu_gib"] = round(peak / GIB, 2)
 
 
-def make_speech(path: Path, seconds: float) -> None:
-    """A hum that comes and goes."""
+def hum(seconds: float) -> NDArray[np.float32]:
+    """A hum (samples,) that comes and goes each second."""
     times = np.arange(SAMPLE_RATE_HZ) / SAMPLE_RATE_HZ
-    samples = np.sin(2 * np.pi * 120 * times) * np.sin(2 * np.pi * times) * 9000
-    second = samples.astype("<i2")
+    second = np.sin(2 * np.pi * 120 * times) * np.sin(2 * np.pi * times) * 0.3
+    return np.resize(second.astype(np.float32), round(seconds * SAMPLE_RATE_HZ))
+
+
+def speech_of(directory: Path, seconds: float) -> "Speech":
+    """As a job gets it."""
+    from worker.media.inputs import load_speech  # imports PyAV
+
+    path = directory / "speech.wav"
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(SAMPLE_RATE_HZ)
-        for start in range(0, round(seconds * SAMPLE_RATE_HZ), SAMPLE_RATE_HZ):
-            file.writeframes(second[: round(seconds * SAMPLE_RATE_HZ) - start].tobytes())
-
-
-def speech_of(directory: Path, seconds: float) -> Speech:
-    """As a job gets it."""
-    path = directory / "speech.wav"
-    make_speech(path, seconds)
+        file.writeframes((hum(seconds) * 32767).astype("<i2").tobytes())
     settings = Settings(max_audio_seconds=seconds + 1)
     return load_speech(MediaSource(content=path.read_bytes()), directory, settings)
 
@@ -116,15 +119,18 @@ def encode(engine: Engine, waveform: np.ndarray, size: FrameSize) -> Conditionin
     )
 
 
-def measure(engine: Engine, size: FrameSize, seconds: float, max_chunks: int | None) -> None:
+def measure(
+    engine: Engine, size: FrameSize, seconds: float, max_chunks: int | None, *, has_mp4: bool
+) -> None:
     """Reports the memory of a video of so many seconds."""
     memory = Memory(engine.device)
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         with memory.stage("speech"):
-            speech = speech_of(directory, seconds)
+            speech = speech_of(directory, seconds) if has_mp4 else None
+            waveform = hum(seconds) if speech is None else speech.waveform
         with memory.stage("encode"):
-            conditioning = encode(engine, speech.waveform, size)
+            conditioning = encode(engine, waveform, size)
         with memory.stage("denoise"):
             latents = engine.pipeline.denoise(
                 conditioning,
@@ -133,31 +139,45 @@ def measure(engine: Engine, size: FrameSize, seconds: float, max_chunks: int | N
             )
         num_frames = 0
 
-        def frames() -> Iterator[np.ndarray]:
+        def frames() -> Iterator[NDArray[np.uint8]]:
             nonlocal num_frames
             for chunk in islice(engine.decode_frames(conditioning, latents), max_chunks):
                 num_frames += len(chunk)
                 yield chunk
 
+        path = directory / "video.mp4"
         with memory.stage("decode"):
-            video = write_video(
-                directory / "video.mp4",
-                frames(),
-                fps=25,
-                height=size.height,
-                width=size.width,
-                recording=speech.recording,
-                metadata={},
-            )
+            if speech is None:
+                for _ in frames():
+                    pass
+            else:
+                write(path, frames(), size, speech)
         report(
             seconds=seconds,
             size=f"{size.height}x{size.width}",
             windows=conditioning.plan.num_windows,
             latents_mib=round(latents.nbytes / MIB, 1),
             frames=num_frames,
-            video_bytes=video.size_bytes,
+            video_bytes=path.stat().st_size if path.exists() else None,
             **memory.peaks,
         )
+
+
+def write(
+    path: Path, frames: Iterator[NDArray[np.uint8]], size: FrameSize, speech: "Speech"
+) -> None:
+    """Writes the mp4."""
+    from worker.media.video import write_video  # imports PyAV
+
+    write_video(
+        path,
+        frames,
+        fps=25,
+        height=size.height,
+        width=size.width,
+        recording=speech.recording,
+        metadata={},
+    )
 
 
 class MeasuredStore(DirectoryStore):
@@ -227,6 +247,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", nargs="*", type=float, default=[])
     parser.add_argument("--size", type=_size, help="704x768, or 32x32 with --demo")
     parser.add_argument("--chunks", type=int, help="of 48 frames, to decode no more than these")
+    parser.add_argument("--no-mp4", action="store_true", help="decodes the frames and no more")
     parser.add_argument("--states", action="store_true", help="what keeping states costs")
     parser.add_argument("--state-directory", type=Path, help="for them; a network volume, say")
     parser.add_argument("--one", type=float, help=argparse.SUPPRESS)
@@ -249,7 +270,8 @@ def main() -> None:
     )
     size = arguments.size or FrameSize(*((32, 32) if arguments.demo else (704, 768)))
     if arguments.one is not None:
-        measure(engine, size, arguments.one, arguments.chunks)
+        has_mp4 = not arguments.no_mp4
+        measure(engine, size, arguments.one, arguments.chunks, has_mp4=has_mp4)
         return
     with tempfile.TemporaryDirectory() as name:
         measure_states(engine, size, arguments.state_directory or Path(name))
