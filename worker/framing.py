@@ -59,8 +59,10 @@ class Framing:
         return cls(contained, picture, video)
 
 
-def cover(portrait: FrameSize, aspect: Aspect, face: Box | None) -> Box:
+def cover(portrait: FrameSize, aspect: Aspect, face: Box | None, named: str = "the face is") -> Box:
     """The largest part of the portrait with that aspect ratio, around the face if there is one.
+
+    `face` may hold several; `named` is how a refusal begins.
 
     Raises:
         InvalidInputError: the face does not fit into it.
@@ -79,8 +81,8 @@ def cover(portrait: FrameSize, aspect: Aspect, face: Box | None) -> Box:
     if right - left > width or bottom - top > height:
         side = "wider" if right - left > width else "higher"
         raise InvalidInputError(
-            f"the face, or all that speak together, is {side} than the part of the image that "
-            f"{aspect} leaves; choose another aspect, or output.fit 'contain'",
+            f"{named} {side} than the part of the image that {aspect} leaves; choose another "
+            "aspect, or output.fit 'contain'",
             field="output.aspect",
         )
     x = (left + right - width) / 2

@@ -96,4 +96,4 @@ def test_speech_whose_tokens_the_host_cannot_hold_is_refused_before_the_first_st
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=4 * 2**20))
     with pytest.raises(InputTooLargeError, match="lower resolution") as caught:
         engine.denoise(conditioning, params, 7)
-    assert caught.value.field == "audio"
+    assert caught.value.field == "max_seconds"

@@ -329,8 +329,9 @@ class Engine:
         if num_bytes > HOST_SHARE * psutil.virtual_memory().available:
             raise job_errors.InputTooLargeError(
                 f"speech of that length needs {num_bytes / GIB:.0f} GiB of this worker's memory at "
-                f"{size.width} x {size.height} pixels; shorten it, or choose a lower resolution",
-                field="audio",
+                f"{size.width} x {size.height} pixels; shorten it by "
+                "max_seconds, or choose a lower resolution",
+                field="max_seconds",
             )
 
     def identity(self, params: GenerationParams) -> ModelIdentity:

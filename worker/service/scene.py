@@ -53,7 +53,8 @@ class Scene:
             if None in face_boxes:  # one voice alone
                 face_boxes = [engine.find_face(portrait, params)]
             named = [box for box in face_boxes if box is not None]
-            part = framing.cover(size, output.aspect, framing.around(named))
+            whose = "the face is" if len(named) < 2 else "the faces that speak are together"
+            part = framing.cover(size, output.aspect, framing.around(named), whose)
             portrait = framing.cut(portrait, part, shape.model)
             face_boxes = [box and framing.box_in_part(box, part, shape.model) for box in face_boxes]
         params = params.model_copy(update={"face_box": face_boxes[0]})
