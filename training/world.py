@@ -57,8 +57,7 @@ PAUSE_OPENING = 0.15  # of the mouth, below which it pauses
 REST_FRAMES = 30
 BLINK_CHANCE_IN_PAUSE = 0.06
 BLINK_CHANCE_IN_SPEECH = 0.006
-LONGEST_GAP = 85  # frames, after which the eyes must soon blink
-BLINK_CHANCE_AT_LAST = 0.15
+LONG_GAP, LONGEST_GAP = 85, 120  # frames: then it becomes likely, and certain
 
 
 class Colour(NamedTuple):
@@ -223,8 +222,8 @@ def _blinks(rng: np.random.Generator, opening: np.ndarray) -> np.ndarray:
 def _blink_chance(frames_since_last: int, opening: float) -> float:
     if frames_since_last < REST_FRAMES:
         return 0.0
-    if frames_since_last > LONGEST_GAP:
-        return BLINK_CHANCE_AT_LAST
+    if frames_since_last > LONG_GAP:
+        return (frames_since_last - LONG_GAP) / (LONGEST_GAP - LONG_GAP)
     return BLINK_CHANCE_IN_PAUSE if opening < PAUSE_OPENING else BLINK_CHANCE_IN_SPEECH
 
 
