@@ -6,14 +6,21 @@ A field that the schema gains appears on the page under its own name.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 from avatar_client.contract import schema
+from avatar_client.contract.formats import suffix_of
 from avatar_client.contract.job_errors import InvalidInputError
-from avatar_client.contract.request import GenerationParams
+from avatar_client.contract.request import (
+    SPEECH_FIELDS,
+    GenerationParams,
+    JobInput,
+    OutputOptions,
+)
 from worker.shapes import FRAME_RATES
 
-Kind = Literal["choice", "slider", "number", "text", "box"]
+Kind = Literal["choice", "slider", "number", "text", "box", "check"]
 
 LABELS = {
     "num_inference_steps": "Steps",
@@ -24,7 +31,23 @@ LABELS = {
     "face_box": "Face",
     "audio_start_seconds": "Speech starts at",
     "max_seconds": "Longest speech",
+    "output.aspect": "Aspect ratio",
+    "output.gif": "GIF",
+    "output.watermark.text": "Watermark",
+    "output.watermark.place": "Corner of the watermark",
+    "output.watermark.opacity": "Opacity of the watermark",
 }
+# Of `output`: what says where the files go, which is the studio's to know, and a second picture.
+NO_CONTROLS = {
+    f"output.{name}"
+    for name in (
+        *("delivery", "key", "prefix", "url_expires_seconds", "overwrite"),
+        "watermark.image",
+    )
+}
+LINE_CHARACTERS = 100
+# Kept as they stand in the schema; other choices are words.
+SIGNS = {"mp4", "webm", "h264", "hevc", "vp9"}
 CHOICES = {"fps": FRAME_RATES}  # what the schema checks with code of its own
 BOX_ERROR = "must be four numbers: x, y, width, height"
 
@@ -49,15 +72,36 @@ class Control:
         return LABELS.get(self.name) or _label_of(self.name)
 
     @property
+    def is_long(self) -> bool:
+        """Whether it holds more than a line."""
+        return (self.max_characters or 0) > LINE_CHARACTERS
+
+    def choice_label(self, value: Any) -> str:
+        """A choice as a person reads it."""
+        if not isinstance(value, str):
+            return f"{value:g}"
+        return value if value in SIGNS else value.replace("-", " ").capitalize() or "Automatic"
+
+    @property
     def step(self) -> float:
         """The step of a slider."""
         return 1 if self.is_integer or (self.maximum or 0) >= 100 else 0.1
 
 
-def controls() -> dict[str, Control]:
-    """Every field that decides the frames, by name, in the schema's order."""
-    described = schema.described_fields(GenerationParams)
-    return {name: _control(name, one) for name, one in described}
+@cache
+def controls() -> Mapping[str, Control]:
+    """Every field that decides the frames, the sound or the files, by name, in the schema's order."""
+    described = {
+        **dict(schema.described_fields(GenerationParams)),
+        **{name: form for name, form in schema.described_fields(JobInput) if name in SPEECH_FIELDS},
+        **{f"output.{name}": form for name, form in schema.described_fields(OutputOptions)},
+    }
+    return {name: _control(name, form) for name, form in described.items() if name not in NO_CONTROLS}
+
+
+def is_output(name: str) -> bool:
+    """Whether a field is of the video's files and their shape, and not of what is seen in them."""
+    return name.startswith("output.")
 
 
 def request_fields(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,7 +121,10 @@ def request_fields(values: Mapping[str, Any]) -> dict[str, Any]:
         for part in outer:
             target = target.setdefault(part, {})
         target[last] = value
-    return fields
+    output = fields.get("output", {})
+    if "text" not in output.get("watermark", {"text": ""}):  # a place for no mark
+        del output["watermark"]
+    return {name: value for name, value in fields.items() if value != {}}
 
 
 def page_values(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,12 +135,21 @@ def page_values(fields: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def video_suffix(fields: Mapping[str, Any]) -> str:
+    """The suffix of the video that such a request asks for."""
+    return suffix_of(f"video/{_nested_value(fields, 'output.format')}")
+
+
 def _control(name: str, described: Mapping[str, Any]) -> Control:
     choices = tuple(described.get("enum", CHOICES.get(name, ())))
     limits = {"minimum": described.get("minimum"), "maximum": described.get("maximum")}
     kind: Kind
     if choices:
         kind = "choice"
+        if described["default"] is None:
+            choices = ("", *choices)
+    elif described["type"] == "boolean":
+        kind = "check"
     elif described["type"] == "array":
         kind = "box"
     elif described["type"] == "string":

@@ -1,6 +1,6 @@
 """The studio's jobs on disk: a directory for each, with its inputs, its video and what is known.
 
-    <directory>/<id>/record.json  portrait.*  speech.*  thumbnail.jpg  avatar-<id>.mp4
+    <directory>/<id>/record.json  portrait.*  speech.*  thumbnail.jpg  avatar-<id>.mp4, .webm
 
 It holds no key and no address of a result, which may carry a signature.
 """
@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 from PIL import Image, ImageOps
 from pydantic import Field, TypeAdapter, ValidationError
 
+from studio.fields import video_suffix
 from worker.atomic_file import write_text
 
 MAX_JOBS = 24
@@ -148,7 +149,8 @@ class History:
 
     def video(self, record: Record) -> Path:
         """Where the video lies once the job is completed."""
-        return self.directory / record.id / f"avatar-{record.id}.mp4"
+        suffix = video_suffix(record.fields)
+        return self.directory / record.id / f"avatar-{record.id}{suffix}"
 
     def thumbnail(self, record: Record) -> Path:
         """A small portrait."""

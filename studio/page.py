@@ -19,7 +19,7 @@ from avatar_client.contract.bucket import BucketSettings
 from avatar_client.contract.job_errors import InvalidInputError, WorkerError
 from studio import snippets, views
 from studio.connection import Connection
-from studio.fields import Control, controls, page_values, request_fields
+from studio.fields import Control, controls, is_output, page_values, request_fields
 from studio.tracker import JobState, JobTracker
 from worker.settings import Settings
 
@@ -127,16 +127,12 @@ class Page:
         for name in UNFOLDED:
             self._control(known[name])
         self._settings_section = gr.Accordion("Settings", open=False)
+        rest = [known[name] for name in known if name not in UNFOLDED]
         with self._settings_section:
-            rest = [known[name] for name in known if name not in UNFOLDED]
-            for control in rest:
-                if control.kind == "text":
-                    self._control(control)
-            with gr.Row():
-                for control in rest:
-                    if control.kind != "text":
-                        with gr.Column(min_width=200):
-                            self._control(control)
+            self._controls([control for control in rest if not is_output(control.name)])
+        self._output_section = gr.Accordion("Output", open=False)
+        with self._output_section:
+            self._controls([control for control in rest if is_output(control.name)])
         self._endpoint_section = gr.Accordion("Endpoint", open=self._default is None)
         with self._endpoint_section:
             self._build_endpoint()
@@ -202,6 +198,17 @@ class Page:
                     label="Python", language="python", interactive=False, wrap_lines=True
                 )
 
+    def _controls(self, controls: list[Control]) -> None:
+        """Long texts across the whole width, the others beside each other."""
+        for control in controls:
+            if control.is_long:
+                self._control(control)
+        with gr.Row():
+            for control in controls:
+                if not control.is_long:
+                    with gr.Column(min_width=200):
+                        self._control(control)
+
     def _control(self, control: Control) -> None:
         """The component for a field, and the place of its error."""
         component: Component
@@ -209,8 +216,10 @@ class Page:
         value = initial_values.get(control.name, control.default)
         common = {"label": control.label, "info": control.help, "elem_id": control.name}
         if control.kind == "choice":
-            choices = [(_choice_label(value), value) for value in control.choices]
-            component = gr.Radio(choices, value=value, **common)
+            choices = [(control.choice_label(each), each) for each in control.choices]
+            component = gr.Radio(choices, value="" if value is None else value, **common)
+        elif control.kind == "check":
+            component = gr.Checkbox(value, **common)
         elif control.kind == "slider":
             component = gr.Slider(
                 control.minimum,
@@ -226,7 +235,7 @@ class Page:
         else:  # also a number that may be missing: gradio's own shows 0 then
             component = gr.Textbox(
                 value or "",
-                lines=2 if control.kind == "text" else 1,
+                lines=2 if control.is_long else 1,
                 max_length=control.max_characters,
                 **common,
             )
@@ -258,7 +267,8 @@ class Page:
             self._history,
             self._listed,
         ]
-        errors = [*self._errors.values(), self._settings_section, self._endpoint_section]
+        sections = [self._settings_section, self._output_section, self._endpoint_section]
+        errors = [*self._errors.values(), *sections]
         connection = [self._session, self._inputs["key"], self._connected]
         form = [self._inputs[name] for name in ("image", "audio", *controls())]
 
@@ -486,7 +496,8 @@ class Page:
         if field in ("endpoint", "key"):
             updates[self._endpoint_section] = gr.Accordion(open=True)
         elif field in controls() and field not in UNFOLDED:
-            updates[self._settings_section] = gr.Accordion(open=True)
+            section = self._output_section if is_output(field) else self._settings_section
+            updates[section] = gr.Accordion(open=True)
         return updates
 
 
@@ -507,9 +518,3 @@ def theme() -> Default:
         button_primary_background_fill_dark="*primary_600",
         button_primary_background_fill_hover_dark="*primary_700",
     )
-
-
-def _choice_label(value: Any) -> str:
-    if isinstance(value, str):
-        return value.capitalize()
-    return f"{value:g}"

@@ -12,6 +12,7 @@ from typing import Any
 
 from avatar_client.endpoint import EXECUTION_TIMEOUT_SECONDS
 from avatar_client.protocol import base_url
+from studio.fields import video_suffix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +55,7 @@ def curl(request: Request) -> str:
 
 
 def python(request: Request) -> str:
-    """The same with the client of this repository, down to the mp4."""
+    """The same with the client of this repository, down to the video."""
     arguments = [
         f"Path({_literal(request.portrait)})",
         f"Path({_literal(request.speech)})",
@@ -74,7 +75,7 @@ def python(request: Request) -> str:
         "    )",
         "    with progress_bar() as show:",
         "        job.wait(on_status=show)",
-        '    job.download("avatar.mp4")',
+        f'    job.download("avatar{video_suffix(request.fields)}")',
     ]
     return "\n".join(lines)
 

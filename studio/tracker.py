@@ -3,11 +3,14 @@
 import asyncio
 import logging
 import time
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from avatar_client import (
+    AsyncAvatarEndpoint,
     AsyncAvatarJob,
     DownloadError,
     EndpointError,
@@ -24,6 +27,10 @@ from studio.history import History, Record, stored_output
 
 logger = logging.getLogger(__name__)
 
+# What no person has asked for: an endpoint whose worker does not know one of these gets the job
+# without it.
+OWN_FIELDS: Mapping[str, Any] = {"preview": True}
+UNKNOWN_FIELD = "unknown key"  # how a worker begins to say so
 RETRY_SECONDS = 5.0  # after an endpoint has not answered; the job may well go on
 
 
@@ -70,6 +77,7 @@ class JobTracker:
     def __init__(self, history: History) -> None:
         self.history = history
         self._jobs: dict[str, TrackedJob] = {}
+        self._unknown: dict[str, set[str]] = defaultdict(set)  # of own fields, by the endpoint
 
     async def start(
         self, connection: Connection, portrait: Path, speech: Path, fields: dict[str, Any]
@@ -150,17 +158,15 @@ class JobTracker:
         try:
             async with connection.open() as endpoint:
                 if tracked.record.job_id is None:
-                    tracked.job = await endpoint.submit(
-                        self.history.portrait(tracked.record),
-                        self.history.speech(tracked.record),
-                        preview=True,
-                        **tracked.record.fields,
-                    )
-                    self._save(tracked, job_id=tracked.job.id, status="IN_QUEUE")
+                    await self._send(tracked, endpoint, connection.url)
                     tracked.sent.set_result(None)
                 else:
                     tracked.job = endpoint.job(tracked.record.job_id)
-                await self._watch(tracked, tracked.job)
+                status = await self._watch(tracked)
+                while self._learns_from(status, connection.url):
+                    await self._send(tracked, endpoint, connection.url)
+                    status = await self._watch(tracked)
+                await self._end(tracked, status)
         except Exception as error:
             if tracked.record.job_id is None:  # the inputs are still on the page
                 self.history.remove(tracked.record)
@@ -168,20 +174,46 @@ class JobTracker:
             else:
                 self._save(tracked, status="FAILED", error=_error_fields(error))
 
-    async def _watch(self, tracked: TrackedJob, job: AsyncAvatarJob) -> None:
-        """Returns when the job is over and its video is here."""
+    async def _send(self, tracked: TrackedJob, endpoint: AsyncAvatarEndpoint, url: str) -> None:
+        unknown = self._unknown[url]
+        own = {name: value for name, value in OWN_FIELDS.items() if name not in unknown}
+        tracked.job = await endpoint.submit(
+            self.history.portrait(tracked.record),
+            self.history.speech(tracked.record),
+            **own,
+            **tracked.record.fields,
+        )
+        self._save(tracked, job_id=tracked.job.id, status="IN_QUEUE")
+
+    def _learns_from(self, status: JobStatus, url: str) -> bool:
+        """Whether the job was refused for a field of the studio's own, which is sent no more."""
+        error, unknown = status.error, self._unknown[url]
+        if not _is_unknown_field(error) or error.field not in OWN_FIELDS.keys() - unknown:
+            return False
+        unknown.add(error.field)
+        return True
+
+    async def _watch(self, tracked: TrackedJob) -> JobStatus:
+        """The job once it is over."""
+        assert tracked.job is not None
         while True:
             try:
-                async for status in job.updates():
+                async for status in tracked.job.updates():
                     await self._note(tracked, status)
-                break
+                return status
             except EndpointUnavailableError:
                 tracked.note = "The endpoint does not answer. Trying again"
                 await asyncio.sleep(RETRY_SECONDS)
+
+    async def _end(self, tracked: TrackedJob, status: JobStatus) -> None:
+        """Fetches the video of a job that is over, and keeps what became of it."""
+        assert tracked.job is not None
         if status.status == "COMPLETED":
             tracked.note = "Fetching the video"
-            await job.download(self.history.video(tracked.record))
+            await tracked.job.download(self.history.video(tracked.record))
         error = asdict(status.error) if status.error else None
+        if error is not None and _is_unknown_field(status.error):
+            error["message"] = "is not known to the endpoint, whose worker is older than this page"
         output = stored_output(status.output or {})
         self._save(tracked, status=status.status, output=output, error=error)
 
@@ -214,6 +246,15 @@ def _require_body_size(connection: Connection, portrait: Path, speech: Path) -> 
             "it, or set the BUCKET_ variables, so that it can go through a bucket",
             field=largest,
         )
+
+
+def _is_unknown_field(error: JobError | None) -> TypeGuard[JobError]:
+    """Whether the worker has refused a field because it does not know it."""
+    return (
+        error is not None
+        and error.code == InvalidInputError.code
+        and error.message.startswith(UNKNOWN_FIELD)
+    )
 
 
 def _error_fields(error: Exception) -> dict[str, Any]:

@@ -125,9 +125,7 @@ def duration(seconds: float) -> str:
 
 def field_error(field: str, message: str) -> str:
     """The sentence at a field."""
-    known = controls()
-    label = LABELS.get(field) or (known[field].label if field in known else field)
-    return f'<p class="field-error" role="alert">{escape(label)} {escape(message)}.</p>'
+    return f'<p class="field-error" role="alert">{escape(_label(field))} {escape(message)}.</p>'
 
 
 def sentence(error: WorkerError) -> str:
@@ -136,13 +134,18 @@ def sentence(error: WorkerError) -> str:
     return f"{subject}{error.message}."
 
 
+def _label(field: str) -> str:
+    known = controls()
+    return LABELS.get(field) or (known[field].label if field in known else field)
+
+
 def _reason(record: Record) -> str:
     error = record.error
     if error is None:
         return ""
     text = f"{error['message'][:1].upper()}{error['message'][1:]}".rstrip(".") + "."
     if error["field"]:
-        text = f"{LABELS.get(error['field'], error['field'])} {error['message']}."
+        text = f"{_label(error['field'])} {error['message']}."
     return f"{text} Trying again may help." if error["retryable"] else text
 
 

@@ -247,6 +247,28 @@ def test_a_person_makes_a_video_watches_it_and_takes_it_home(
     assert path.read_bytes() == next(kept.glob("*.mp4")).read_bytes()
 
 
+def test_a_video_has_the_shape_and_the_file_that_the_page_names(
+    studio: StudioProcess, open_page: Callable[..., Any], files: Path
+) -> None:
+    page = open_page(studio.url)
+    fill(page, files, steps=1)
+    unfold(page, "Output")
+    page.get_by_label("9:16").check()
+    page.get_by_label("webm").check()
+    page.get_by_label("Watermark", exact=True).fill("AI")
+    unfold(page, "This request as code")
+    code = page.locator("#result").get_by_text("watermark")
+    expect(code.first).to_be_visible()
+    expect(page.locator("#result").get_by_text("9:16").first).to_be_visible()
+    make(page)
+
+    player = wait_for_video(page)
+    page.wait_for_function("document.querySelector('video.result').videoWidth > 0")
+    width, height = player.evaluate("player => [player.videoWidth, player.videoHeight]")
+    assert width / height == pytest.approx(9 / 16, rel=0.01)
+    assert player.get_attribute("src").endswith(".webm")
+
+
 def test_a_job_is_cancelled_in_the_middle(
     studio: StudioProcess, open_page: Callable[..., Any], files: Path
 ) -> None:
@@ -499,7 +521,7 @@ def test_the_page_fits_its_width_with_all_of_it_unfolded(
 
 
 def unfold_all(page: Any) -> None:
-    for name in ("Settings", "Endpoint", "This request as code"):
+    for name in ("Settings", "Output", "Endpoint", "This request as code"):
         unfold(page, name)
 
 

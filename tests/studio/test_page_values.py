@@ -14,9 +14,9 @@ import pytest
 
 from avatar_client import Progress
 from avatar_client.contract.job_errors import InvalidInputError
-from avatar_client.contract.request import GenerationParams
+from avatar_client.contract.request import VIDEO_FIELDS, GenerationParams
 from studio import views
-from studio.fields import controls, page_values, request_fields
+from studio.fields import controls, is_output, page_values, request_fields, video_suffix
 from studio.history import History, Record, stored_output
 from studio.snippets import Request, curl, python
 from studio.tracker import JobState
@@ -43,9 +43,14 @@ def defaults() -> dict[str, Any]:
 # Controls
 
 
-def test_every_field_that_decides_the_frames_has_a_control_with_words_for_it() -> None:
+def test_every_field_that_decides_the_frames_or_the_file_has_a_control_with_words_for_it() -> None:
     known = controls()
-    assert {name.partition(".")[0] for name in known} == set(GenerationParams.model_fields)
+    shown = {name.partition(".")[0] for name in known if not is_output(name)}
+    assert shown == set(GenerationParams.model_fields)
+    assert {name.split(".")[1] for name in known if is_output(name)} == {
+        *VIDEO_FIELDS,
+        *("thumbnail", "gif"),
+    }
     assert all(control.help.endswith(".") for control in known.values())
     assert all(control.label for control in known.values())
 
@@ -54,20 +59,25 @@ def test_every_field_that_decides_the_frames_has_a_control_with_words_for_it() -
     "name", [name for name, control in controls().items() if control.minimum is not None]
 )
 def test_a_control_ends_where_the_schema_does(name: str) -> None:
+    def takes(value: float) -> bool:
+        return accepted(request_fields({"output.watermark.text": "AI", name: value}))
+
     control = controls()[name]
     assert control.minimum is not None
     step = 1 if control.is_integer else 0.01
-    assert accepted(request_fields({name: control.minimum}))
-    assert not accepted(request_fields({name: control.minimum - step}))
+    assert takes(control.minimum)
+    assert not takes(control.minimum - step)
     if control.maximum is not None:
-        assert accepted(request_fields({name: control.maximum}))
-        assert not accepted(request_fields({name: control.maximum + step}))
+        assert takes(control.maximum)
+        assert not takes(control.maximum + step)
 
 
 @pytest.mark.parametrize("name", [name for name, control in controls().items() if control.choices])
 def test_every_choice_is_one_that_the_schema_takes(name: str) -> None:
     for choice in controls()[name].choices:
-        assert accepted(request_fields({name: choice}))
+        container = "webm" if choice == "vp9" else "mp4"
+        others = {"output.format": container, "output.watermark.text": "AI"}
+        assert accepted(request_fields({**others, name: choice}))
 
 
 def test_what_nobody_changed_is_left_to_the_worker() -> None:
@@ -84,12 +94,27 @@ def test_the_page_shows_a_request_as_it_was_entered() -> None:
         "motion.expression": 42,
         "face_box": "10, 20.5, 30, 40",
         "max_seconds": "2.5",
+        "output.aspect": "9:16",
+        "output.fit": "contain",
+        "output.background": "#102030",
+        "output.format": "webm",
+        "output.codec": "vp9",
+        "output.quality": "30",
+        "output.watermark.text": "AI-generated",
+        "output.watermark.place": "top-left",
+        "output.gif": True,
     }
     fields = request_fields(entered)
+    assert fields["output"]["watermark"] == {"text": "AI-generated", "place": "top-left"}
+    assert video_suffix(fields) == ".webm"
     assert fields["motion"] == {"expression": 42}
     assert fields["face_box"] == [10, 20.5, 30, 40]
     assert accepted(fields)
     assert request_fields(page_values(fields)) == fields
+
+
+def test_a_place_of_no_watermark_is_not_sent() -> None:
+    assert request_fields({"output.watermark.place": "top-left", "output.codec": ""}) == {}
 
 
 @pytest.mark.parametrize(
