@@ -4,6 +4,7 @@ Kinds, limits, choices, defaults and what is said of them are the schema's; only
 A field that the schema gains appears on the page under its own name.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -31,6 +32,7 @@ LABELS = {
     "face_box": "Face",
     "audio_start_seconds": "Speech starts at",
     "max_seconds": "Longest speech",
+    "pause_seconds": "Pause",
     "output.aspect": "Aspect ratio",
     "output.gif": "GIF",
     "output.watermark.text": "Watermark",
@@ -80,7 +82,7 @@ class Control:
         """A choice as a person reads it."""
         if not isinstance(value, str):
             return f"{value:g}"
-        return value if value in SIGNS else value.replace("-", " ").capitalize() or "Automatic"
+        return value if value in SIGNS else re.sub("[-_]", " ", value).capitalize() or "Automatic"
 
     @property
     def step(self) -> float:
@@ -90,13 +92,13 @@ class Control:
 
 @cache
 def controls() -> Mapping[str, Control]:
-    """Every field that decides the frames, the sound or the files, by name, in the schema's order."""
-    described = {
+    """Every field that decides frames, sound or files, by name, in the schema's order."""
+    forms = {
         **dict(schema.described_fields(GenerationParams)),
         **{name: form for name, form in schema.described_fields(JobInput) if name in SPEECH_FIELDS},
         **{f"output.{name}": form for name, form in schema.described_fields(OutputOptions)},
     }
-    return {name: _control(name, form) for name, form in described.items() if name not in NO_CONTROLS}
+    return {name: _control(name, form) for name, form in forms.items() if name not in NO_CONTROLS}
 
 
 def is_output(name: str) -> bool:

@@ -1,6 +1,7 @@
 """The studio's jobs on disk: a directory for each, with its inputs, its video and what is known.
 
-    <directory>/<id>/record.json  portrait.*  speech.*  thumbnail.jpg  avatar-<id>.mp4, .webm
+    <directory>/<id>/record.json  portrait.*  speech.* or speaker-<n>.*  thumbnail.jpg
+                     avatar-<id>.mp4 or .webm
 
 It holds no key and no address of a result, which may carry a signature.
 """
@@ -60,8 +61,8 @@ class Record:
     created_at: str
     endpoint: str
     portrait: Name  # file names in the job's directory
-    speech: Name
-    fields: dict[str, Any]  # of `input`, without the media
+    speech: Name | None  # None: each of the speakers in `fields` has one
+    fields: dict[str, Any]  # of `input`, beside the two
     job_id: str | None = None  # None: not sent yet
     status: Status = "SENDING"
     error: dict[str, Any] | None = None  # code, message, field, retryable
@@ -88,26 +89,34 @@ class History:
     def add(
         self,
         portrait: Path,
-        speech: Path,
+        speech: Path | None,
         fields: Mapping[str, Any],
         *,
         endpoint: str,
         busy: Collection[str] = (),
     ) -> Record:
-        """A new record with copies of both inputs; the oldest ones that are not busy make room."""
+        """A new record with copies of all files; the oldest ones that are not busy make room."""
         now = datetime.now(UTC)
         record = Record(
             id=f"{now:%Y%m%d-%H%M%S-%f}-{secrets.token_hex(3)}",  # sorts by time
             created_at=now.isoformat(timespec="seconds"),
             endpoint=endpoint,
             portrait=f"portrait{_suffix(portrait)}",
-            speech=f"speech{_suffix(speech)}",
+            speech=None if speech is None else f"speech{_suffix(speech)}",
             fields=dict(fields),
         )
         directory = self.directory / record.id
         directory.mkdir()
         shutil.copyfile(portrait, directory / record.portrait)
-        shutil.copyfile(speech, directory / record.speech)
+        if speech is not None and record.speech is not None:
+            shutil.copyfile(speech, directory / record.speech)
+        speakers: list[dict[str, Any]] = []
+        for number, speaker in enumerate(fields.get("speakers", ()), 1):
+            name = f"speaker-{number}{_suffix(speaker['audio'])}"
+            shutil.copyfile(speaker["audio"], directory / name)
+            speakers.append({**speaker, "audio": name})
+        if speakers:
+            record.fields["speakers"] = speakers
         _make_thumbnail(portrait, directory / "thumbnail.jpg")
         self.save(record)
         self._remove_oldest({record.id, *busy})
@@ -143,9 +152,20 @@ class History:
         """The portrait as it was given."""
         return self.directory / record.id / record.portrait
 
-    def speech(self, record: Record) -> Path:
-        """The recording as it was given."""
-        return self.directory / record.id / record.speech
+    def speech(self, record: Record) -> Path | None:
+        """The recording as it was given; None: each speaker has one."""
+        return None if record.speech is None else self.directory / record.id / record.speech
+
+    def fields(self, record: Record) -> dict[str, Any]:
+        """The job's other fields, with the recordings of its speakers as their paths."""
+        directory = self.directory / record.id
+        fields = dict(record.fields)
+        if "speakers" in fields:
+            fields["speakers"] = [
+                {**speaker, "audio": directory / Path(speaker["audio"]).name}
+                for speaker in fields["speakers"]
+            ]
+        return fields
 
     def video(self, record: Record) -> Path:
         """Where the video lies once the job is completed."""

@@ -5,7 +5,9 @@ jobs themselves run beside it, in `studio.tracker`.
 """
 
 import logging
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,11 @@ from pydantic import SecretStr
 from avatar_client import AuthenticationError, EndpointError
 from avatar_client.contract.bucket import BucketSettings
 from avatar_client.contract.job_errors import InvalidInputError, WorkerError
-from studio import snippets, views
+from studio import faces, snippets, views
 from studio.connection import Connection
+from studio.faces import Faces
 from studio.fields import Control, controls, is_output, page_values, request_fields
+from studio.speakers import OF_ONE_RECORDING, Speaker, SpeakersPart
 from studio.tracker import JobState, JobTracker
 from worker.settings import Settings
 
@@ -28,6 +32,7 @@ logger = logging.getLogger(__name__)
 REFRESH_SECONDS = 1.0
 UPLOADS_CLEANUP = (3600, 86_400)  # s between two, and kept; a job has its own copies
 UNFOLDED = ("prompt", "preset")  # the others are folded away
+OF_SPEAKERS = ("order", "pause_seconds")
 MAX_FILE_BYTES = Settings.model_fields["max_input_bytes"].default
 
 # The job that is shown stands in the address, so that a reload finds it and tabs differ.
@@ -124,10 +129,17 @@ class Page:
         )
         self._error_slot("audio")
         known = controls()
+        self._speakers_section = gr.Accordion("Several speakers", open=False)
+        with self._speakers_section:
+            self._speakers = SpeakersPart(self._error_slot)
+            with gr.Row():
+                for name in OF_SPEAKERS:
+                    with gr.Column(min_width=200):
+                        self._control(known[name])
         for name in UNFOLDED:
             self._control(known[name])
         self._settings_section = gr.Accordion("Settings", open=False)
-        rest = [known[name] for name in known if name not in UNFOLDED]
+        rest = [known[name] for name in known if name not in (*UNFOLDED, *OF_SPEAKERS)]
         with self._settings_section:
             self._controls([control for control in rest if not is_output(control.name)])
         self._output_section = gr.Accordion("Output", open=False)
@@ -251,7 +263,8 @@ class Page:
         # Not through gradio's queue: an event that is sent while its stream of answers is being
         # closed, as when a field is left for the button, would never be answered.
         options = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        entered = {*self._inputs.values(), self._session}
+        speakers = self._speakers
+        entered = {*self._inputs.values(), *speakers.inputs, self._session}
         result = [
             self._shown,
             self._timer,
@@ -267,12 +280,16 @@ class Page:
             self._history,
             self._listed,
         ]
-        sections = [self._settings_section, self._output_section, self._endpoint_section]
+        sections = [
+            *(self._speakers_section, self._settings_section, self._output_section),
+            self._endpoint_section,
+        ]
         errors = [*self._errors.values(), *sections]
         connection = [self._session, self._inputs["key"], self._connected]
         form = [self._inputs[name] for name in ("image", "audio", *controls())]
+        filled = [*form, *speakers.outputs]
 
-        blocks.load(self._open, None, [*result, *errors, *form], **options)
+        blocks.load(self._open, None, [*result, *errors, *filled], **options)
         self._make.click(self._show_sending, None, [self._make, *errors], **options).then(
             self._start,
             entered,
@@ -287,7 +304,7 @@ class Page:
         self._history.select(self._select, self._listed, result, **options).then(
             None, self._shown, None, js=SET_JOB_IN_ADDRESS, **options
         ).then(None, None, None, js=SCROLL_TO_OUTCOME, **options)
-        self._again.click(self._refill, self._shown, form, **options)
+        self._again.click(self._refill, self._shown, filled, **options)
         gr.on(
             [self._connect.click, self._inputs["key"].submit],
             self._connect_to,
@@ -295,15 +312,37 @@ class Page:
             [*errors, *connection],
             **options,
         )
+        changes = [self._inputs[name].change for name in self._inputs if name != "key"]
+        changes += [part.change for part in speakers.inputs]
         gr.on(
-            [blocks.load, *(self._inputs[name].change for name in self._inputs if name != "key")],
+            [blocks.load, *changes],
             self._write_snippets,
-            {*form, self._inputs["endpoint"]},
+            {*form, *speakers.inputs, self._inputs["endpoint"]},
             [self._curl, self._python],
             trigger_mode="always_last",
             preprocess=False,
             **options,
         )
+
+        self._connect_speakers(entered, [*errors, *connection], options)
+
+    def _connect_speakers(
+        self, entered: set[Component], errors: list[Component], options: dict[str, Any]
+    ) -> None:
+        part, image = self._speakers, self._inputs["image"]
+        speech = self._inputs["audio"]
+        assert isinstance(image, gr.Image)
+        raw = {**options, "preprocess": False}
+        shown = [*part.outputs, speech]
+        part.find.click(self._show_looking, None, [part.find, *errors], **options).then(
+            self._find_faces, {*entered, part.found}, [part.find, *shown, *errors], **raw
+        )
+        part.faces.click(self._choose_face, {part.found, *part.inputs}, shown, **raw)
+        for index, row in enumerate(part.rows):
+            remove = partial(self._remove_speaker, index)
+            row.remove.click(remove, {part.found, *part.inputs}, shown, **raw)
+        # boxes are of one portrait
+        gr.on([image.upload, image.clear], self._forget_faces, None, shown, **options)
 
     def _open(self, request: gr.Request) -> Updates:
         """A page that is opened or loaded again: the job in its address, and that job's inputs."""
@@ -324,9 +363,12 @@ class Page:
                 entered[self._inputs["key"]],
                 entered[self._session],
             )
-            values = {name: entered[self._inputs[name]] for name in controls()}
-            fields = request_fields(values)
-            portrait, speech = (self._file(entered, name) for name in ("image", "audio"))
+            fields = self._fields(entered)
+            portrait = self._file(entered, "image")
+            for index, speaker in enumerate(fields.get("speakers", ())):
+                if speaker["audio"] is None:
+                    raise FormError(f"speakers.{index}.audio", "is missing")
+            speech = None if "speakers" in fields else self._file(entered, "audio")
             record = await self._tracker.start(connection, portrait, speech, fields)
         except (FormError, WorkerError, EndpointError, ValueError) as error:
             return ready | self._error(error)
@@ -362,12 +404,60 @@ class Page:
         record = self._tracker.history.get(shown)
         if record is None:
             return {}
-        values = page_values(record.fields)
-        files = {
-            "image": str(self._tracker.history.portrait(record)),
-            "audio": str(self._tracker.history.speech(record)),
+        history = self._tracker.history
+        portrait, speech = history.portrait(record), history.speech(record)
+        speakers = [Speaker.of(each) for each in history.fields(record).get("speakers", ())]
+        found = None
+        if speakers:
+            with suppress(InvalidInputError):
+                found = Faces.of(portrait, sorted(speaker.box for speaker in speakers))
+        values = {
+            **page_values(record.fields),
+            "image": str(portrait),
+            "audio": gr.Audio(str(speech) if speech else None, visible=not speakers),
         }
-        return {self._inputs[name]: value for name, value in {**values, **files}.items()}
+        updates = {self._inputs[name]: value for name, value in values.items()}
+        return updates | self._speakers.show(found, speakers)
+
+    def _show_looking(self) -> Updates:
+        looking = gr.Button("Looking for faces", interactive=False)
+        return {self._speakers.find: looking, **self._clear_errors()}
+
+    async def _find_faces(self, entered: dict[Component, Any]) -> Updates:
+        """The faces that the endpoint finds in the portrait; who spoke is chosen anew."""
+        ready: Updates = {self._speakers.find: gr.Button("Find the faces", interactive=True)}
+        try:
+            connection, used = self._connection(
+                entered[self._inputs["endpoint"]],
+                entered[self._inputs["key"]],
+                entered[self._session],
+            )
+            portrait = self._file(entered, "image")
+            found = await faces.find(connection, portrait, self._fields(entered))
+        except (FormError, WorkerError, EndpointError, ValueError) as error:
+            if isinstance(error, EndpointError) and not isinstance(error, AuthenticationError):
+                error = FormError("speakers", f"cannot be chosen: {error}")
+            return ready | self._error(error)
+        return ready | used | self._show_speakers(found, [])
+
+    def _choose_face(self, entered: dict[Component, Any], event: gr.EventData) -> Updates:
+        found, speakers = entered[self._speakers.found], self._speakers.entered(entered)
+        return self._speakers.choose(event.face, found, speakers) | self._speech(hidden=True)
+
+    def _remove_speaker(self, index: int, entered: dict[Component, Any]) -> Updates:
+        speakers = self._speakers.entered(entered)
+        del speakers[index]
+        return self._show_speakers(entered[self._speakers.found], speakers)
+
+    def _forget_faces(self) -> Updates:
+        return self._show_speakers(None, [])
+
+    def _show_speakers(self, found: Faces | None, speakers: list[Speaker]) -> Updates:
+        return self._speakers.show(found, speakers) | self._speech(hidden=bool(speakers))
+
+    def _speech(self, *, hidden: bool) -> Updates:
+        """The page's one recording, which speakers with their own take the place of."""
+        return {self._inputs["audio"]: gr.Audio(visible=not hidden)}
 
     async def _connect_to(self, endpoint: str, key: str, session: Connection | None) -> Updates:
         try:
@@ -384,14 +474,10 @@ class Page:
         # a coroutine and so in no thread: the answers come in the order of the questions
         endpoint = entered[self._inputs["endpoint"]].strip()
         own = self._default if endpoint == self._endpoint else None
-        files = (entered[self._inputs[name]] for name in ("image", "audio"))
-        portrait, speech = (Path(file["path"]).name if file else None for file in files)
         try:
             request = snippets.Request(
                 endpoint=own.url if own else endpoint or "ENDPOINT_ID",
-                portrait=portrait or "portrait.jpg",
-                speech=speech or "speech.wav",
-                fields=request_fields({name: entered[self._inputs[name]] for name in controls()}),
+                fields=self._written_fields(entered),
                 key_path=str(own.key_path) if own and own.key_path else None,
             )
             return {self._curl: snippets.curl(request), self._python: snippets.python(request)}
@@ -399,6 +485,32 @@ class Page:
             return {}  # what is wrong is said when the video is made
 
     # Parts of answers
+
+    def _fields(self, entered: dict[Component, Any]) -> dict[str, Any]:
+        """The fields of the request, beside portrait and speech."""
+        fields = request_fields({name: entered[self._inputs[name]] for name in controls()})
+        if speakers := self._speakers.entered(entered):
+            fields = {name: fields[name] for name in fields if name not in OF_ONE_RECORDING}
+            fields["speakers"] = [speaker.field() for speaker in speakers]
+        return fields
+
+    def _written_fields(self, entered: dict[Component, Any]) -> dict[str, Any]:
+        """All fields of the request, with files by their names, or made up ones."""
+
+        def written(file: Path | None, otherwise: str) -> Path:
+            return Path(file.name if file else otherwise)
+
+        files = {"image": "portrait.jpg", "audio": "speech.wav"}
+        paths = {}
+        for name, otherwise in files.items():
+            file = entered[self._inputs[name]]
+            paths[name] = written(Path(file["path"]) if file else None, otherwise)
+        fields = self._fields(entered)
+        if "speakers" in fields:
+            del paths["audio"]
+            for number, speaker in enumerate(fields["speakers"], 1):
+                speaker["audio"] = written(speaker["audio"], f"speech-{number}.wav")
+        return paths | fields
 
     def _file(self, entered: dict[Component, Any], name: str) -> Path:
         """The file that was dropped or recorded."""
@@ -471,7 +583,8 @@ class Page:
     def _worker_error(self, state: JobState | None) -> Updates:
         """The worker's reason for a failure, at the field that it concerns."""
         error = state.record.error if state else None
-        if error is None or error["field"] not in self._errors:
+        field = (error["field"] or "") if error else ""
+        if error is None or not {field, _speaker_of(field)} & self._errors.keys():
             return {}
         return self._error(FormError(error["field"], error["message"]))
 
@@ -485,7 +598,7 @@ class Page:
         elif isinstance(error, ValueError):
             error = FormError("endpoint", f"cannot be used: {error}")
         field = getattr(error, "field", None) or ""
-        slot = self._errors.get(field)
+        slot = self._errors.get(field) or self._errors.get(_speaker_of(field))
         if slot is None:
             message = views.sentence(error) if isinstance(error, WorkerError) else str(error)
             title = "Not connected." if elsewhere else "The job was not sent."
@@ -495,10 +608,17 @@ class Page:
         updates: Updates = {slot: gr.HTML(text, visible=True)}
         if field in ("endpoint", "key"):
             updates[self._endpoint_section] = gr.Accordion(open=True)
+        elif field.startswith("speakers") or field in OF_SPEAKERS:
+            updates[self._speakers_section] = gr.Accordion(open=True)
         elif field in controls() and field not in UNFOLDED:
             section = self._output_section if is_output(field) else self._settings_section
             updates[section] = gr.Accordion(open=True)
         return updates
+
+
+def _speaker_of(field: str) -> str:
+    """The part of the page for a field of a speaker: `speakers.1` of `speakers.1.face_box`."""
+    return ".".join(field.split(".")[:2])
 
 
 def theme() -> Default:

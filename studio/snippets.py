@@ -8,6 +8,7 @@ import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from avatar_client.endpoint import EXECUTION_TIMEOUT_SECONDS
@@ -20,9 +21,7 @@ class Request:
     """What the page would send now."""
 
     endpoint: str  # a URL, or the id of an endpoint on RunPod
-    portrait: str  # names of files
-    speech: str
-    fields: Mapping[str, Any]
+    fields: Mapping[str, Any]  # of `input`; each file as the path that it has where this runs
     key_path: str | None = None  # where the key is to be found
 
 
@@ -30,13 +29,10 @@ def curl(request: Request) -> str:
     """The request for a POSIX shell with curl, and the question for its result."""
     url = shlex.quote(base_url(request.endpoint))
     key = '-H "Authorization: Bearer $RUNPOD_API_KEY"'
-    media = {"image": request.portrait, "audio": request.speech}
     lines = [
-        f"    {json.dumps(name)}: \"$(base64 < {shlex.quote(path)} | tr -d '\\n')\""
-        for name, path in media.items()
+        f"    {json.dumps(name)}: {_in_here_document(value)}"
+        for name, value in request.fields.items()
     ]
-    for name, value in request.fields.items():
-        lines.append(f"    {json.dumps(name)}: {_in_here_document(value)}")
     policy = json.dumps({"executionTimeout": round(EXECUTION_TIMEOUT_SECONDS * 1000)})
     parts = [
         *_key_hint(request),
@@ -57,9 +53,8 @@ def curl(request: Request) -> str:
 def python(request: Request) -> str:
     """The same with the client of this repository, down to the video."""
     arguments = [
-        f"Path({_literal(request.portrait)})",
-        f"Path({_literal(request.speech)})",
-        *(f"{name}={_literal(value)}" for name, value in request.fields.items()),
+        _literal(value) if name in ("image", "audio") else f"{name}={_literal(value)}"
+        for name, value in request.fields.items()
     ]
     lines = [
         *_key_hint(request),
@@ -87,7 +82,14 @@ def _key_hint(request: Request) -> list[str]:
 
 
 def _in_here_document(value: Any) -> str:
-    """The value as JSON, with what a shell would expand made plain."""
+    """The value as JSON, with what a shell would expand made plain, and files as base64."""
+    if isinstance(value, Path):
+        return f"\"$(base64 < {shlex.quote(str(value))} | tr -d '\\n')\""
+    if isinstance(value, Mapping):
+        pairs = (f"{json.dumps(key)}: {_in_here_document(inner)}" for key, inner in value.items())
+        return f"{{{', '.join(pairs)}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_in_here_document, value))}]"
     text = json.dumps(value, ensure_ascii=False)
     for special in ("\\", "$", "`"):
         text = text.replace(special, f"\\{special}")
@@ -96,9 +98,13 @@ def _in_here_document(value: Any) -> str:
 
 def _literal(value: Any) -> str:
     """The value as Python source."""
+    if isinstance(value, Path):
+        return f"Path({_literal(str(value))})"
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)
     if isinstance(value, Mapping):
         pairs = (f"{_literal(key)}: {_literal(inner)}" for key, inner in value.items())
         return f"{{{', '.join(pairs)}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_literal, value))}]"
     return repr(value)

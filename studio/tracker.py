@@ -80,16 +80,19 @@ class JobTracker:
         self._unknown: dict[str, set[str]] = defaultdict(set)  # of own fields, by the endpoint
 
     async def start(
-        self, connection: Connection, portrait: Path, speech: Path, fields: dict[str, Any]
+        self, connection: Connection, portrait: Path, speech: Path | None, fields: dict[str, Any]
     ) -> Record:
         """The record of the job, which the endpoint has taken.
+
+        Args:
+            speech: None: each of the speakers in `fields` has a path as its `audio`.
 
         Raises:
             WorkerError: a value that no worker would take, or a bucket that takes no file.
             EndpointError: the endpoint did not take it.
             ValueError: an address or a key that cannot be one.
         """
-        _require_body_size(connection, portrait, speech)
+        _require_body_size(connection, portrait, speech, fields)
         record = await asyncio.to_thread(
             self.history.add,
             portrait,
@@ -181,7 +184,7 @@ class JobTracker:
             self.history.portrait(tracked.record),
             self.history.speech(tracked.record),
             **own,
-            **tracked.record.fields,
+            **self.history.fields(tracked.record),
         )
         self._save(tracked, job_id=tracked.job.id, status="IN_QUEUE")
 
@@ -232,13 +235,18 @@ class JobTracker:
         self.history.save(tracked.record)
 
 
-def _require_body_size(connection: Connection, portrait: Path, speech: Path) -> None:
+def _require_body_size(
+    connection: Connection, portrait: Path, speech: Path | None, fields: Mapping[str, Any]
+) -> None:
     """Checks that the files fit into a request, if there is no bucket for them.
 
     Raises:
         InvalidInputError: they are too large.
     """
-    sizes = {"image": portrait.stat().st_size, "audio": speech.stat().st_size}
+    files = {"image": portrait} | ({} if speech is None else {"audio": speech})
+    for index, speaker in enumerate(fields.get("speakers", ())):
+        files[f"speakers.{index}.audio"] = speaker["audio"]
+    sizes = {field: path.stat().st_size for field, path in files.items()}
     if connection.uploads is None and sum(sizes.values()) * 4 / 3 > MAX_BODY_BYTES:
         largest = max(sizes, key=lambda field: sizes[field])
         raise InvalidInputError(

@@ -1,5 +1,7 @@
 """What the page says about a job: HTML and sentences, without the page itself."""
 
+import re
+from collections.abc import Sequence
 from datetime import datetime
 from html import escape
 from pathlib import Path
@@ -7,6 +9,8 @@ from typing import Any
 from urllib.parse import quote
 
 from avatar_client.contract.job_errors import WorkerError
+from avatar_client.contract.speakers import MAX_SPEAKERS
+from studio.faces import Box, Faces
 from studio.fields import controls
 from studio.history import Record
 from studio.tracker import JobState
@@ -18,9 +22,11 @@ EMPTY = (
 LABELS = {
     "image": "The portrait",
     "audio": "The speech",
+    "speakers": "The speakers",
     "endpoint": "The endpoint",
     "key": "The API key",
 }
+SPEAKER_PARTS = {"audio": "recording", "face_box": "box", "start_seconds": "start"}
 STATUS_LABELS = {
     "SENDING": "Sending the inputs",
     "IN_QUEUE": "Waiting for a worker",
@@ -94,6 +100,31 @@ def caption(record: Record) -> str:
     return f'<div class="caption"><p>{escape(" · ".join(facts))}</p>{warnings}</div>'
 
 
+def faces(found: Faces, speaking: Sequence[Box]) -> str:
+    """The portrait with a button on each face, which says who speaks with it."""
+    buttons = []
+    for number, box in enumerate(found.boxes, 1):
+        x, y, width, height = box
+        place = (
+            f"left: {100 * x / found.width:.2f}%; top: {100 * y / found.height:.2f}%; "
+            f"width: {100 * width / found.width:.2f}%; height: {100 * height / found.height:.2f}%"
+        )
+        speaker = speaking.index(box) + 1 if box in speaking else None
+        label = f"Face {number}" + (f", speaker {speaker}" if speaker else "")
+        buttons.append(
+            f'<button type="button" data-face="{number - 1}" style="{place}" '
+            f'aria-label="{label}" aria-pressed="{str(speaker is not None).lower()}">'
+            f"<span>{number}</span></button>"
+        )
+    words = "Click on a face to give it a recording." if buttons else "No face was found."
+    if len(speaking) == MAX_SPEAKERS:
+        words = f"At most {MAX_SPEAKERS} people speak."
+    return (
+        f'<div class="faces"><img src="{escape(found.picture)}" alt="The portrait">'
+        f'{"".join(buttons)}</div><p role="status">{words}</p>'
+    )
+
+
 def connected(words: str) -> str:
     """What the endpoint says about itself."""
     return f'<p role="status">{escape(words)}</p>'
@@ -136,6 +167,9 @@ def sentence(error: WorkerError) -> str:
 
 def _label(field: str) -> str:
     known = controls()
+    if match := re.fullmatch(r"speakers\.(\d)\.(\w+)", field):
+        part = SPEAKER_PARTS.get(match[2], match[2])
+        return f"The {part} of speaker {int(match[1]) + 1}"
     return LABELS.get(field) or (known[field].label if field in known else field)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from avatar_client import Progress
 from avatar_client.contract.job_errors import InvalidInputError
-from avatar_client.contract.request import VIDEO_FIELDS, GenerationParams
+from avatar_client.contract.request import SPEECH_FIELDS, VIDEO_FIELDS, GenerationParams
 from studio import views
 from studio.fields import controls, is_output, page_values, request_fields, video_suffix
 from studio.history import History, Record, stored_output
@@ -46,7 +46,7 @@ def defaults() -> dict[str, Any]:
 def test_every_field_that_decides_the_frames_or_the_file_has_a_control_with_words_for_it() -> None:
     known = controls()
     shown = {name.partition(".")[0] for name in known if not is_output(name)}
-    assert shown == set(GenerationParams.model_fields)
+    assert shown == {*GenerationParams.model_fields, *SPEECH_FIELDS}
     assert {name.split(".")[1] for name in known if is_output(name)} == {
         *VIDEO_FIELDS,
         *("thumbnail", "gif"),
@@ -60,7 +60,8 @@ def test_every_field_that_decides_the_frames_or_the_file_has_a_control_with_word
 )
 def test_a_control_ends_where_the_schema_does(name: str) -> None:
     def takes(value: float) -> bool:
-        return accepted(request_fields({"output.watermark.text": "AI", name: value}))
+        others = {"output.watermark.text": "AI", "order": "in_turn"}  # without which there is none
+        return accepted(request_fields({**others, name: value}))
 
     control = controls()[name]
     assert control.minimum is not None
@@ -133,7 +134,7 @@ def test_a_text_that_is_no_number_is_refused_at_its_field(name: str, text: str) 
 
 def test_a_shell_sends_exactly_the_fields_that_the_snippet_stands_for(tmp_path: Path) -> None:
     """Runs the snippet with a curl that prints what it is told to send."""
-    names = {"image": "it's a $portrait.png", "audio": "speech one.wav"}
+    names = {"image": "it's a $portrait.png", "left": "speech one.wav", "right": "b.wav"}
     for name in names.values():
         (tmp_path / name).write_bytes(name.encode() * 100)
     fake = tmp_path / "bin" / "curl"
@@ -141,9 +142,9 @@ def test_a_shell_sends_exactly_the_fields_that_the_snippet_stands_for(tmp_path: 
     fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@" >> arguments\ncase "$*" in *-d*) cat ;; esac\n')
     fake.chmod(0o755)
     fields = {"prompt": HOSTILE, "motion": {"pose": 1.5}, "seed": 7}
-    snippet = curl(
-        Request(endpoint="abc123", portrait=names["image"], speech=names["audio"], fields=fields)
-    )
+    speakers = [{"audio": Path(names[face]), "face": face} for face in ("left", "right")]
+    files = {"image": Path(names["image"]), "speakers": speakers}
+    snippet = curl(Request(endpoint="abc123", fields=files | fields))
 
     done = subprocess.run(
         ["/bin/sh", "-c", snippet],
@@ -158,8 +159,8 @@ def test_a_shell_sends_exactly_the_fields_that_the_snippet_stands_for(tmp_path: 
     assert {key: body["input"][key] for key in fields} == fields
     content = job_request.parse({"input": body["input"]}).input
     assert content.image.content == names["image"].encode() * 100
-    assert content.audio is not None
-    assert content.audio.content == names["audio"].encode() * 100
+    for speaker in content.voices:
+        assert speaker.audio.content == names[str(speaker.face)].encode() * 100
     assert body["policy"]["executionTimeout"] == 3_600_000
     assert "https://api.runpod.ai/v2/abc123/run" in arguments
     assert "Authorization: Bearer KEY" in arguments
@@ -167,7 +168,8 @@ def test_a_shell_sends_exactly_the_fields_that_the_snippet_stands_for(tmp_path: 
 
 def test_the_python_snippet_holds_the_fields_and_no_key() -> None:
     fields = {"prompt": HOSTILE, "motion": {"pose": 1.5}, "seed": 7}
-    source = python(Request(endpoint="abc123", portrait="me.png", speech="me.wav", fields=fields))
+    files = {"image": Path("me.png"), "audio": Path("me.wav")}
+    source = python(Request(endpoint="abc123", fields=files | fields))
     call = next(
         node
         for node in ast.walk(ast.parse(source))
@@ -212,7 +214,9 @@ def test_a_job_is_found_after_a_restart_with_its_inputs(
     later = History(history.directory)
     assert later.all() == [record]
     assert later.portrait(record).read_bytes() == make_portrait()
-    assert later.speech(record).suffix == ".wav"
+    speech = later.speech(record)
+    assert speech is not None
+    assert speech.suffix == ".wav"
     assert later.thumbnail(record).read_bytes().startswith(b"\xff\xd8")
 
 

@@ -256,9 +256,8 @@ def environment(endpoint: LocalEndpoint) -> dict[str, Any]:
 @pytest.fixture
 def request_of_a_page(endpoint: LocalEndpoint, portrait: Path, speech: Path) -> Request:
     fields = {**SHORT, "prompt": 'It\'s "5 $" `x` \\ 日本', "motion": {"pose": 10}}
-    return snippets.Request(
-        endpoint=endpoint.url, portrait=portrait.name, speech=speech.name, fields=fields
-    )
+    files = {"image": Path(portrait.name), "audio": Path(speech.name)}
+    return snippets.Request(endpoint=endpoint.url, fields=files | fields)
 
 
 def run(command: list[str], **options: Any) -> str:
