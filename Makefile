@@ -61,9 +61,10 @@ browser: $(VENV)/ready $(STUDIO_VENV)/ready
 image: $(VENV)/ready
 	$(BIN)/pytest -m image
 
-# What touches RunPod's SDK, against its next version.
+# What touches RunPod's SDK, against its next version; test_signing_key is a whole worker with its job.
 SDK2_TESTS := tests/service/test_once.py tests/service/test_serve.py tests/service/test_control_plane.py \
-	tests/local_endpoint/test_libraries.py tests/security/test_redaction.py
+	tests/service/test_outages.py tests/local_endpoint/test_libraries.py tests/local_endpoint/test_workers.py \
+	tests/security/test_redaction.py tests/security/test_signing_key.py
 sdk2: $(SDK2_VENV)/ready
 	$(SDK2_VENV)/bin/python -m pytest -n 2 --dist loadfile $(SDK2_TESTS)
 
