@@ -62,7 +62,8 @@ def measure(
             pixels = frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
             if meter is None:
                 reference = Image.fromarray(pixels) if portrait is None else _read(portrait)
-                meter = DriftMeter(reference, face_box or _largest_face(reference), num_frames)
+                box = face_box or _largest_face(reference)
+                meter = DriftMeter(reference, [] if box is None else [box], num_frames)
             meter.see(pixels[None])
             times += [frame.time or 0.0] * (len(meter.measured) - len(times))
     if meter is None:

@@ -240,6 +240,9 @@ def no_bucket_if_empty(value: Any) -> Any:
     return None if is_empty else value
 
 
+Bystanders = Literal["free", "still"]
+
+
 class GenerationParams(Frozen):
     """What decides the frames, beside the two inputs."""
 
@@ -280,6 +283,11 @@ class GenerationParams(Frozen):
         None,
         description="The face that speaks `audio`: x, y, width, height in pixels of the upright "
         "image. Empty: the largest.",
+    )
+    bystanders: Bystanders = Field(
+        "free",
+        description="Faces of nobody who speaks. `still`: they are told silence; `free`: what is "
+        "near a speaker may move with him.",
     )
     audio_start_seconds: Annotated[Finite, Field(ge=0)] = Field(
         0.0, description="Where in `audio` the speech begins."

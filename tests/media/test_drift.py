@@ -30,7 +30,7 @@ PORTRAIT, OTHER = drawn(900), drawn(901)
 
 
 def measured(picture: Image.Image) -> Likeness:
-    meter = DriftMeter(PORTRAIT, BOX, 1)
+    meter = DriftMeter(PORTRAIT, [BOX], 1)
     meter.see(np.array(picture)[None])
     return meter.measured[0]
 
@@ -85,7 +85,7 @@ def test_faded_colours_are_less_spread() -> None:
 def test_any_face_box_and_any_shape_are_measured(
     box: tuple[float, ...] | None, size: tuple[int, int]
 ) -> None:
-    meter = DriftMeter(PORTRAIT, box, 1)
+    meter = DriftMeter(PORTRAIT, [] if box is None else [box], 1)
     meter.see(np.array(PORTRAIT.resize(size))[None])
     [likeness] = meter.measured
     assert likeness.identity is None or likeness.identity == pytest.approx(1.0, abs=0.01)
@@ -99,7 +99,7 @@ def drifting() -> list[NDArray[np.uint8]]:
 
 
 def test_a_video_that_drifts_is_worse_at_its_end() -> None:
-    meter = DriftMeter(PORTRAIT, BOX, 30)
+    meter = DriftMeter(PORTRAIT, [BOX], 30)
     assert sum(len(chunk) for chunk in meter.watch(drifting())) == 30
     assert len(meter.measured) == NUM_FRAMES
     summary = meter.summary()
@@ -110,8 +110,23 @@ def test_a_video_that_drifts_is_worse_at_its_end() -> None:
     assert summary["colour_mean"]["end"] == summary["colour_mean"]["worst"] > 5
 
 
+def test_of_several_faces_the_one_least_alike_counts() -> None:
+    both = Image.new("RGB", (2 * SIDE, SIDE))
+    both.paste(PORTRAIT, (0, 0))
+    both.paste(OTHER, (SIDE, 0))
+    left, right = BOX, (BOX[0] + SIDE, *BOX[1:])
+    picture = both.copy()
+    picture.paste(PORTRAIT, (SIDE, 0))
+    for boxes, changed in (([left], False), ([right], True), ([left, right], True)):
+        meter = DriftMeter(both, boxes, 1)
+        meter.see(np.array(picture)[None])
+        [likeness] = meter.measured
+        assert likeness.identity is not None
+        assert (likeness.identity < 0.8) == changed
+
+
 def test_nothing_seen_is_nothing_measured() -> None:
-    assert DriftMeter(PORTRAIT, BOX, 30).summary() is None
+    assert DriftMeter(PORTRAIT, [BOX], 30).summary() is None
 
 
 @pytest.fixture

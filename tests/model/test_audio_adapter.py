@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from worker.model.audio_adapter import AudioAdapter, AudioProjection
 
@@ -85,3 +86,12 @@ def test_a_token_that_is_one_voice_s_alone_hears_it_to_the_bit(adapter: AudioAda
 
     assert torch.equal(both[:, :2], adapter(tokens, audio[:, :1])[:, :2])
     assert torch.equal(both[:, 2:], adapter(tokens, audio[:, 1:])[:, 2:])
+
+
+def test_one_voice_alone_is_the_published_formula_to_the_bit(adapter: AudioAdapter) -> None:
+    tokens = torch.randn(2, 5, 3, WIDTH).double()
+    audio = torch.randn(2, 3, 16, WIDTH).double()
+    query = adapter.to_q(adapter.norm2(tokens)).transpose(1, 2)
+    key, value = adapter.to_kv(adapter.norm1(audio)).chunk(2, dim=-1)
+    expected = adapter.to_out(scaled_dot_product_attention(query, key, value).transpose(1, 2))
+    assert torch.equal(adapter(tokens, audio[:, None]), expected)

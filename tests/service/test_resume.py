@@ -5,7 +5,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -401,13 +401,22 @@ def test_the_last_state_is_kept_if_the_steps_took_an_interval(tmp_path: Path) ->
 # Names
 
 
-def name(resumption: Resumption, job_id: str = "a", shade: int = 9, **job_input: Any) -> str:
+VOICES = [
+    Voice(np.full(100, 0.25, np.float32), (0.0, 0.0, 4.0, 4.0)),
+    Voice(np.full(100, 0.5, np.float32), (4.0, 0.0, 4.0, 4.0)),
+]
+
+
+def name(
+    resumption: Resumption,
+    job_id: str = "a",
+    shade: int = 9,
+    voices: Sequence[Voice] = VOICES[:1],
+    **job_input: Any,
+) -> str:
     media = {"image": "aGk=", "audio": "aGk="}
     request = job_request.parse({"id": job_id, "input": media | job_input})
-    waveform = np.full(100, 0.25, np.float32)
-    return resumption.name(
-        request, Image.new("RGB", (8, 8), (shade, 9, 9)), [Voice(waveform, None)]
-    )
+    return resumption.name(request, Image.new("RGB", (8, 8), (shade, 9, 9)), voices)
 
 
 def test_the_same_request_has_the_same_state_where_it_must_be_the_same_video(
@@ -423,6 +432,11 @@ def test_the_same_request_has_the_same_state_where_it_must_be_the_same_video(
         name(resumption, seed=2),
         name(resumption, seed=1, prompt="Another."),
         name(resumption, seed=1, shade=10),
+        name(resumption, seed=1, voices=VOICES[1:]),
+        name(resumption, seed=1, voices=VOICES),
+        name(resumption, seed=1, voices=VOICES[::-1]),
+        name(resumption, seed=1, voices=[replace(VOICES[0], face_box=VOICES[1].face_box)]),
+        name(resumption, seed=1, bystanders="still"),
         name(replace(resumption, key=b"x" * 32), seed=1),
     ]
     assert len({seeded, *others}) == 1 + len(others)

@@ -246,6 +246,7 @@ class Engine:
                 fps=params.fps,
                 motion_pose=params.motion.pose,
                 motion_expression=params.motion.expression,
+                bystanders=params.bystanders,
             )
 
     def find_face(self, portrait: Image.Image, params: GenerationParams) -> Box | None:

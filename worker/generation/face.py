@@ -6,6 +6,7 @@ the chin. docs/decisions/faces.md says what each was measured with.
 """
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -159,7 +160,26 @@ def find_faces(image: Image.Image, detector: TorchScriptFaceDetector | None) -> 
     return sorted(boxes, key=lambda box: (box[0] + box[2] / 2, box))
 
 
+def faces_of_others(faces: Sequence[Box], speaking: Sequence[Box]) -> list[Box]:
+    """Those of the faces that are none of the speaking ones: no centre of two lies in the other."""
+    return [
+        face
+        for face in faces
+        if not any(_holds_centre(face, own) or _holds_centre(own, face) for own in speaking)
+    ]
+
+
+def _holds_centre(box: Box, other: Box) -> bool:
+    x, y, width, height = box
+    left, top, across, down = other
+    return 0 <= left + across / 2 - x <= width and 0 <= top + down / 2 - y <= height
+
+
+def largest(faces: Sequence[Box]) -> Box | None:
+    """The largest of the faces, None if there is none."""
+    return max(faces, key=lambda box: box[2] * box[3], default=None)
+
+
 def largest_face(image: Image.Image, detector: TorchScriptFaceDetector | None) -> Box | None:
     """The box of the largest face in the picture (RGB), None if there is none."""
-    boxes = find_faces(image, detector)
-    return max(boxes, key=lambda box: box[2] * box[3], default=None)
+    return largest(find_faces(image, detector))

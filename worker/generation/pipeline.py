@@ -23,6 +23,7 @@ from transformers import (
     WhisperModel,
 )
 
+from avatar_client.contract.request import Bystanders
 from worker.generation.audio import encode_audio
 from worker.generation.cfg import cfg_branches
 from worker.generation.conditioning import (
@@ -32,7 +33,7 @@ from worker.generation.conditioning import (
 )
 from worker.generation.denoiser import Denoiser, can_begin_at, denoising_steps
 from worker.generation.denoising_state import DenoisingState, OnState
-from worker.generation.face import TorchScriptFaceDetector, find_faces, largest_face
+from worker.generation.face import TorchScriptFaceDetector, faces_of_others, find_faces, largest
 from worker.generation.image import (
     face_mask,
     face_masks,
@@ -205,6 +206,7 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
         fps: float = 25,
         motion_pose: float = 25,
         motion_expression: float = 30,
+        bystanders: Bystanders = "free",
     ) -> Conditioning:
         """Everything that the sampling loop needs, from the portrait, the speech and the prompt.
 
@@ -217,6 +219,8 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
             height, width: an exact size instead, both or neither, multiples of 16.
             fps: frames a second of the video, 25 or 12.5.
             motion_pose, motion_expression: how much the head and the face move.
+            bystanders: what the faces of nobody hear: "free" leaves it to their place, as the
+                reference does; "still" has them hear silence, by a mask of their own.
 
         Raises:
             ValueError: an argument that the model cannot serve, by name.
@@ -226,20 +230,17 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
         num_frames = require_voices(voices, given_size, fps)
         portrait = resize(image, size)
 
+        mask, face_boxes = self._face_masks(voices, portrait, given_size, bystanders)
         waveforms = [voice.waveform for voice in voices]
+        if mask.shape[1] > len(voices):
+            waveforms.append(np.zeros_like(waveforms[0]))
         with self.in_use("audio_encoder"):
             audio_embeds = encode_audio(waveforms, fps, self.feature_extractor, self.audio_encoder)
         negative_prompt = NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
         prompts, warnings = self._encode_prompts(negative_prompt, PROMPT_PREFIX + prompt, portrait)
 
-        face_boxes = tuple(voice.face_box for voice in voices if voice.face_box is not None)
-        boxes = [scale_box(box, given_size, size) for box in face_boxes]
-        if not boxes and (found := largest_face(portrait, self.face_detector)):
-            boxes = [found]
-            face_boxes = (scale_box(found, size, given_size),)
-        if not boxes:
+        if not face_boxes:
             warnings.append(NO_FACE)
-        mask = face_masks(boxes, size) if boxes else face_mask(None, size)
 
         with self.in_use("vae"):
             pixels = to_pixels(portrait).to(self.vae.device, self.vae.dtype)
@@ -261,6 +262,35 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
             warnings=tuple(warnings),
         )
 
+    def _face_masks(
+        self,
+        voices: Sequence[Voice],
+        portrait: Image.Image,
+        given_size: FrameSize,
+        bystanders: Bystanders,
+    ) -> tuple[Tensor, tuple[Box, ...]]:
+        """Of each voice its mask (1, V, 1, h, w), and its face's box where it was given.
+
+        The last mask is that of the bystanders, if they are to be still and there are any.
+        """
+        size = FrameSize(portrait.height, portrait.width)
+        given = tuple(voice.face_box for voice in voices if voice.face_box is not None)
+        boxes = [scale_box(box, given_size, size) for box in given]
+        faces: list[Box] = []
+        if not boxes or bystanders == "still":
+            faces = find_faces(portrait, self.face_detector)
+        if not boxes:
+            found = largest(faces)
+            if found is None:
+                return face_mask(None, size), ()
+            boxes, given = [found], (scale_box(found, size, given_size),)
+        others = faces_of_others(faces, boxes) if bystanders == "still" else []
+        masks = face_masks([*boxes, *others], size)
+        if others:
+            own, still = masks.split([len(boxes), len(others)], dim=1)
+            masks = torch.cat([own, still.sum(dim=1, keepdim=True)], dim=1)
+        return masks, given
+
     @torch.no_grad()
     def foresee(
         self,
@@ -278,16 +308,14 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
         warnings = _cut_warnings([tokenize(text, self.tokenizer) for text in prompts])
         if face_box is None:
             size = frame_size(image, resolution, height, width)
-            if largest_face(resize(image, size), self.face_detector) is None:
+            if not find_faces(resize(image, size), self.face_detector):
                 warnings.append(NO_FACE)
         return tuple(warnings)
 
     @torch.no_grad()
     def find_face(self, image: Image.Image, resolution: int = 704) -> Box | None:
         """The box of the largest face in pixels of `image`, as `encode` would find it there."""
-        size = fit_size(image.height, image.width, resolution)
-        box = largest_face(resize(image, size), self.face_detector)
-        return scale_box(box, size, FrameSize(image.height, image.width)) if box else None
+        return largest(self.find_faces(image, resolution))
 
     @torch.no_grad()
     def find_faces(self, image: Image.Image, resolution: int = 704) -> list[Box]:

@@ -34,7 +34,8 @@ class Likeness:
     """One frame beside the portrait."""
 
     # Correlation of the face above the mouth, at its best place: 1 is the portrait's, 0 nothing
-    # alike; neither light nor contrast changes it. None: there is no face to compare.
+    # alike; neither light nor contrast changes it. Of several faces the one least alike counts.
+    # None: there is no face to compare.
     identity: float | None
     colour_mean: float  # distance of the mean colours in Lab, as Delta E 1976
     colour_spread: float  # distance of the colours' standard deviations in Lab
@@ -45,16 +46,16 @@ class DriftMeter:
 
     Args:
         portrait: RGB; a frame is of the same picture, squeezed to the video's size.
-        face_box: x, y, width, height in the portrait's pixels, from the hairline to the chin.
+        face_boxes: x, y, width, height in the portrait's pixels, from the hairline to the chin.
         num_frames: of the video.
     """
 
     def __init__(
-        self, portrait: Image.Image, face_box: Sequence[float] | None, num_frames: int
+        self, portrait: Image.Image, face_boxes: Sequence[Sequence[float]], num_frames: int
     ) -> None:
         self.measured: list[Likeness] = []
         self._portrait = portrait
-        self._face_box = face_box
+        self._face_boxes = face_boxes
         count = min(NUM_FRAMES, num_frames)
         self._due = np.linspace(0, num_frames - 1, count).round().astype(int).tolist()
         self._num_seen = 0
@@ -96,12 +97,16 @@ class DriftMeter:
         )
 
     def _identity(self, reference: Image.Image, picture: Image.Image) -> float | None:
-        if self._face_box is None:
-            return None
+        found = [self._identity_of(box, reference, picture) for box in self._face_boxes]
+        return min((each for each in found if each is not None), default=None)
+
+    def _identity_of(
+        self, box: Sequence[float], reference: Image.Image, picture: Image.Image
+    ) -> float | None:
         across, down = (
             size / own for size, own in zip(reference.size, self._portrait.size, strict=True)
         )
-        x, y, width, height = np.array(self._face_box) * [across, down, across, down]
+        x, y, width, height = np.array(box) * [across, down, across, down]
         scale = min(FACE_SIDE / width, 1.0)
         left, right = max(round(x * scale), 0), round((x + width) * scale)
         top, bottom = max(round(y * scale), 0), round((y + UPPER_FACE * height) * scale)

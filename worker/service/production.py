@@ -164,8 +164,7 @@ class Production:
             self.stage("decode"),
             closing(self.engine.decode_frames(conditioning, latents)) as frames,
         ):
-            face_box = next(iter(conditioning.face_boxes), None)
-            self.drift = DriftMeter(scene.portrait, face_box, plan.video.num_frames)
+            self.drift = DriftMeter(scene.portrait, conditioning.face_boxes, plan.video.num_frames)
             shown = finished(
                 self.drift.watch(frames), scene.framing, params.output.background or BLUR
             )
