@@ -4,7 +4,7 @@ Its frames are of one colour, which tells the seed.
 """
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,14 +56,11 @@ class Drawing:
         conditioning: Any,
         params: Any,
         seed: int,
-        on_step: Callable[[int, int], None],
-        sparsity: Any,
+        watch: Any,
         state: Any,
-        on_state: Any,
-        preview: Any,
     ) -> int:
         for step in range(params.num_inference_steps):
-            on_step(step + 1, params.num_inference_steps)
+            watch.on_step(step + 1, params.num_inference_steps)
         return seed
 
     def decode_frames(self, conditioning: Any, latents: int) -> Iterator[NDArray[np.uint8]]:

@@ -39,6 +39,7 @@ from worker.generation.denoiser import Denoiser, Step
 from worker.generation.engine import Engine
 from worker.generation.options import DenoiseOptions
 from worker.generation.voices import Voice
+from worker.generation.watch import Watch
 from worker.media import recording
 from worker.media.drift import DriftMeter
 from worker.media.video import write_video
@@ -190,7 +191,7 @@ def make(engine: Engine, portrait: Portrait, seconds: float, way: str, path: Pat
         conditioning,
         DenoiseOptions(num_inference_steps=STEPS),
         generator=torch.Generator().manual_seed(1),
-        on_step=lambda *_: by_step.append(resident_mib()),
+        watch=Watch(on_step=lambda *_: by_step.append(resident_mib())),
     )
     denoised = time.perf_counter()
     by_chunk: list[float] = []
@@ -231,7 +232,7 @@ def measure(portrait: Portrait, path: Path, way: str) -> None:
     mouth, changes = [], []
     with av.open(str(path)) as file:
         num_frames = file.streams.video[0].frames
-        meter = DriftMeter(portrait.image, portrait.box, num_frames)
+        meter = DriftMeter(portrait.image, [portrait.box], num_frames)
         before = None
         for frame in file.decode(video=0):
             pixels = frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)

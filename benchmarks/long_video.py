@@ -38,6 +38,7 @@ from worker.generation.conditioning import Conditioning
 from worker.generation.engine import Engine
 from worker.generation.options import DenoiseOptions
 from worker.generation.voices import Voice
+from worker.generation.watch import Watch
 from worker.media.state_store import DirectoryStore
 from worker.service.resume import JobState, Resumption
 from worker.settings import Settings
@@ -220,7 +221,7 @@ def measure_states(engine: Engine, size: FrameSize, directory: Path) -> None:
 
         with state:
             state.begin_denoising()
-            engine.denoise(conditioning, params, 1, on_step, None, None, state.offer)
+            engine.denoise(conditioning, params, 1, Watch(on_step=on_step, on_state=state.offer))
         times[kind] = np.diff(ended).round(3).tolist()
     report(
         size=f"{size.height}x{size.width}",

@@ -20,9 +20,9 @@ from benchmarks.random_model import report
 from worker.generation.cfg import cfg_branches
 from worker.generation.conditioning import Conditioning
 from worker.generation.denoiser import Denoiser, Step
-from worker.generation.engine import load_pipeline
 from worker.generation.options import DenoiseOptions
 from worker.generation.pipeline import HunyuanVideoAvatarPipeline
+from worker.generation.pipeline_loading import load_pipeline
 from worker.generation.sampling import prepare_latents, unrepeatable_generator
 from worker.generation.voices import Voice
 from worker.loading import loader

@@ -36,6 +36,7 @@ from worker.generation.conditioning import Conditioning
 from worker.generation.denoiser import DENSE_STEPS, Denoiser, Step
 from worker.generation.engine import Engine
 from worker.generation.pipeline import HunyuanVideoAvatarPipeline
+from worker.generation.watch import Watch
 from worker.loading import loader
 from worker.loading.model_directory import DEMO_DIR
 from worker.model.attention import fastest_backend
@@ -139,7 +140,7 @@ def time_steps(
         synchronize(engine.device)
         times.append(time.perf_counter())
 
-    latents = engine.denoise(conditioning, params, 0, on_step)
+    latents = engine.denoise(conditioning, params, 0, Watch(on_step=on_step))
     return [after - before for before, after in pairwise(times)], latents
 
 

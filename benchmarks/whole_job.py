@@ -119,9 +119,7 @@ def run(
     if published:
         pixels = to_pixels(portrait).to("cuda", engine.pipeline.vae.dtype)
         timed("encode twice more", lambda: reference.encode(engine.pipeline.vae, pixels))
-    latents = timed(
-        "denoise", lambda: engine.denoise(conditioning, params, SEED, lambda step, steps: None)
-    )
+    latents = timed("denoise", lambda: engine.denoise(conditioning, params, SEED))
     with tempfile.TemporaryDirectory() as directory:
         chunks = decoded() if published else engine.decode_frames(conditioning, latents)
         timed(

@@ -176,12 +176,12 @@ def check_memory_plan() -> str:
     settings = _require_production_model()
     import torch
 
-    from worker.generation import engine
+    from worker.generation import pipeline_loading
 
     if not torch.cuda.is_available():
         raise NotApplicableError("no GPU is visible")
     model_dir = model_directory.find(settings).path
-    return str(engine.plan_memory(model_dir, torch.device("cuda"), settings.memory_plan))
+    return str(pipeline_loading.plan_memory(model_dir, torch.device("cuda"), settings.memory_plan))
 
 
 def check_weights() -> str:

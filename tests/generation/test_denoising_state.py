@@ -16,6 +16,7 @@ from worker.generation.denoising_state import DenoisingState
 from worker.generation.options import DenoiseOptions
 from worker.generation.pipeline import HunyuanVideoAvatarPipeline
 from worker.generation.voices import Voice
+from worker.generation.watch import Watch
 
 # Steps 2 and 3 read the cache of step 1, step 5 that of step 4.
 OPTIONS = DenoiseOptions(num_inference_steps=7, computed_steps=[0, 1, 4, 6])
@@ -56,7 +57,7 @@ def denoise(pipeline: HunyuanVideoAvatarPipeline, conditioning: Conditioning) ->
 
 def test_every_state_goes_on_to_the_same_latents(denoise: Denoise, tmp_path: Path) -> None:
     states: list[DenoisingState] = []
-    whole = denoise(1, on_state=states.append)
+    whole = denoise(1, watch=Watch(on_state=states.append))
 
     assert [state.step for state in states] == [1, 4, 6, 7]  # a computed step follows, or none
     for state in states:
@@ -72,7 +73,7 @@ def test_every_state_goes_on_to_the_same_latents(denoise: Denoise, tmp_path: Pat
 
 def test_a_state_that_does_not_fit_is_refused(denoise: Denoise) -> None:
     states: list[DenoisingState] = []
-    denoise(1, on_state=states.append)
+    denoise(1, watch=Watch(on_state=states.append))
     with pytest.raises(ValueError, match="the state's latents"):
         denoise(1, replace(states[0], latents=states[0].latents[:, :, :33]))
     for step in (-1, 2, 8):

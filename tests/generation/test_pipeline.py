@@ -19,6 +19,7 @@ from worker.generation.options import DenoiseOptions
 from worker.generation.pipeline import HunyuanVideoAvatarPipeline
 from worker.generation.text import PROMPT_PREFIX
 from worker.generation.voices import Voice
+from worker.generation.watch import Watch
 from worker.shapes import Box, VideoPlan
 
 LATENTS_TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-3}
@@ -515,7 +516,7 @@ def test_the_loop_does_not_wait_for_the_gpu(toy_model: Path) -> None:
 
     try:
         options = DenoiseOptions(num_inference_steps=12)
-        pipeline.denoise(conditioning, options, on_step=refuse_to_wait)
+        pipeline.denoise(conditioning, options, watch=Watch(on_step=refuse_to_wait))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -13,6 +13,7 @@ from avatar_client.contract.request import GenerationParams
 from worker.generation.engine import Engine
 from worker.generation.preview import FramePreview
 from worker.generation.voices import Voice
+from worker.generation.watch import Watch
 from worker.model.latent_to_rgb import LatentToRGB
 from worker.settings import Settings
 from worker.small_jpeg import encoded
@@ -126,7 +127,7 @@ def test_a_video_is_the_same_with_a_preview(random_model: Any) -> None:
     def on_step(step: int, num_steps: int) -> None:
         seen.append(watched.data_url(step / num_steps))
 
-    with_preview = engine.denoise(conditioning, params, 7, on_step, preview=watched)
+    with_preview = engine.denoise(conditioning, params, 7, Watch(on_step=on_step, preview=watched))
 
     assert torch.equal(with_preview, engine.denoise(conditioning, params, 7))
     assert len({each for each in seen if each}) == 4

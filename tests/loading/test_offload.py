@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from avatar_client.contract.job_errors import InputTooLargeError
-from worker.generation.engine import Engine, load_pipeline
+from worker.generation.engine import Engine
+from worker.generation.pipeline_loading import load_pipeline
 from worker.loading.offload import (
     DECODER_BYTES,
     GIB,

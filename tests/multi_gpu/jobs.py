@@ -17,6 +17,7 @@ from worker.generation.conditioning import Conditioning
 from worker.generation.engine import Engine
 from worker.generation.preview import FramePreview
 from worker.generation.voices import Voice
+from worker.generation.watch import Watch
 from worker.loading import preview as latent_maps
 from worker.loading.model_directory import DEMO_DIR
 from worker.settings import Settings
@@ -32,11 +33,22 @@ def params(num_steps: int = NUM_STEPS, guidance_scale: float = 7.5) -> Generatio
     return GenerationParams(num_inference_steps=num_steps, guidance_scale=guidance_scale)
 
 
-def conditioning(engine: Engine, seconds: float = 0.2, width: int = SIDE) -> Conditioning:
-    waveform = (np.sin(np.arange(round(seconds * 16_000)) / 20) / 2).astype(np.float32)
+def conditioning(
+    engine: Engine, seconds: float = 0.2, width: int = SIDE, num_voices: int = 1
+) -> Conditioning:
+    """What steers a video of voices side by side, each with a tone of its own."""
+    times = np.arange(round(seconds * 16_000)) / 20
+    across = width / num_voices
+    voices = [
+        Voice(
+            (np.sin(times * (1 + index)) / 2).astype(np.float32),
+            (index * across, 0, min(across, SIDE), SIDE),
+        )
+        for index in range(num_voices)
+    ]
     return engine.pipeline.encode(
         image=Image.new("RGB", (width, SIDE), (200, 120, 90)),
-        voices=[Voice(waveform, (0, 0, SIDE, SIDE))],
+        voices=voices,
         prompt="A person speaks.",
         height=SIDE,
         width=width,
@@ -61,7 +73,7 @@ def last_preview(
     def on_step(step: int, num_steps: int) -> None:
         pictures.append(watched.data_url(step / num_steps))
 
-    engine.denoise(told, asked, seed, on_step, preview=watched)
+    engine.denoise(told, asked, seed, Watch(on_step=on_step, preview=watched))
     last = pictures[-1]
     assert last is not None
     return np.array(Image.open(io.BytesIO(preview.read(last)))).astype(np.float64)

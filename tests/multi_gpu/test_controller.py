@@ -11,6 +11,7 @@ from tests.multi_gpu import failing_rank
 from tests.multi_gpu.jobs import TWO, conditioning, params, rank_process_of
 from worker.generation import engine as engine_module
 from worker.generation.engine import Engine
+from worker.generation.watch import Watch
 from worker.multi_gpu import controller
 from worker.multi_gpu.controller import RankController
 from worker.service import fitness
@@ -58,7 +59,7 @@ def test_a_rank_process_that_is_killed_fails_the_job_at_once_and_for_a_retry(sta
 
     job = (conditioning(engine), params(), 7)
     with pytest.raises(job_errors.GpuFaultError) as caught:
-        engine.denoise(*job, kill)
+        engine.denoise(*job, Watch(on_step=kill))
     assert time.monotonic() - lost_at[0] < 30.0
     assert caught.value.retryable
     assert caught.value.refresh_worker
@@ -109,7 +110,7 @@ def test_a_rank_process_that_is_stopped_is_lost(start: Start) -> None:
             rank_process_of().suspend()
 
     with pytest.raises(job_errors.GpuFaultError):
-        engine.denoise(conditioning(engine), params(), 7, stop)
+        engine.denoise(conditioning(engine), params(), 7, Watch(on_step=stop))
 
 
 def test_a_rank_that_cannot_load_its_model_keeps_the_worker_from_starting(

@@ -19,6 +19,7 @@ from tests.multi_gpu.jobs import (
 )
 from worker.generation.denoising_state import DenoisingState
 from worker.generation.engine import Engine
+from worker.generation.watch import Watch
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,14 +43,15 @@ def engine() -> Iterator[Engine]:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "guidance_scale", "num_active_ranks"),
-    [(0.2, 7.5, 2), (6.0, 7.5, 2), (0.2, 1.0, 1)],
-    ids=["one window", "two windows", "without guidance"],
+    ("seconds", "num_voices", "guidance_scale", "num_active_ranks"),
+    [(0.2, 1, 7.5, 2), (6.0, 1, 7.5, 2), (0.2, 1, 1.0, 1), (0.2, 2, 7.5, 2)],
+    ids=["one window", "two windows", "without guidance", "two voices"],
 )
 def test_two_ranks_make_the_latents_of_one(
-    engine: Engine, seconds: float, guidance_scale: float, num_active_ranks: int
+    engine: Engine, seconds: float, num_voices: int, guidance_scale: float, num_active_ranks: int
 ) -> None:
-    job = (conditioning(engine, seconds), params(guidance_scale=guidance_scale), 7)
+    told = conditioning(engine, seconds, num_voices * SIDE, num_voices)
+    job = (told, params(guidance_scale=guidance_scale), 7)
     assert engine.num_gpus(job[1]) == num_active_ranks
     assert_as_alone(engine, *job)
 
@@ -76,7 +78,7 @@ def test_a_job_that_is_stopped_after_a_step_leaves_the_next_one_whole(
 
     job = (conditioning(engine), params(), 7)
     with pytest.raises(job_errors.DeadlineExceededError):
-        engine.denoise(*job, stop)
+        engine.denoise(*job, Watch(on_step=stop))
     assert_as_alone(engine, *job)
 
 
@@ -93,7 +95,7 @@ def test_the_other_rank_computes_half_of_the_passes(engine: Engine) -> None:
 def test_all_ranks_go_on_from_the_state_of_the_first(engine: Engine) -> None:
     states: list[DenoisingState] = []
     job = (conditioning(engine), params(), 7)
-    whole = engine.denoise(*job, on_state=states.append)
+    whole = engine.denoise(*job, Watch(on_state=states.append))
     assert len(states) > 2
     for state in (states[1], states[-1]):
         assert torch.equal(engine.denoise(*job, state=state), whole)

@@ -7,6 +7,7 @@ import torch
 
 from tests.multi_gpu import demo_rank
 from tests.multi_gpu.jobs import (
+    SIDE,
     TOLERANCE,
     assert_as_alone,
     assert_same_picture,
@@ -42,6 +43,7 @@ def test_four_ranks_make_the_latents_of_one(monkeypatch: pytest.MonkeyPatch) -> 
             (conditioning(engine), params(), 7),
             (conditioning(engine, seconds=6.0), params(3), 7),  # two windows
             (conditioning(engine), params(3, guidance_scale=1.0), 7),
+            (conditioning(engine, width=2 * SIDE, num_voices=2), params(), 7),
         ]
         alone = [engine.denoise(*job) for job in jobs]
         preview_alone = last_preview(engine, *jobs[1])  # later a pass needs the other ranks
@@ -52,7 +54,7 @@ def test_four_ranks_make_the_latents_of_one(monkeypatch: pytest.MonkeyPatch) -> 
     finally:
         ranks.close()
         torch.set_num_threads(threads)
-    assert num_gpus == [4, 4, 2]
+    assert num_gpus == [4, 4, 2, 4]
     assert_same_picture(preview_together, preview_alone)
     for latents, expected in zip(together, alone, strict=True):
         assert relative_difference(latents, expected) < TOLERANCE

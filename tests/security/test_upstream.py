@@ -16,7 +16,7 @@ from builder import download
 from builder.encoders import convert_clip
 from tests.builder.hub_server import COMMIT, REPOSITORY, HubServer
 from worker.generation import torchscript
-from worker.generation.engine import load_pipeline
+from worker.generation.pipeline_loading import load_pipeline
 from worker.generation.torchscript import NoArithmeticError
 from worker.loading import loader
 

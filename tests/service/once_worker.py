@@ -5,7 +5,6 @@ A video with the prompt "hold" is not finished while the file `hold` lies beside
 
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,8 @@ class CountingDrawing(drawing_worker.Drawing):
         conditioning: Any,
         params: Any,
         seed: int,
-        on_step: Callable[[int, int], None],
-        *_: Any,
+        watch: Any,
+        state: Any,
     ) -> int:
         with BEGUN.open("a") as file:
             file.write(f"{os.getpid()} {params.prompt}\n")
@@ -35,7 +34,7 @@ class CountingDrawing(drawing_worker.Drawing):
         while time.monotonic() < end or (
             params.prompt == "hold" and BEGUN.with_name("hold").exists()
         ):
-            on_step(1, 1)
+            watch.on_step(1, 1)
             time.sleep(0.05)
         return seed
 

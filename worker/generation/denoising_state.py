@@ -5,7 +5,7 @@ step too, which are gigabytes. So a state is taken where a computed step follows
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -128,9 +128,6 @@ class ModelIdentity:
     code: str
     arithmetic: str  # in words: the kind of device, number formats, what is left out
     gpu: str  # its name
-
-
-OnState = Callable[[DenoisingState], None]
 
 
 @cache

@@ -4,13 +4,11 @@ Jobs call `encode`, `denoise` and `decode_frames` one after the other. Whatever 
 them becomes an error of ours here.
 """
 
-import ctypes
 import logging
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -20,34 +18,20 @@ from PIL import Image
 from avatar_client.contract import job_errors
 from avatar_client.contract.request import Aspect, Fit, GenerationParams
 from worker.framing import Framing
+from worker.generation import pipeline_loading
 from worker.generation.conditioning import Conditioning
-from worker.generation.denoising_state import (
-    DenoisingState,
-    ModelIdentity,
-    OnState,
-    code_fingerprint,
-)
-from worker.generation.face import TorchScriptFaceDetector
+from worker.generation.denoising_state import DenoisingState, ModelIdentity, code_fingerprint
 from worker.generation.options import DenoiseOptions
-from worker.generation.pipeline import HunyuanVideoAvatarPipeline, OnStep
+from worker.generation.pipeline import HunyuanVideoAvatarPipeline
 from worker.generation.prefetch import prefetch
 from worker.generation.preview import FramePreview
 from worker.generation.step_cache import host_bytes
-from worker.generation.torchscript import NoArithmeticError
 from worker.generation.voices import Voice
-from worker.loading import loader, manifest, model_directory, preview
-from worker.loading.offload import (
-    DECODER_SCRATCH_BYTES,
-    GIB,
-    USABLE_SHARE,
-    MemoryPlan,
-    make_plan,
-    offload_models,
-)
+from worker.generation.watch import Watch
+from worker.loading import manifest, model_directory, preview
+from worker.loading.offload import DECODER_SCRATCH_BYTES, GIB, MemoryPlan
 from worker.loading.report import LoadReport
-from worker.loading.transfer import Place
 from worker.model import autoencoder, flash_attention_4
-from worker.model.attention import fastest_backend
 from worker.model.latent_to_rgb import LatentToRGB
 from worker.model.linear import float8_works
 from worker.model.sparse_attention import SparseAttention, sparse_attention_works
@@ -61,7 +45,6 @@ logger = logging.getLogger(__name__)
 
 RANK_LOAD = "worker.generation.engine:Engine.load"  # what a rank process runs; tests put faults in
 RANK_LOAD_SECONDS = 60  # beyond this GPU's own loading and as much again, for the other ranks'
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 HOST_SHARE = 0.9  # of the host's free memory, for the step cache of a long video
 TRIAL_SIDE = 64  # px
 TRIAL_TOLERANCE = 0.05  # bfloat16 and another order of sums; where tokens are mixed up it is over 1
@@ -154,7 +137,7 @@ class Engine:
             flash_attention_4.begin_import()  # while the weights come
         location = model_directory.find(settings)
         logger.info("%s", location)
-        pipeline, report, plan = _load(location.path, device, settings.memory_plan)
+        pipeline, report, plan = pipeline_loading.load(location.path, device, settings.memory_plan)
         logger.info("weights: %s", report)
         pipeline.set_progress_bar_config(disable=True)  # the reporter's values go to the client
         load_seconds = time.monotonic() - started
@@ -280,18 +263,13 @@ class Engine:
         conditioning: Conditioning,
         params: GenerationParams,
         seed: int,
-        on_step: OnStep | None = None,
-        sparsity: SparseAttention | None = None,
+        watch: Watch = Watch(),  # noqa: B008 (frozen)
         state: DenoisingState | None = None,
-        on_state: OnState | None = None,
-        preview: FramePreview | None = None,
     ) -> torch.Tensor:
         """Latents of the video, from all ranks that it has work for.
 
-        `on_step(step, num_steps)` may raise to stop between two steps. `sparsity`, from
-        `sparse_attention`, tells afterwards what this rank's attention left out. `on_state` is
-        given the states that a later call goes on from as its `state`; it must not wait.
-        `preview`, from the method of that name, shows the video between two steps.
+        `watch` may have what `sparse_attention` and `preview` give; it sees this rank's part.
+        `state` is one that an earlier run's `on_state` was given: this one goes on from there.
         """
         self._require_host_room(conditioning, _num_cfg_branches(params))
         options = self._options(params)
@@ -301,9 +279,7 @@ class Engine:
         if self.ranks is not None:
             job = self.ranks.job(conditioning, options, seed, _num_cfg_branches(params))
         with _failures_as_ours(), job as parallel:
-            latents = self.denoise_part(
-                conditioning, options, seed, parallel, on_step, sparsity, state, on_state, preview
-            )
+            latents = self.denoise_part(conditioning, options, seed, parallel, watch, state)
             if not torch.isfinite(latents).all():
                 raise job_errors.GenerationError("the model computed no numbers")
             return latents
@@ -374,11 +350,8 @@ class Engine:
         options: DenoiseOptions,
         seed: int,
         parallel: BranchParallel,
-        on_step: OnStep | None = None,
-        sparsity: SparseAttention | None = None,
+        watch: Watch = Watch(),  # noqa: B008 (frozen)
         state: DenoisingState | None = None,
-        on_state: OnState | None = None,
-        preview: FramePreview | None = None,
     ) -> torch.Tensor:
         """The same, by what this rank does of it. The other ranks do no more; raises as torch."""
         generator = torch.Generator(self.device).manual_seed(seed)
@@ -386,12 +359,9 @@ class Engine:
             conditioning,
             options,
             generator=generator,
-            on_step=on_step,
             parallel=parallel,
-            sparsity=sparsity,
             state=state,
-            on_state=on_state,
-            preview=preview,
+            watch=watch,
         )
 
     def decode_frames(
@@ -490,86 +460,6 @@ def _sides(size: FrameSize | None) -> dict[str, int]:
 def _num_cfg_branches(params: GenerationParams) -> int:
     """CFG branches of such a video."""
     return NUM_CFG_BRANCHES if uses_cfg(params.guidance_scale) else 1
-
-
-def _load(
-    model_dir: Path, device: torch.device, memory_gib: float | None
-) -> tuple[HunyuanVideoAvatarPipeline, LoadReport, MemoryPlan | None]:
-    """The model where the plan for the GPU's memory wants it; on a CPU there is no plan."""
-    dtypes = loader.component_dtypes(device, model_dir)
-    if device.type == "cpu":
-        _keep_freed_memory()
-        return *load_pipeline(model_dir, device, dtypes), None
-    plan = plan_memory(model_dir, device, memory_gib)
-    logger.info("memory plan: %s", plan)
-    if plan.all_resident:
-        pipeline, report = load_pipeline(model_dir, device, dtypes)
-    else:
-        placement: dict[str, Place] = {"default": "host", "audio_encoder": "device"}
-        pipeline, report = load_pipeline(model_dir, device, dtypes, placement)
-        pipeline.offloaded = offload_models(pipeline.components, device, plan)
-    pipeline.transformer.set_attention_backend(fastest_backend(device))
-    return pipeline, report, plan
-
-
-def load_pipeline(
-    model_dir: Path,
-    device: torch.device,
-    dtypes: Mapping[str, torch.dtype],
-    placement: Mapping[str, Place] | None = None,
-) -> tuple[HunyuanVideoAvatarPipeline, LoadReport]:
-    """The pipeline of what `loader.load` loads, and of the face detector where there is one.
-
-    Raises:
-        OSError, ValueError: as `loader.load`.
-    """
-
-    def load_others() -> dict[str, TorchScriptFaceDetector]:
-        directory = model_dir / "face_detector"
-        if not directory.is_dir():
-            return {}
-        try:
-            detector = TorchScriptFaceDetector.from_pretrained(directory).to(device)
-        except NoArithmeticError as error:
-            logger.warning("the checkpoint's face detector is not used: %s", error)
-            return {}
-        return {"face_detector": detector}
-
-    components, report = loader.load(model_dir, device, dtypes, placement, load_others=load_others)
-    return HunyuanVideoAvatarPipeline(**components), report
-
-
-def _keep_freed_memory() -> None:
-    """Has glibc keep what tensors leave, where it is the C library.
-
-    Else each large tensor is new pages, which the kernel clears first: that was a third of the
-    decoding.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def plan_memory(model_dir: Path, device: torch.device, memory_gib: float | None) -> MemoryPlan:
-    """The plan for what is free of this GPU's memory, or for so much of it.
-
-    Raises:
-        OSError, ValueError: a file of weights cannot be read; not even the smallest video fits.
-    """
-    return make_plan(
-        _budget(device, memory_gib),
-        loader.network_sizes(model_dir, loader.component_dtypes(device, model_dir)),
-    )
-
-
-def _budget(device: torch.device, memory_gib: float | None) -> int:
-    """Bytes of GPU memory for weights and everything else; keeps the process to what was set."""
-    free, total = torch.cuda.mem_get_info(device)
-    if memory_gib is not None:
-        free = min(free, int(memory_gib * GIB))
-        torch.cuda.set_per_process_memory_fraction(free / total, device)
-    return int(free * USABLE_SHARE)
 
 
 def to_uint8(frames: torch.Tensor) -> np.ndarray:

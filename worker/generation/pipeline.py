@@ -4,7 +4,7 @@ Owns the order of things and no maths: encode, denoise, decode. `__call__` is th
 a job calls them one by one, to time them and to write frames while later ones are decoded.
 """
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from types import MappingProxyType
 from typing import Any
@@ -32,7 +32,7 @@ from worker.generation.conditioning import (
     frame_size,
 )
 from worker.generation.denoiser import Denoiser, can_begin_at, denoising_steps
-from worker.generation.denoising_state import DenoisingState, OnState
+from worker.generation.denoising_state import DenoisingState
 from worker.generation.face import TorchScriptFaceDetector, faces_of_others, find_faces, largest
 from worker.generation.image import (
     face_mask,
@@ -49,7 +49,6 @@ from worker.generation.pipeline_output import (
     as_output,
     require_output_type,
 )
-from worker.generation.preview import FramePreview
 from worker.generation.sampling import prepare_latents, unrepeatable_generator
 from worker.generation.text import (
     NEGATIVE_PROMPT,
@@ -60,6 +59,7 @@ from worker.generation.text import (
     tokenize,
 )
 from worker.generation.voices import Voice, require_voices
+from worker.generation.watch import OnStep, Watch
 from worker.loading.offload import OffloadedModel
 from worker.model import autoencoder
 from worker.model import encoders as encoders  # diffusers loads from modules that are there already
@@ -67,8 +67,6 @@ from worker.model.sparse_attention import SparseAttention
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
 from worker.multi_gpu.parallel import BranchParallel, NoParallel
 from worker.shapes import Box, ComputedSteps, FrameSize, fit_size
-
-OnStep = Callable[[int, int], None]
 
 NO_FACE = "no face was found: the whole picture moves; give face_box"
 
@@ -180,7 +178,7 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
             generator=generator,
             latents=latents,
             reference_noise=reference_noise,
-            on_step=on_step,
+            watch=Watch(on_step=on_step),
         )
         frames: Any = result
         if output_type != "latent":
@@ -348,12 +346,9 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
         generator: torch.Generator | None = None,
         latents: Tensor | None = None,
         reference_noise: Tensor | None = None,
-        on_step: OnStep | None = None,
         parallel: BranchParallel | None = None,
-        sparsity: SparseAttention | None = None,
         state: DenoisingState | None = None,
-        on_state: OnState | None = None,
-        preview: FramePreview | None = None,
+        watch: Watch = Watch(),  # noqa: B008 (frozen)
     ) -> Tensor:
         """Latents of the video (1, C, kept latents, h, w), still scaled, from noise or a state.
 
@@ -361,14 +356,10 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
             conditioning: what `encode` returned.
             options: how they are computed.
             generator, latents, reference_noise: as `prepare_latents` takes them.
-            on_step: called as `on_step(step, num_inference_steps)` after each finished step, with
-                step counted from 1; what it raises ends the loop and reaches the caller.
             parallel: the other ranks that run this loop too; rank 0's noise counts.
-            sparsity: as the options ask for it, for one who reads its report.
-            state: what `on_state` was given after `options.first_step` steps; needed on rank 0
-                alone, whose latents count.
-            on_state: called before `on_step`, after each step from which a state can go on.
-            preview: sees what each step predicts.
+            state: what `watch.on_state` was given after `options.first_step` steps; needed on rank
+                0 alone, whose latents count.
+            watch: what looks on.
 
         Raises:
             ValueError: noise or a state of another shape; unusable steps.
@@ -381,6 +372,7 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
             noise = state.restored(like=noise, generator=generator)
         latents, reference_latents = map(parallel.broadcast, noise)
         steps = denoising_steps(options, self.scheduler, latents.device)
+        sparsity = watch.sparsity
         if sparsity is None and options.attention_tolerance is not None:
             seed = generator.initial_seed()
             sparsity = SparseAttention(options.attention_tolerance, seed, latents.device)
@@ -392,7 +384,7 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
             options=options,
             parallel=parallel,
             sparsity=sparsity,
-            preview=preview,
+            preview=watch.preview,
         )
         with self.in_use("transformer"), self.progress_bar(total=len(steps)) as progress:
             progress.update(options.first_step)
@@ -401,12 +393,12 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
                 latents = denoiser.step(latents, step)
                 progress.update()
                 parallel.end_step()
-                if on_state is not None and can_begin_at(steps, step.index + 1):
-                    on_state(
+                if watch.on_state is not None and can_begin_at(steps, step.index + 1):
+                    watch.on_state(
                         DenoisingState.of(step.index + 1, latents, reference_latents, generator)
                     )
-                if on_step is not None:
-                    on_step(step.index + 1, len(steps))
+                if watch.on_step is not None:
+                    watch.on_step(step.index + 1, len(steps))
         return latents[:, :, : conditioning.plan.kept_latents]
 
     @torch.no_grad()

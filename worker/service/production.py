@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from avatar_client.contract.request import JobInput
 from avatar_client.version import __version__
+from worker.generation.watch import Watch
 from worker.media.drift import DriftMeter
 from worker.media.encoding import Encoding
 from worker.media.finishing import BLUR, finished
@@ -121,15 +122,14 @@ class Production:
                 self.progress.skip(self.plan.share_done(state.first_step))
             state.begin_denoising()
             preview = self.engine.preview(conditioning) if self.params.preview else None
+            watch = Watch(
+                on_step=self._step_report(preview),
+                on_state=state.offer,
+                preview=preview,
+                sparsity=self.sparsity,
+            )
             latents = self.engine.denoise(
-                conditioning,
-                self.params,
-                self.seed,
-                self._step_report(preview),
-                self.sparsity,
-                state.restored,
-                state.offer,
-                preview,
+                conditioning, self.params, self.seed, watch, state.restored
             )
         logger.info("denoised by %d processes", self.engine.num_gpus(self.params))
         return conditioning, latents
