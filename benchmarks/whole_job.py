@@ -2,6 +2,7 @@
 
     python -m benchmarks.whole_job --directory /tmp/model [--size 384x384]
     python -m benchmarks.whole_job --directory /tmp/model --in-a-row 10 [--size ...] [--other ...]
+    python -m benchmarks.whole_job --directory /tmp/model --speakers 3 [--size 704x768]
 
 Takes the model directory that `python -m benchmarks.loading` writes. The same noise for all: each
 preset's latents are compared with those of `quality`. The published way encodes and decodes as
@@ -9,6 +10,8 @@ preset's latents are compared with those of `quality`. The published way encodes
 
 In a row: jobs of two sizes by turns, and the peak memory of each; the first of either size shows
 what a new size costs.
+
+Speakers: the seconds of denoising with so many of them beside those with one, by turns.
 """
 
 import argparse
@@ -21,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -42,6 +46,7 @@ from worker.shapes import SAMPLE_RATE_HZ, FrameSize
 
 FRAMES = 129
 SEED = 7
+STEPS = 50
 PORTRAIT = Path(__file__).parents[1] / "tests" / "data" / "astronaut.jpg"
 
 
@@ -87,8 +92,8 @@ def run(
     engine: Engine, size: FrameSize, preset: str, *, published: bool = False
 ) -> tuple[dict[str, float], Tensor]:
     """Seconds of each stage, and the latents."""
-    portrait = Image.open(PORTRAIT).convert("RGB").resize((size.width, size.height))
-    samples = np.sin(np.arange(FRAMES * SAMPLE_RATE_HZ // 25) * 0.05).astype(np.float32) / 2
+    portrait = portrait_of(size)
+    samples = tone()
     speech = AudioSegment(
         (samples * 2**15).astype(np.int16).tobytes(),
         sample_width=2,
@@ -138,24 +143,74 @@ def run(
     return seconds, latents
 
 
+def portrait_of(size: FrameSize) -> Image.Image:
+    """Somebody, squeezed to that size."""
+    return Image.open(PORTRAIT).convert("RGB").resize((size.width, size.height))
+
+
+def tone(step: float = 0.05) -> NDArray[np.float32]:
+    """A window of sound, which goes on by so many radians a sample."""
+    samples = np.sin(np.arange(FRAMES * SAMPLE_RATE_HZ // 25) * step) / 2
+    return samples.astype(np.float32)
+
+
+def compare_speakers(engine: Engine, size: FrameSize, count: int) -> None:
+    """Denoising for so many speakers side by side and for one of them, in each preset."""
+    across = size.width / (2 * count)  # a face and as much beside it
+    voices = [
+        Voice(
+            tone(0.05 * (1 + index)),
+            ((2 * index + 0.5) * across, size.height / 3, across, size.height / 3),
+        )
+        for index in range(count)
+    ]
+    for preset in PRESETS:
+        fields = {"preset": preset, "num_inference_steps": STEPS}
+        params = GenerationParams.model_validate(fields)
+        seconds: dict[int, list[float]] = {1: [], count: []}
+        for number in (1, count, 1, count, 1, count):
+            told = engine.encode(portrait_of(size), voices[:number], params, size)
+            _synchronize()
+            started = time.perf_counter()
+            engine.denoise(told, params, SEED)
+            _synchronize()
+            seconds[number].append(time.perf_counter() - started)
+        least = {number: min(times) for number, times in seconds.items()}
+        report(
+            preset=preset,
+            size=f"{size.height}x{size.width}",
+            **{f"denoise_of_{number}": round(each, 3) for number, each in least.items()},
+            ratio=round(least[count] / least[1], 4),
+        )
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--size", type=_size, default="384x384")
     parser.add_argument("--other", type=_size, default="256x256", help="of every second in a row")
+    parser.add_argument("--speakers", type=_several, help="instead, so many beside one")
     parser.add_argument("--in-a-row", type=int, metavar="JOBS", help="instead, so many jobs")
     arguments = parser.parse_args()
     face.detect_by_dlib = lambda image: []  # finding a face is not what is measured here
     engine = Engine.load(Settings(model_dir=str(arguments.directory)))
     if arguments.in_a_row:
         run_in_a_row(engine, (arguments.size, arguments.other), arguments.in_a_row)
+    elif arguments.speakers:
+        compare_speakers(engine, arguments.size, arguments.speakers)
     else:
         compare(engine, arguments.size)
 
 
 def _size(text: str) -> FrameSize:
     return FrameSize(*map(int, text.split("x")))
+
+
+def _several(text: str) -> int:
+    if int(text) < 2:
+        raise argparse.ArgumentTypeError("must be 2 or more")
+    return int(text)
 
 
 def run_in_a_row(engine: Engine, sizes: Sequence[FrameSize], jobs: int) -> None:

@@ -286,8 +286,8 @@ class GenerationParams(Frozen):
     )
     bystanders: Bystanders = Field(
         "free",
-        description="Faces of nobody who speaks. `still`: they are told silence; `free`: what is "
-        "near a speaker may move with him.",
+        description="What the faces of those who do not speak are told. `still`: silence; `free`: "
+        "nothing of their own, so that one beside a speaker may move with him.",
     )
     audio_start_seconds: Annotated[Finite, Field(ge=0)] = Field(
         0.0, description="Where in `audio` the speech begins."
