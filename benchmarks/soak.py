@@ -40,6 +40,7 @@ SCRIPTS = {"demo": ROOT / "handler.py", "drawing": ROOT / "benchmarks" / "drawin
 KILL_SECONDS = {"demo": (60.0, 180.0), "drawing": (4.0, 12.0)}  # after a worker's start
 CANCEL_SECONDS = {"demo": 10.0, "drawing": 2.0}  # at most, after a job was sent
 NUM_WAITING = 4  # jobs in the queue beside those at work
+MOST_WAITING = 8  # with those of clients that vanish, who else outrun the workers of a busy machine
 LOST_AFTER_SECONDS = 6.0
 START_SECONDS = 300.0
 END_SECONDS = 900.0  # for the jobs that are left when the time is over
@@ -48,6 +49,7 @@ FAULT_SHARE = 0.1  # of the store's requests, in a bad time
 BAD_SECONDS, GOOD_SECONDS = 5.0, 10.0
 LOST_SHARE = 0.2  # of posted results, about
 LOST_POST_STATUSES = (None, 413, 502)  # None: the connection is cut
+TORCH_CACHE = "torchinductor_"  # a folder that torch makes where it is imported, one a user
 # Of clients that vanished, and of a worker that was killed before its result was taken.
 KEPT_OBJECTS = (".mp4", ".jpg", ".mp4.json")
 STORE_FAULTS = {
@@ -269,6 +271,8 @@ class Soak:
 
     def _vanish(self) -> None:
         """A client that sends a job, waits for it, and is gone."""
+        if self._waiting()["inQueue"] >= MOST_WAITING:
+            return
         url = urlsplit(self._endpoint.url)
         body = json.dumps({"input": {**self._base, "seed": 1}})
         headers = {
@@ -351,7 +355,9 @@ class Soak:
         for index, worker in enumerate(self._workers):
             worker.wait(START_SECONDS)
             self.tally.left_files += [
-                f"worker {index}: {path.name}" for path in worker.temporary_directory.iterdir()
+                f"worker {index}: {path.name}"
+                for path in worker.temporary_directory.iterdir()
+                if not path.name.startswith(TORCH_CACHE)
             ]
         keys = self._storage.ages("")
         self.tally.left_objects = [key for key in keys if not key.endswith(KEPT_OBJECTS)]
