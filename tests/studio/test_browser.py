@@ -255,7 +255,7 @@ def test_a_video_has_the_shape_and_the_file_that_the_page_names(
     unfold(page, "Output")
     page.get_by_label("9:16").check()
     page.get_by_label("webm").check()
-    page.get_by_label("Watermark", exact=True).fill("AI")
+    page.locator("[id='output.watermark.text']").get_by_role("textbox").fill("AI")
     unfold(page, "This request as code")
     code = page.locator("#result").get_by_text("watermark")
     expect(code.first).to_be_visible()
