@@ -39,12 +39,12 @@ def result_of(
 
 def require(value: Any, kind: Any) -> None:
     """Passes if the value has the keys of a TypedDict, and of those in it, and their types."""
-    if value is not None:  # pydantic reads no TypedDict of Python 3.11, nor one "or None"
-        [kind] = [each for each in typing.get_args(kind) if typing.is_typeddict(each)] or [kind]
     if typing.get_origin(kind) is list and typing.is_typeddict(typing.get_args(kind)[0]):
         for each in value:
             require(each, *typing.get_args(kind))
         return
+    if value is not None:  # pydantic reads no TypedDict of Python 3.11, nor one "or None"
+        [kind] = [each for each in typing.get_args(kind) if typing.is_typeddict(each)] or [kind]
     if not typing.is_typeddict(kind):
         TypeAdapter(kind).validate_python(value, strict=True)
         return
