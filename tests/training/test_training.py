@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -322,6 +323,7 @@ def test_the_training_makes_a_directory_that_the_worker_loads(
         ),
         (Shot(FrameSize(64, 64), 1), Shot(FrameSize(64, 128), 3)),
         2,
+        deadline=time.monotonic() + 3600,
     )
     denoiser.save_pretrained(tmp_path / "transformer")
     monkeypatch.setattr(command, "PREVIEW_PEOPLE", 1)
