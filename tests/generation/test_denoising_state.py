@@ -66,7 +66,11 @@ def test_every_state_goes_on_to_the_same_latents(denoise: Denoise, tmp_path: Pat
         read = DenoisingState.load(path.read_bytes(), state.step)
         seen: list[int] = []
         # another seed: what was drawn is in the state
-        again = denoise(2, read, on_step=lambda step, _, seen=seen: seen.append(step))
+
+        def on_step(step: int, _: int, seen: list[int] = seen) -> None:
+            seen.append(step)
+
+        again = denoise(2, read, watch=Watch(on_step=on_step))
         assert torch.equal(again, whole)
         assert seen == list(range(state.step + 1, 8))
 
