@@ -38,6 +38,9 @@ class Drawing:
 
     def find_face(self, portrait: Any, params: Any) -> None: ...
 
+    def find_faces(self, portrait: Any, resolution: Any) -> list[Any]:
+        return []
+
     def foresee(self, portrait: Any, params: Any, size: Any) -> tuple[str, ...]:
         return ()
 

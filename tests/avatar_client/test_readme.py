@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +16,8 @@ from fastapi.testclient import TestClient
 from local_endpoint import LocalEndpoint, WorkerProcess
 from tests.avatar_client.answers import DONE
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
 JOB_SECONDS = 300
 
 
@@ -85,8 +87,20 @@ def test_the_python_example_makes_a_video(run: Callable[..., str], tmp_path: Pat
 
 
 def test_the_shell_example_makes_a_video(run: Callable[..., str], tmp_path: Path) -> None:
-    assert run("sh", "-e", "-c", example("sh", "avatar generate")) == "video.mp4\n"
+    assert run("sh", "-e", "-c", example("sh", "--audio speech.wav")) == "video.mp4\n"
     assert num_frames(tmp_path / "video.mp4") > 0
+
+
+def test_the_shell_example_of_two_speakers_makes_a_video(
+    run: Callable[..., str], make_speech: Callable[..., bytes], tmp_path: Path
+) -> None:
+    shutil.copy(ROOT / "demo" / "duet.png", tmp_path / "two.jpg")  # told by its content
+    for name in ("hello.wav", "answer.wav"):
+        (tmp_path / name).write_bytes(make_speech(0.4))
+
+    [name] = run("sh", "-e", "-c", example("sh", "--speaker")).split()
+
+    assert num_frames(tmp_path / name) == 72  # the second speaker has ended after 2.9 s
 
 
 def test_the_webhook_example_takes_what_the_platform_posts_and_heeds_its_token(
