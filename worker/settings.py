@@ -14,7 +14,9 @@ from pydantic import Field, SecretStr
 
 from avatar_client.environment import BucketVariables, FromEnvironment, ResultSigning
 
-SECRET_NAMES = re.compile(r"SECRET|TOKEN|PASSWORD|(API|ACCESS|SIGNING|PRIVATE)_KEY|CREDENTIAL")
+SECRET_NAMES = re.compile(
+    r"SECRET|TOKEN|PASSWORD|(API|ACCESS|SIGNING|PRIVATE)_KEY|SIGNING_URL|CREDENTIAL"
+)
 
 
 class _JobSettings(FromEnvironment):
@@ -103,6 +105,10 @@ class _JobSettings(FromEnvironment):
     )
     c2pa_private_key: SecretStr | None = Field(
         default=None, description="Its private key, as PEM text or its file."
+    )
+    c2pa_signing_url: SecretStr | None = Field(
+        default=None,
+        description="Instead of the key: the address of a service that signs with it.",
     )
     result_retry_seconds: float = Field(
         default=600.0,

@@ -4,6 +4,9 @@ import io
 import json
 import logging
 import subprocess
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,9 @@ import av
 import c2pa
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
     Encoding,
@@ -20,6 +26,8 @@ from cryptography.hazmat.primitives.serialization import (
 from PIL import Image
 
 from tests.support.certificates import signing_pair
+from tests.support.loopback_server import LoopbackServer
+from worker.media import signing_service
 from worker.media.encoding import Encoding as VideoEncoding
 from worker.media.inputs import AudioSegment
 from worker.media.provenance import SOURCE_TYPE, Credentials, Making, mark_picture, mark_video, xmp
@@ -257,7 +265,7 @@ def test_a_certificate_that_cannot_sign_media_is_found_out_at_the_start(
     pair: tuple[str, str],
 ) -> None:
     alone = pair[0].split("-----END CERTIFICATE-----")[1].strip() + "-----END CERTIFICATE-----\n"
-    broken = Credentials(alone.encode(), pair[1].encode(), "es256")  # of another key
+    broken = Credentials(alone.encode(), "es256", pair[1].encode())  # of another key
 
     with pytest.raises(RuntimeError, match="files signed with it are not valid"):
         broken.check()
@@ -266,7 +274,7 @@ def test_a_certificate_that_cannot_sign_media_is_found_out_at_the_start(
 def test_a_video_that_cannot_be_signed_is_kept_and_says_so(
     pair: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    useless = Credentials(pair[0].encode(), b"-----BEGIN PRIVATE KEY-----\n", "es256")
+    useless = Credentials(pair[0].encode(), "es256", b"-----BEGIN PRIVATE KEY-----\n")
     assert "PRIVATE" not in repr(useless)
 
     with caplog.at_level(logging.ERROR):
@@ -276,3 +284,128 @@ def test_a_video_that_cannot_be_signed_is_kept_and_says_so(
     assert "could not be signed" in caplog.text
     assert "PRIVATE" not in caplog.text
     assert list(tmp_path.iterdir()) == [video.path]
+
+
+# A service that signs
+
+
+class SigningService(LoopbackServer):
+    """Has the key, and answers as `answer` does: status and body for what is to be signed."""
+
+    def __init__(self, answer: Callable[[bytes], tuple[int, bytes]]) -> None:
+        self._answer = answer
+        self.authorizations: list[str | None] = []
+
+    def serve(self, request: BaseHTTPRequestHandler) -> None:
+        self.authorizations.append(request.headers["Authorization"])
+        status, body = self._answer(request.rfile.read(int(request.headers["Content-Length"])))
+        request.send_response(status)
+        request.send_header("Content-Length", str(len(body)))
+        request.end_headers()
+        request.wfile.write(body)
+
+    @property
+    def url(self) -> str:
+        return self.origin.replace("//", "//worker:pass-word@") + "/sign?of=hidden-name"
+
+
+def signed_by(key: str) -> Callable[[bytes], tuple[int, bytes]]:
+    private = load_pem_private_key(key.encode(), None)
+    assert isinstance(private, ec.EllipticCurvePrivateKey)
+    return lambda content: (200, private.sign(content, ec.ECDSA(hashes.SHA256())))
+
+
+def plain(key: str) -> Callable[[bytes], tuple[int, bytes]]:
+    """The two numbers of the signature one after the other, and not in DER."""
+
+    def answer(content: bytes) -> tuple[int, bytes]:
+        numbers = decode_dss_signature(signed_by(key)(content)[1])
+        return 200, b"".join(number.to_bytes(32) for number in numbers)
+
+    return answer
+
+
+@pytest.mark.parametrize("form", [signed_by, plain])
+def test_a_service_signs_in_the_place_of_a_key(
+    pair: tuple[str, str], tmp_path: Path, form: Callable[[str], Any]
+) -> None:
+    with SigningService(form(pair[1])) as service:
+        settings = Settings(c2pa_certificate=pair[0], c2pa_signing_url=service.url)
+        found = Credentials.of(settings)
+        assert found is not None
+        found.check()
+        video = written(tmp_path, found)
+
+    assert video.provenance == "c2pa"
+    told = read(video.path.read_bytes())
+    assert told["validation_state"] == "Valid"
+    assert set(service.authorizations) == {"Basic d29ya2VyOnBhc3Mtd29yZA=="}
+    assert "pass-word" not in f"{settings!r} {found!r}"
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda content: (403, b"hidden-name"), "it answered HTTP 403"),
+        (lambda content: (200, bytes(10_000)), "more than a signature"),
+        (lambda content: (200, b""), "files signed with it are not valid|no signature"),
+        (lambda content: (200, b"x" * 64), "files signed with it are not valid"),
+        (signed_by(signing_pair()[1]), "files signed with it are not valid"),
+    ],
+)
+def test_a_service_that_does_not_sign_keeps_the_worker_from_starting_and_a_video_from_nothing(
+    pair: tuple[str, str],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    answer: Any,
+    message: str,
+) -> None:
+    with SigningService(answer) as service:
+        found = Credentials.of(Settings(c2pa_certificate=pair[0], c2pa_signing_url=service.url))
+        assert found is not None
+        with pytest.raises(RuntimeError, match=message) as caught:
+            found.check()
+        with caplog.at_level(logging.WARNING):
+            video = written(tmp_path, found)
+
+    assert video.provenance == "metadata"
+    assert "a file could not be signed" in caplog.text
+    told = f"{caught.value!r} {caught.value.__cause__!r} {caplog.text}"
+    assert not [part for part in ("pass-word", "hidden-name", service.origin) if part in told]
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:9/pass-word", "https://pass-word.invalid/", "pass-word", "ftp://x/"]
+)
+def test_a_service_that_is_not_there_is_found_out_at_the_start(
+    pair: tuple[str, str], url: str
+) -> None:
+    found = Credentials.of(Settings(c2pa_certificate=pair[0], c2pa_signing_url=url))
+    assert found is not None
+    with pytest.raises(RuntimeError, match="C2PA_SIGNING_URL: ") as caught:
+        found.check()
+    assert "pass-word" not in f"{caught.value!r} {caught.value.__cause__!r}"
+
+
+def test_a_service_that_never_answers_is_given_up(
+    pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signing_service, "ANSWER_SECONDS", 0.3)
+    never = threading.Event()
+    with SigningService(lambda _: (200, bytes(never.wait(60)))) as service:
+        found = Credentials.of(Settings(c2pa_certificate=pair[0], c2pa_signing_url=service.url))
+        assert found is not None
+        with pytest.raises(RuntimeError, match=r"no answer in 0\.3 s"):
+            found.check()
+        never.set()
+
+
+def test_a_service_and_a_key_are_not_set_together(pair: tuple[str, str]) -> None:
+    certificate, key = pair
+    url = "https://sign.example/"
+    for settings in (
+        Settings(c2pa_certificate=certificate, c2pa_private_key=key, c2pa_signing_url=url),
+        Settings(c2pa_signing_url=url),
+    ):
+        with pytest.raises(RuntimeError, match=r"C2PA_SIGNING_URL: is set beside|is missing"):
+            Credentials.of(settings)

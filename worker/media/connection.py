@@ -290,8 +290,11 @@ class Transport(httpx.BaseTransport):
             port=request.url.port,
             target=request.url.raw_path,
         )
+        assert isinstance(request.stream, httpx.SyncByteStream)
         response = self._pool.handle_request(
-            httpcore.Request(request.method, url, headers=request.headers.raw)
+            httpcore.Request(
+                request.method, url, headers=request.headers.raw, content=request.stream
+            )
         )
         return httpx.Response(
             response.status, headers=response.headers, stream=_Body(response.stream)

@@ -19,10 +19,12 @@ from xml.sax.saxutils import escape
 
 from PIL import Image
 
+from worker.media.signing_service import SigningServiceError, signature_of
 from worker.settings import Settings
 
 if TYPE_CHECKING:
     from c2pa import Signer
+    from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 
 Provenance = Literal["metadata", "c2pa"]
 
@@ -59,32 +61,43 @@ class Making:
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """The operator's certificate and key, which go together."""
+    """The operator's certificate, and its key or the address of the service that has it."""
 
     certificate: bytes  # PEM: the signer's first, then those that vouch for it
-    key: bytes = field(repr=False)  # PEM
     algorithm: str  # as C2PA names it
+    key: bytes | None = field(default=None, repr=False)  # PEM
+    signing_url: str = field(default="", repr=False)  # where there is no key
 
     @classmethod
     def of(cls, settings: Settings) -> "Credentials | None":
         """Those that are set; None: there are none.
 
         Raises:
-            RuntimeError: one of the two is missing, cannot be read, is none, or has expired.
+            RuntimeError: one of them is missing or too much, cannot be read, is none, or has
+                expired.
         """
         given, private = settings.c2pa_certificate, settings.c2pa_private_key
-        if given is None and private is None:
+        service = settings.c2pa_signing_url
+        if given is None and private is None and service is None:
             return None
-        if given is None or private is None:
-            missing = "C2PA_CERTIFICATE" if given is None else "C2PA_PRIVATE_KEY"
+        if given is None:
+            raise RuntimeError("C2PA_CERTIFICATE is missing: it is set together with what signs")
+        if private is None and service is None:
             raise RuntimeError(
-                f"{missing} is missing: the certificate and its key are set together"
+                "C2PA_PRIVATE_KEY is missing: the certificate needs its key, or C2PA_SIGNING_URL"
             )
+        if private is not None and service is not None:
+            raise RuntimeError("C2PA_SIGNING_URL: is set beside C2PA_PRIVATE_KEY; leave out one")
         if find_spec("c2pa") is None:
             raise RuntimeError("C2PA_CERTIFICATE is set, and c2pa-python is not installed")
         certificate = _pem("C2PA_CERTIFICATE", given.get_secret_value(), "CERTIFICATE")
+        public = _public_key(certificate)
+        if service is not None:
+            return cls(certificate, _algorithm(public), signing_url=service.get_secret_value())
+        assert private is not None
         key = _pem("C2PA_PRIVATE_KEY", private.get_secret_value(), "PRIVATE KEY")
-        return cls(certificate, key, _algorithm(certificate, key))
+        _require_pair(key, public)
+        return cls(certificate, _algorithm(public), key)
 
     def sign(
         self, source: BinaryIO, target: BinaryIO, content_type: str, making: Making | None
@@ -93,16 +106,23 @@ class Credentials:
 
         Raises:
             C2paError: it could not be signed.
+            SigningServiceError: the service gave no signature.
         """
-        from c2pa import Builder, Context
+        from c2pa import Builder, C2paError, Context
 
         manifest = json.dumps(_manifest(content_type, making))
+        failures: list[SigningServiceError] = []
         with (
             Context.from_dict(LIBRARY_SETTINGS) as context,
-            self._signer() as signer,
+            self._signer(failures) as signer,
             Builder(manifest, context) as builder,
         ):
-            builder.sign(signer, content_type, source, target)
+            try:
+                builder.sign(signer, content_type, source, target)
+            except C2paError:
+                if failures:  # the library does not tell what its callback has raised
+                    raise failures[0] from None
+                raise
 
     def check(self) -> None:
         """Returns if what they sign is valid: a small picture is signed and read again.
@@ -121,15 +141,28 @@ class Credentials:
             signed.seek(0)
             with Reader("image/jpeg", signed) as reader:
                 told = json.loads(reader.json())
+        except SigningServiceError as error:
+            raise RuntimeError(f"C2PA_SIGNING_URL: {error}") from None
         except C2paError as error:
             raise RuntimeError(f"{problem}: {type(error).__name__}") from None
         faults = {each["code"] for each in told.get("validation_status", ())} - {UNTRUSTED}
         if faults or told.get("validation_state") == "Invalid":
             raise RuntimeError(f"{problem}: {', '.join(sorted(faults)) or 'no reason is told'}")
 
-    def _signer(self) -> "Signer":
-        from c2pa import C2paSignerInfo, Signer
+    def _signer(self, failures: list[SigningServiceError]) -> "Signer":
+        """What signs; it adds to `failures` why there is no signature."""
+        from c2pa import C2paSignerInfo, C2paSigningAlg, Signer
 
+        def ask(content: bytes) -> bytes:
+            try:
+                return signature_of(content, self.signing_url)
+            except SigningServiceError as error:
+                failures.append(error)
+                return b""
+
+        if self.key is None:
+            algorithm = C2paSigningAlg[self.algorithm.upper()]
+            return Signer.from_callback(ask, algorithm, self.certificate.decode())
         return Signer.from_info(
             C2paSignerInfo(
                 alg=self.algorithm.encode(),
@@ -188,9 +221,10 @@ def _signed(
     try:
         with path.open("rb") as source, signed.open("w+b") as target:
             credentials.sign(source, target, content_type, making)
-    except C2paError as error:
+    except (C2paError, SigningServiceError) as error:
         signed.unlink(missing_ok=True)
-        logger.error("a file could not be signed: %s", type(error).__name__)
+        told = str(error) if isinstance(error, SigningServiceError) else ""
+        logger.error("a file could not be signed: %s %s", type(error).__name__, told)
         return "metadata"
     except BaseException:
         signed.unlink(missing_ok=True)
@@ -237,36 +271,56 @@ def _pem(name: str, given: str, kind: str) -> bytes:
     return text.strip().encode() + b"\n"
 
 
-def _algorithm(certificate: bytes, key: bytes) -> str:
-    """The signature that the key makes, as C2PA names it.
+def _public_key(certificate: bytes) -> "CertificatePublicKeyTypes":
+    """That of the signer.
 
     Raises:
-        RuntimeError: the two do not go together, cannot be read, or the certificate is not valid
-            now.
+        RuntimeError: the certificate cannot be read, or is not valid now.
     """
     from cryptography import x509
-    from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     try:
         signer = x509.load_pem_x509_certificates(certificate)[0]
     except ValueError:
         raise RuntimeError("C2PA_CERTIFICATE: cannot be read") from None
-    try:
-        private = load_pem_private_key(key, password=None)
-    except (ValueError, TypeError):  # TypeError: it is encrypted
-        raise RuntimeError("C2PA_PRIVATE_KEY: cannot be read, or has a password") from None
-    if private.public_key() != signer.public_key():
-        raise RuntimeError("C2PA_PRIVATE_KEY: is not the key of C2PA_CERTIFICATE's first")
     now = datetime.now(UTC)
     if not signer.not_valid_before_utc <= now <= signer.not_valid_after_utc:
         ended = "has expired" if now > signer.not_valid_after_utc else "is not valid yet"
         raise RuntimeError(f"C2PA_CERTIFICATE: {ended}")
-    if isinstance(private, ed25519.Ed25519PrivateKey):
+    return signer.public_key()
+
+
+def _require_pair(key: bytes, public: "CertificatePublicKeyTypes") -> None:
+    """Returns if that is the private one of the two.
+
+    Raises:
+        RuntimeError: it is not, or cannot be read.
+    """
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    try:
+        private = load_pem_private_key(key, password=None)
+    except (ValueError, TypeError):  # TypeError: it is encrypted
+        raise RuntimeError("C2PA_PRIVATE_KEY: cannot be read, or has a password") from None
+    if private.public_key() != public:
+        raise RuntimeError("C2PA_PRIVATE_KEY: is not the key of C2PA_CERTIFICATE's first")
+
+
+def _algorithm(public: "CertificatePublicKeyTypes") -> str:
+    """The signature that goes with the key, as C2PA names it.
+
+    Raises:
+        RuntimeError: C2PA has none.
+    """
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+
+    if isinstance(public, ed25519.Ed25519PublicKey):
         return "ed25519"
-    if isinstance(private, rsa.RSAPrivateKey):
+    if isinstance(public, rsa.RSAPublicKey):
         return "ps256"
-    curve = private.curve.name if isinstance(private, ec.EllipticCurvePrivateKey) else ""
+    curve = public.curve.name if isinstance(public, ec.EllipticCurvePublicKey) else ""
     if curve not in ALGORITHMS:
-        raise RuntimeError("C2PA_PRIVATE_KEY: must be EC (P-256, P-384, P-521), Ed25519 or RSA")
+        raise RuntimeError(
+            "C2PA_CERTIFICATE: its key must be EC (P-256, P-384, P-521), Ed25519 or RSA"
+        )
     return ALGORITHMS[curve]
