@@ -1,5 +1,6 @@
 """The studio as a person meets it: a real studio process, its own endpoint, a real browser."""
 
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from typing import Any, Self
 import httpx
 import pytest
 
+from local_endpoint.worker_process import kill_group
 from tests.support.waiting import wait_until
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -296,7 +298,10 @@ def test_a_cancel_that_does_not_reach_the_endpoint_is_reported(
         fill(page, files, steps=100)
         make(page)
         wait_for_step(page)
+        workers = json.loads((directory / "local" / "workers.json").read_text())
         subprocess.run(["pkill", "-KILL", "-f", f"{directory}/local"], check=True)
+        for worker in workers:  # else they would wait for their endpoint for ever
+            kill_group(worker["pid"])
         page.get_by_role("button", name="Cancel").click()
         failure = page.get_by_text("The job could not be cancelled")
         expect(failure).to_be_visible(timeout=JOB_MILLISECONDS)
