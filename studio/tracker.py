@@ -93,16 +93,21 @@ class JobTracker:
             ValueError: an address or a key that cannot be one.
         """
         _require_body_size(connection, portrait, speech, fields)
-        record = await asyncio.to_thread(
-            self.history.add,
-            portrait,
-            speech,
-            fields,
-            endpoint=connection.name,
-            busy=self._jobs.keys(),
-        )
-        tracked = self._track(record, connection)
-        await asyncio.shield(tracked.sent)  # a page that goes away stops nothing
+
+        async def begin() -> TrackedJob:
+            record = await asyncio.to_thread(
+                self.history.add,
+                portrait,
+                speech,
+                fields,
+                endpoint=connection.name,
+                busy=self._jobs.keys(),
+            )
+            return self._track(record, connection)
+
+        # a page that goes away stops nothing, neither while its files are copied nor later
+        tracked = await asyncio.shield(asyncio.create_task(begin()))
+        await asyncio.shield(tracked.sent)
         return tracked.record
 
     def resume(self, connection: Connection) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -191,14 +192,37 @@ def test_inputs_that_are_too_large_are_refused_in_words(
     assert caught.value.field == "audio"
 
 
-def test_a_page_that_goes_away_while_the_inputs_are_sent_stops_nothing(
-    tracker: JobTracker, connection: Connection, portrait: Path, speech: Path
+@pytest.mark.parametrize("goes_while", ["the files are copied", "they are sent"])
+def test_a_page_that_goes_away_stops_nothing(
+    tracker: JobTracker,
+    connection: Connection,
+    portrait: Path,
+    speech: Path,
+    goes_while: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    gone = threading.Event()
+    copied = tracker.history.add
+
+    def slowly(*arguments: Any, **options: Any) -> Any:
+        record = copied(*arguments, **options)
+        gone.wait(60)
+        return record
+
+    def has_begun() -> bool:
+        if goes_while == "the files are copied":
+            return bool(tracker.history.all())
+        return any(state.is_tracked for state in tracker.states())
+
     async def story() -> JobState:
+        if goes_while == "the files are copied":
+            monkeypatch.setattr(tracker.history, "add", slowly)
         page = asyncio.create_task(tracker.start(connection, portrait, speech, SHORT))
-        while not tracker.history.all():
+        while not has_begun():
             await asyncio.sleep(0.01)
         page.cancel()
+        await asyncio.wait({page})
+        gone.set()
         return await until(tracker, tracker.history.all()[0].id, is_over)
 
     assert asyncio.run(story()).record.status == "COMPLETED"
