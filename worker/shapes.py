@@ -35,6 +35,13 @@ ComputedSteps = Literal["reference"] | Sequence[int] | None
 Box = tuple[float, float, float, float]  # x, y, width, height in pixels
 
 
+def holds_centre(box: Box, other: Box) -> bool:
+    """Whether the middle of the other box lies in this one."""
+    x, y, width, height = box
+    left, top, across, down = other
+    return 0 <= left + across / 2 - x <= width and 0 <= top + down / 2 - y <= height
+
+
 class FrameSize(NamedTuple):
     """Pixels of one frame."""
 

@@ -232,12 +232,10 @@ class Engine:
                 bystanders=params.bystanders,
             )
 
-    def find_face(self, portrait: Image.Image, params: GenerationParams) -> Box | None:
-        """The face that speaks, in pixels of the portrait; None: there is none."""
-        if params.face_box is not None:
-            return params.face_box
+    def find_face(self, portrait: Image.Image, resolution: int) -> Box | None:
+        """The largest face, in pixels of the portrait; None: there is none."""
         with _failures_as_ours():
-            return self.pipeline.find_face(portrait, params.resolution)
+            return self.pipeline.find_face(portrait, resolution)
 
     def find_faces(self, portrait: Image.Image, resolution: int) -> list[Box]:
         """All faces, from left to right, in pixels of the portrait."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from worker.generation import torchscript
-from worker.shapes import Box
+from worker.shapes import Box, holds_centre
 
 SHORT_SIDE = 416  # px, of the picture that the TorchScript detector gets
 STRIDES = (8, 16, 32)  # px a cell of its three grids
@@ -165,14 +165,8 @@ def faces_of_others(faces: Sequence[Box], speaking: Sequence[Box]) -> list[Box]:
     return [
         face
         for face in faces
-        if not any(_holds_centre(face, own) or _holds_centre(own, face) for own in speaking)
+        if not any(holds_centre(face, own) or holds_centre(own, face) for own in speaking)
     ]
-
-
-def _holds_centre(box: Box, other: Box) -> bool:
-    x, y, width, height = box
-    left, top, across, down = other
-    return 0 <= left + across / 2 - x <= width and 0 <= top + down / 2 - y <= height
 
 
 def largest(faces: Sequence[Box]) -> Box | None:

@@ -14,7 +14,7 @@ from avatar_client.contract.job_errors import InvalidInputError
 from avatar_client.contract.request import JobInput
 from avatar_client.contract.speakers import require_no_overlap
 from worker.media.numbered_faces import numbered
-from worker.shapes import Box
+from worker.shapes import Box, holds_centre
 
 if TYPE_CHECKING:
     from worker.generation.engine import Engine
@@ -133,11 +133,11 @@ def _require_faces_in(
     missing = []
     for index, speaker in enumerate(params.voices):
         box = speaker.face_box
-        if box is not None and not any(_is_in(face, box) for face in found):
+        if box is not None and not any(holds_centre(box, face) for face in found):
             part = _around(box, portrait)
             closer = engine.find_faces(portrait.crop(part), params.resolution)
             seen = [(x + part[0], y + part[1], width, height) for x, y, width, height in closer]
-            if not any(_is_in(face, box) for face in seen):
+            if not any(holds_centre(box, face) for face in seen):
                 missing.append(index)
     if not missing:
         return ()
@@ -155,7 +155,7 @@ def _fill_in(boxes: list[Box | None], found: Sequence[Box]) -> None:
         InvalidInputError: there are more of them, or fewer.
     """
     named = [box for box in boxes if box is not None]
-    left = [face for face in found if not any(_is_in(face, box) for box in named)]
+    left = [face for face in found if not any(holds_centre(box, face) for box in named)]
     without = [index for index, box in enumerate(boxes) if box is None]
     if len(without) > len(left):
         raise InvalidInputError(
@@ -182,12 +182,6 @@ def _told(found: Sequence[Box]) -> str:
     )
     number = "1 face was" if len(found) == 1 else f"{len(found)} faces were"
     return f"{number} found, from the left: {places}{', ...' if len(found) > MOST_TOLD else ''}"
-
-
-def _is_in(face: Box, box: Box) -> bool:
-    """Whether a face is the one that a box shows: its middle lies in it."""
-    x, y = face[0] + face[2] / 2, face[1] + face[3] / 2
-    return box[0] <= x <= box[0] + box[2] and box[1] <= y <= box[1] + box[3]
 
 
 def _around(box: Box, portrait: Image.Image) -> tuple[int, int, int, int]:

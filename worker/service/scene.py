@@ -51,7 +51,7 @@ class Scene:
         part = None
         if output.aspect != "source" and output.fit == "cover":
             if None in face_boxes:  # one voice alone
-                face_boxes = [engine.find_face(portrait, params)]
+                face_boxes = [engine.find_face(portrait, params.resolution)]
             named = [box for box in face_boxes if box is not None]
             whose = "the face is" if len(named) < 2 else "the faces that speak are together"
             part = framing.cover(size, output.aspect, framing.around(named), whose)
