@@ -75,7 +75,8 @@ class _Server(ThreadingHTTPServer):
 class FaultyProxy(LoopbackServer):
     """Passes requests on inside its context, but for those that the plan lets fail.
 
-    Without a plan, and after its end, all are passed on.
+    Without a plan, and after its end, all are passed on. The kinds of `faults` come in their order
+    first, later in one that is drawn anew each time, so that few failures meet many kinds.
     """
 
     server_class = _Server
@@ -85,6 +86,7 @@ class FaultyProxy(LoopbackServer):
         self.num_requests = 0
         self._target = urlsplit(target_url)
         self._faults = faults  # by a part of the path; the first that fits
+        self._to_come = {part: list(reversed(some)) for part, some in faults.items()}
         self._dice = random.Random(seed)  # noqa: S311  # repeatable
         self._lock = threading.Lock()
         self._periods: Sequence[Period] = ()
@@ -103,8 +105,11 @@ class FaultyProxy(LoopbackServer):
             self.num_requests += 1
             if self._dice.random() >= self._fault_share():
                 return None
-            fitting = next(some for part, some in self._faults.items() if part in path)
-            fault = self._dice.choice(fitting)
+            part = next(part for part in self._faults if part in path)
+            fault = self._to_come[part].pop()
+            if not self._to_come[part]:
+                kinds = self._faults[part]
+                self._to_come[part] = self._dice.sample(kinds, len(kinds))
             self.faults_met[fault.name] += 1
             return fault
 
