@@ -1,19 +1,23 @@
 """What becomes of a job, and of the worker, when one of its ranks is lost."""
 
+import multiprocessing
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 
+import psutil
 import pytest
 import torch
 
 from avatar_client.contract import job_errors
 from tests.multi_gpu import failing_rank
 from tests.multi_gpu.jobs import TWO, conditioning, params, rank_process_of
+from tests.support.waiting import wait_until
 from worker.generation import engine as engine_module
 from worker.generation.engine import Engine
 from worker.generation.watch import Watch
-from worker.multi_gpu import controller
-from worker.multi_gpu.controller import RankController
+from worker.multi_gpu import controller, messages
+from worker.multi_gpu.controller import Rank, RankController
 from worker.service import fitness
 from worker.service.worker import Worker
 
@@ -102,15 +106,51 @@ def test_a_failure_of_rank_0_in_a_step_is_told_as_its_own_and_loses_the_others(
 
 
 @pytest.mark.slow
-def test_a_rank_process_that_is_stopped_is_lost(start: Start) -> None:
-    engine = start(HEARTBEAT_TIMEOUT_SECONDS=3.0)
+def test_a_rank_process_that_is_stopped_is_lost_soon_but_not_one_whose_machine_stood_still(
+    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = start(STOPPED_TIMEOUT_SECONDS=3.0)
+    clock = JumpingClock()
+    monkeypatch.setattr(controller, "time", clock)
 
-    def stop(step: int, num_steps: int) -> None:
-        if step == 2:
+    def disturb(step: int, num_steps: int) -> None:
+        if step == 1:
+            clock.ahead_seconds = 1000.0
+            time.sleep(3 * messages.HEARTBEAT_SECONDS)  # for the watch to look
+        elif step == 2:
             rank_process_of().suspend()
 
     with pytest.raises(job_errors.GpuFaultError):
-        engine.denoise(conditioning(engine), params(), 7, Watch(on_step=stop))
+        engine.denoise(conditioning(engine), params(), 7, Watch(on_step=disturb))
+    assert "GPU 1: its process is stopped" in caplog.text
+
+
+class JumpingClock:
+    """The module `time`, whose clock can be put forward."""
+
+    ahead_seconds = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.ahead_seconds
+
+
+def test_a_rank_process_is_silent_for_longer_if_it_is_not_stopped() -> None:
+    with subprocess.Popen(["sleep", "600"]) as process:
+        ours, _ = multiprocessing.Pipe()
+        rank = Rank(1, process, ours)
+        assert rank.silence() is None  # it is still importing
+        rank.silent_seconds = 0.9 * controller.HEARTBEAT_TIMEOUT_SECONDS
+        assert rank.silence() is None
+        rank.silent_seconds = 1.1 * controller.HEARTBEAT_TIMEOUT_SECONDS
+        assert rank.silence() == "gave no sign of life"
+        psutil.Process(process.pid).suspend()
+        rank.silent_seconds = 1.1 * controller.STOPPED_TIMEOUT_SECONDS
+        wait_until(lambda: rank.silence() == "is stopped")
+        rank.silent_seconds = 0.9 * controller.STOPPED_TIMEOUT_SECONDS
+        assert rank.silence() is None
+        process.kill()
+    rank.silent_seconds = 1.1 * controller.STOPPED_TIMEOUT_SECONDS
+    assert rank.silence() is None  # its pipe tells
 
 
 def test_a_rank_that_cannot_load_its_model_keeps_the_worker_from_starting(

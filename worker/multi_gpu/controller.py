@@ -23,6 +23,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from avatar_client.contract.job_errors import WorkerError
@@ -43,9 +44,12 @@ logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parents[2]
 
-# Without a heartbeat a rank process is stopped; more than any call keeps it from one.
+# Without a heartbeat a rank process is lost: a call may keep Python from sending one, but not so
+# long. One that the system has stopped runs no call; it may be a debugger's for a moment.
 HEARTBEAT_TIMEOUT_SECONDS = 60.0
+STOPPED_TIMEOUT_SECONDS = 10.0
 GATHER_TIMEOUT_SECONDS = 180.0  # for another rank's velocity; more than compiling takes
+LONGEST_LOOK_SECONDS = 2 * HEARTBEAT_SECONDS  # that counts between two looks at the ranks
 GRACE_SECONDS = 2.0  # for a thread to notice by itself that another rank is lost
 JOIN_TIMEOUT_SECONDS = 120.0  # to meet, and to find the ways between GPUs
 EXIT_TIMEOUT_SECONDS = 5.0  # before a process that should end is killed
@@ -70,7 +74,7 @@ class Rank:
     number: int  # from 1; the worker itself is rank 0
     process: "subprocess.Popen[bytes]"
     pipe: Connection
-    last_sign_at: float | None = None  # of life; None: it is still importing
+    silent_seconds: float | None = None  # since its last sign of life; None: it is still importing
     last_message: Message | None = None  # heartbeats aside
 
     @classmethod
@@ -96,6 +100,17 @@ class Rank:
         """Sends one message. A process that has ended gets none; the watch tells of its end."""
         with contextlib.suppress(OSError):
             self.pipe.send(message)
+
+    def silence(self) -> str | None:
+        """For the log, if it was silent for so long that it is lost."""
+        if self.silent_seconds is None or self.silent_seconds < STOPPED_TIMEOUT_SECONDS:
+            return None
+        if self.silent_seconds > HEARTBEAT_TIMEOUT_SECONDS:
+            return "gave no sign of life"
+        with contextlib.suppress(psutil.Error):  # it has ended: its pipe tells
+            if psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED:
+                return "is stopped"
+        return None
 
     def how_it_ended(self) -> str:
         """For the log, once its end of the pipe is closed."""
@@ -299,23 +314,28 @@ class RankController:
 
     def _watch_ranks(self) -> None:
         """Receives what the rank processes send until the first loss, or the end."""
-        awaited, since = None, time.monotonic()
+        awaited, waited = None, 0.0
+        looked_at = time.monotonic()
         ranks = {rank.pipe: rank for rank in self._ranks}
         while not self._closing and self._failure is None:
             for pipe in wait(list(ranks), timeout=HEARTBEAT_SECONDS):
                 self._receive(ranks[pipe])  # type: ignore[index]
+            # while the whole machine stood still (it was moved, say) nobody could give a sign
             now = time.monotonic()
+            passed, looked_at = min(now - looked_at, LONGEST_LOOK_SECONDS), now
             for rank in self._ranks:
-                if rank.last_sign_at and now - rank.last_sign_at > HEARTBEAT_TIMEOUT_SECONDS:
+                if rank.silent_seconds is not None:
+                    rank.silent_seconds += passed
+                if silence := rank.silence():
                     rank.process.kill()
-                    self._lose(RankFailure(f"GPU {rank.number}: no sign of life"))
+                    self._lose(RankFailure(f"GPU {rank.number}: its process {silence}"))
             parallel = self._parallel
             waits_for = None
             with contextlib.suppress(RuntimeError):  # of this process's GPU: its thread tells
                 waits_for = parallel.awaited_gather() if parallel is not None else None
-            if waits_for is None or waits_for is not awaited:
-                awaited, since = waits_for, now
-            elif now - since > GATHER_TIMEOUT_SECONDS:
+            waited = waited + passed if waits_for is not None and waits_for is awaited else 0.0
+            awaited = waits_for
+            if waited > GATHER_TIMEOUT_SECONDS:
                 self._lose(RankFailure("a GPU does not send what it should compute"))
 
     def _receive(self, rank: Rank) -> None:
@@ -324,7 +344,7 @@ class RankController:
         except (EOFError, OSError):
             self._lose(RankFailure(f"GPU {rank.number}: its process {rank.how_it_ended()}"))
             return
-        rank.last_sign_at = time.monotonic()
+        rank.silent_seconds = 0.0
         if isinstance(message, RankFailure):
             self._lose(message)
         elif message is not Message.HEARTBEAT:
