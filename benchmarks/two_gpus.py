@@ -1,18 +1,18 @@
 """Times denoising steps of the full-size transformer on one GPU, and on several that share them.
 
-    python -m benchmarks.two_gpus [--drafts 704x768]
+    python -m benchmarks.two_gpus [--num-gpus 4] [--drafts 704x768]
     python -m benchmarks.two_gpus --device cpu --sizes 64x32 --backend native --num-layers 2 \
         --num-single-layers 2 --num-attention-heads 2
 
 The rank processes are the worker's own, and so is the loop; the weights are random, from the same
 seed on each rank. Prints one JSON object a run: seconds with both CFG branches, alone and together,
 of a computed step (median) and of all steps, their ratio, and how far apart the latents are. A
-draft has all its 50 steps; two steps see all keys, the other computed ones the given density.
+draft has all its 50 steps; two steps see all keys, the other computed ones the given density, which
+is printed as it was found alone and, in the mean of all ranks, together.
 """
 
 import argparse
 import json
-import math
 import os
 import statistics
 import sys
@@ -41,7 +41,7 @@ from worker.loading import loader
 from worker.loading.model_directory import DEMO_DIR
 from worker.model.attention import fastest_backend
 from worker.model.linear import float8_works
-from worker.model.sparse_attention import SparseAttention
+from worker.model.sparse_attention import sparse_attention_works
 from worker.multi_gpu.controller import RankController
 from worker.settings import Settings
 from worker.shapes import SPATIAL_COMPRESSION, WINDOW_FRAMES
@@ -70,9 +70,14 @@ def load(settings: Settings, device: torch.device) -> Engine:
         density = model["density"]
 
     pipeline.denoiser_class = DenoiserOfDensity
-    has_float8 = device.type == "cuda" and float8_works(device)
+    on_gpu = device.type == "cuda"
     return Engine(
-        pipeline, device, time.monotonic() - started, report_of_load, has_float8=has_float8
+        pipeline,
+        device,
+        time.monotonic() - started,
+        report_of_load,
+        has_float8=on_gpu and float8_works(device),
+        has_sparse_attention=not on_gpu or sparse_attention_works(device),
     )
 
 
@@ -84,17 +89,12 @@ class DraftDenoiser(Denoiser):
     """
 
     density: ClassVar[float]
-    found_densities: ClassVar[list[float]] = []
 
     def velocities(self, window: torch.Tensor, start: int, step: Step) -> list[torch.Tensor]:
-        sparsity = None
-        if self.options.float8 and step.index >= DENSE_STEPS and not step.reads_cache:
-            mass = 0.95 * self.density  # of flat attention the blocks' share is that, nearly
-            sparsity = SparseAttention(math.inf, 0, window.device, fixed_mass=mass)
-        velocities = Denoiser.velocities(replace(self, sparsity=sparsity), window, start, step)
+        sparsity = self.sparsity if step.index >= DENSE_STEPS else None
         if sparsity is not None:
-            self.found_densities.append(sparsity.report().density)
-        return velocities
+            sparsity.fixed_mass = 0.95 * self.density  # of flat attention the share is that, nearly
+        return Denoiser.velocities(replace(self, sparsity=sparsity), window, start, step)
 
 
 def random_conditioning(engine: Engine, height: int, width: int) -> Conditioning:
@@ -132,23 +132,22 @@ def random_conditioning(engine: Engine, height: int, width: int) -> Conditioning
 
 def time_steps(
     engine: Engine, conditioning: Conditioning, params: GenerationParams
-) -> tuple[list[float], torch.Tensor]:
-    """The seconds of each step, and the latents."""
+) -> tuple[list[float], torch.Tensor, float | None]:
+    """The seconds of each step, the latents, and the density of attention that leaves blocks out.
+
+    The density is the mean of the steps that do, and of all ranks.
+    """
+    sparsity = engine.sparse_attention(params, 0)
     times = [time.perf_counter()]
 
     def on_step(step: int, num_steps: int) -> None:
         synchronize(engine.device)
         times.append(time.perf_counter())
 
-    latents = engine.denoise(conditioning, params, 0, Watch(on_step=on_step))
-    return [after - before for before, after in pairwise(times)], latents
-
-
-def density_of(params: GenerationParams) -> float | None:
-    """The mean density of this rank's attention in the drafts so far; None: no draft."""
-    if params.preset != "draft" or not DraftDenoiser.found_densities:
-        return None
-    return round(statistics.mean(DraftDenoiser.found_densities), 3)
+    watch = Watch(on_step=on_step, sparsity=sparsity)
+    latents = engine.denoise(conditioning, params, 0, watch)
+    density = None if sparsity is None else round(sparsity.report().density, 3)
+    return [after - before for before, after in pairwise(times)], latents, density
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -202,8 +201,9 @@ def main() -> None:
         alone = [time_steps(engine, *job) for job in jobs]
         ranks.join(engine.pipeline.transformer, LOAD_TIMEOUT_SECONDS)
         engine = replace(engine, ranks=ranks)
-    for (size, params), job, (seconds_alone, expected) in zip(runs, jobs, alone, strict=True):
-        seconds, latents = time_steps(engine, *job)
+    for (size, params), job, by_one in zip(runs, jobs, alone, strict=True):
+        seconds_alone, expected, density_alone = by_one
+        seconds, latents, density = time_steps(engine, *job)
         report(
             size=size,
             preset=params.preset,
@@ -213,7 +213,8 @@ def main() -> None:
             seconds_alone=round(sum(seconds_alone), 2),
             seconds=round(sum(seconds), 2),
             ratio=round(sum(seconds_alone) / sum(seconds), 3),
-            density=density_of(params),
+            density_alone=density_alone,
+            density=density,
             relative_difference=relative_difference(latents, expected),
             peak_gib=engine.peak_memory_gib,
         )

@@ -1,15 +1,12 @@
 import copy
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing
-from diffusers import ContextParallelConfig, FirstBlockCacheConfig
+from diffusers import FirstBlockCacheConfig
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 
 from tests.support.golden_transformer import arguments, make_transformer, relative_difference
 from tests.support.golden_weights import load_case
@@ -381,37 +378,3 @@ def test_the_attention_backend_can_be_chosen() -> None:
     }
     assert backends == {"_native_math"}
     assert relative_difference(model(**inputs).sample, plain) < TOLERANCE
-
-
-def test_two_ranks_together_compute_what_one_does(tmp_path: Path) -> None:
-    model, inputs = tiny_transformer(), tiny_inputs(6, 6)
-    expected = model(**inputs, return_cached_tokens=True)
-    cached = model(**inputs, cached_tokens=expected.cached_tokens).sample
-    torch.save({"inputs": inputs, "expected": expected.sample, "cached": cached}, tmp_path / "case")
-
-    spawn(run_rank, args=(tmp_path, free_port()), nprocs=2)
-
-
-def run_rank(rank: int, directory: Path, port: int) -> None:
-    """One of two processes, each with half of the tokens."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
-    )
-    case = torch.load(directory / "case")
-    model = tiny_transformer()
-    torch.accelerator.device_count = lambda: 1  # a CPU has 0, and the next line divides by it
-    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
-    with torch.inference_mode():
-        output = model(**case["inputs"], return_cached_tokens=True)
-        cached = model(**case["inputs"], cached_tokens=output.cached_tokens).sample
-    assert output.cached_tokens.image[0].shape[1] == 4  # of 8 tokens a frame
-    assert relative_difference(output.sample, case["expected"]) < TOLERANCE
-    assert relative_difference(cached, case["cached"]) < TOLERANCE
-    torch.distributed.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]

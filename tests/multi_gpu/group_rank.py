@@ -50,6 +50,11 @@ def all_gather(group: ProcessGroup) -> list[list[float]]:
     return [velocity.tolist() for velocity in velocities]
 
 
+def gather_numbers(group: ProcessGroup, num_cfg_branches: int) -> list[list[float]]:
+    """The numbers of all active ranks where each gives its own and a third."""
+    return group.gather_numbers([group.rank, 1 / 3], num_cfg_branches)
+
+
 def check(group: ProcessGroup, added: int, gives_up: bool = False) -> None:
     """Checks the group where this rank adds that number to the sum."""
     rank = group.rank

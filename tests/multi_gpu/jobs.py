@@ -3,7 +3,7 @@
 import io
 import os
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import psutil
@@ -29,8 +29,14 @@ TOLERANCE = 1e-3
 NUM_STEPS = 12  # the last two without the negative prompt, some of them cached
 
 
-def params(num_steps: int = NUM_STEPS, guidance_scale: float = 7.5) -> GenerationParams:
-    return GenerationParams(num_inference_steps=num_steps, guidance_scale=guidance_scale)
+def params(
+    num_steps: int = NUM_STEPS,
+    guidance_scale: float = 7.5,
+    preset: Literal["quality", "draft"] = "quality",
+) -> GenerationParams:
+    return GenerationParams(
+        num_inference_steps=num_steps, guidance_scale=guidance_scale, preset=preset
+    )
 
 
 def conditioning(

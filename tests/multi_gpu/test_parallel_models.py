@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from avatar_client.contract.request import GenerationParams
 from tests.multi_gpu import demo_rank
 from tests.multi_gpu.jobs import (
     SIDE,
@@ -16,7 +17,10 @@ from tests.multi_gpu.jobs import (
     params,
 )
 from tests.support.golden_transformer import relative_difference
+from worker.generation.conditioning import Conditioning
 from worker.generation.engine import Engine
+from worker.generation.watch import Watch
+from worker.model.sparse_attention import SparsityReport
 from worker.multi_gpu.controller import RankController
 from worker.settings import Settings
 
@@ -31,9 +35,8 @@ def test_each_rank_loads_the_model_from_the_disk(toy_model: Path) -> None:
         engine.close()
 
 
-def test_four_ranks_make_the_latents_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_four_ranks_make_the_latents_of_one() -> None:
     """Two for each CFG branch, which share the tokens of each pass."""
-    monkeypatch.setattr(torch.accelerator, "device_count", torch.accelerator.device_count)
     threads = torch.get_num_threads()
     settings = Settings(avatar_model="demo")
     ranks = RankController(settings, [torch.device("cpu")] * 4, demo_rank.LOAD)
@@ -46,9 +49,12 @@ def test_four_ranks_make_the_latents_of_one(monkeypatch: pytest.MonkeyPatch) -> 
             (conditioning(engine, width=2 * SIDE, num_voices=2), params(), 7),
         ]
         alone = [engine.denoise(*job) for job in jobs]
+        draft = (conditioning(engine, width=8 * SIDE), params(4, preset="draft"), 7)
+        draft_alone, report_alone = denoise_sparsely(engine, *draft)
         preview_alone = last_preview(engine, *jobs[1])  # later a pass needs the other ranks
         engine = engine.join(ranks, timeout_seconds=300.0)
         together = [engine.denoise(*job) for job in jobs]
+        draft_together, report_together = denoise_sparsely(engine, *draft)
         preview_together = last_preview(engine, *jobs[1])
         num_gpus = [engine.num_gpus(settings) for _, settings, _ in jobs]
     finally:
@@ -58,3 +64,17 @@ def test_four_ranks_make_the_latents_of_one(monkeypatch: pytest.MonkeyPatch) -> 
     assert_same_picture(preview_together, preview_alone)
     for latents, expected in zip(together, alone, strict=True):
         assert relative_difference(latents, expected) < TOLERANCE
+    assert relative_difference(draft_together, draft_alone) < TOLERANCE
+    assert report_together.density == pytest.approx(report_alone.density, abs=0.02)
+    assert report_together.density < 0.9
+    assert report_together.error < 0.1
+
+
+def denoise_sparsely(
+    engine: Engine, told: Conditioning, asked: GenerationParams, seed: int
+) -> tuple[torch.Tensor, SparsityReport]:
+    """The latents, and what sparse attention left out on all ranks."""
+    sparsity = engine.sparse_attention(asked, seed)
+    assert sparsity is not None
+    latents = engine.denoise(told, asked, seed, Watch(sparsity=sparsity))
+    return latents, sparsity.report()

@@ -91,6 +91,18 @@ def test_an_all_gather_gives_the_velocities_in_the_order_of_the_branches(ranks: 
         assert answer == [[first, first], [first + half, first + half]]
 
 
+def test_numbers_are_gathered_in_the_order_of_the_ranks(ranks: Ranks) -> None:
+    expected = [[rank, 1 / 3] for rank in range(len(ranks))]
+    for answer in ranks.all(group_rank.gather_numbers, 2):
+        assert answer == expected
+
+
+@FOUR
+def test_numbers_of_one_branch_leave_the_other_branchs_ranks_alone(ranks: Ranks) -> None:
+    for answer in ranks.all(group_rank.gather_numbers, 1, active=2):
+        assert answer == [[0, 1 / 3], [1, 1 / 3]]
+
+
 def test_a_value_arrives_with_its_tensors_bit_for_bit(ranks: Ranks) -> None:
     specs = tensor_specs(group_rank.values())
     assert "tensor(" not in repr(specs)

@@ -266,7 +266,8 @@ class Engine:
     ) -> torch.Tensor:
         """Latents of the video, from all ranks that it has work for.
 
-        `watch` may have what `sparse_attention` and `preview` give; it sees this rank's part.
+        `watch` may have what `sparse_attention` and `preview` give; sparse attention then reports
+        on all ranks.
         `state` is one that an earlier run's `on_state` was given: this one goes on from there.
         """
         self._require_host_room(conditioning, _num_cfg_branches(params))

@@ -391,6 +391,8 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
             for step in steps[options.first_step :]:
                 parallel.begin_step()
                 latents = denoiser.step(latents, step)
+                if sparsity is not None and step is steps[-1]:  # later the ranks are on their own
+                    sparsity.share_report(parallel.gather_numbers)
                 progress.update()
                 parallel.end_step()
                 if watch.on_state is not None and can_begin_at(steps, step.index + 1):

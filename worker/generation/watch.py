@@ -22,5 +22,6 @@ class Watch:
     # Before `on_step`, after each step from which a state can go on; it must not wait.
     on_state: "Callable[[DenoisingState], None] | None" = None
     preview: "FramePreview | None" = None  # sees what each step predicts
-    # The sparse attention that the options ask for, of one who reads its report afterwards.
+    # This rank's sparse attention, as the options ask for it, of one who reads afterwards what all
+    # ranks left out.
     sparsity: "SparseAttention | None" = None

@@ -9,20 +9,18 @@ diffusers copies them.
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from diffusers.models.attention_dispatch import (
-    AttentionBackendName,
-    _templated_context_parallel_attention,
-    dispatch_attention_fn,
-)
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from worker.model import flash_attention_4
+from worker.model.context_parallel import TokenShares
 from worker.model.sparse_attention import LayerSparsity
 
 logger = logging.getLogger(__name__)
@@ -65,47 +63,41 @@ class Trial(NamedTuple):
 
 
 def attend(
-    query: Tensor,  # (B, N, h, D/h), as are key and value
+    query: Tensor,  # (B, n, h, D/h), as are key and value
     key: Tensor,
     value: Tensor,
     processor: Any,
     sparsity: LayerSparsity | None = None,
-) -> Tensor:  # (B, N, D)
-    """Softmax attention, by the backend and over the ranks that the processor was given.
+    shares: TokenShares | None = None,
+) -> Tensor:  # (B, n, D)
+    """Softmax attention by the backend that the processor was given.
 
-    With `sparsity`, which takes one sample on one rank, within its tolerance of that.
+    With `sparsity`, which takes one sample, within its tolerance of that. With `shares`, where each
+    rank has a part of the tokens, the ranks swap them for heads: of its heads each then computes
+    what one process would, with the same kernel and the same sparsity.
     """
-    name, parallel = _name(processor._attention_backend), processor._parallel_config
-    kernel = KERNELS.get(name)
-    if parallel is None and kernel is not None:
-        if sparsity is not None:
-            return sparsity.attend(query, key, value, kernel).flatten(2)
-        return kernel(query, key, value).flatten(2)
-    if kernel is not None:
-        return _attend_in_parallel(query, key, value, kernel, parallel).flatten(2)
-    attended = dispatch_attention_fn(query, key, value, backend=name, parallel_config=parallel)
-    return attended.to(query.dtype).flatten(2)
+    kernel, num_heads = _kernel(processor._attention_backend), query.shape[2]
+    if shares is not None:
+        query, key, value = shares.swap_for_heads(query, key, value)
+    if sparsity is not None:
+        attended = sparsity.attend(query, key, value, kernel)
+    else:
+        attended = kernel(query, key, value)
+    if shares is not None:
+        attended = shares.swap_back(attended, num_heads)
+    return attended.flatten(2)
 
 
-def _name(backend: str | AttentionBackendName | None) -> str:
-    """The backend's name; None is diffusers' default."""
-    if backend is None:
-        return "native"
-    return backend.value if isinstance(backend, AttentionBackendName) else backend
+def _kernel(backend: str | AttentionBackendName | None) -> Kernel:
+    """What attends by that backend; None is diffusers' default."""
+    name = backend.value if isinstance(backend, AttentionBackendName) else backend or "native"
+    return KERNELS.get(name) or partial(_dispatched, name)
 
 
-def _attend_in_parallel(
-    query: Tensor, key: Tensor, value: Tensor, kernel: Kernel, parallel: Any
-) -> Tensor:
-    """The same by several ranks (Ulysses): diffusers' exchanges of tokens, any kernel within."""
-
-    def forward(_: Any, query: Tensor, key: Tensor, value: Tensor, *__: Any, **___: Any) -> Tensor:
-        return kernel(query, key, value)
-
-    attended: Tensor = _templated_context_parallel_attention(
-        query, key, value, forward_op=forward, backward_op=None, _parallel_config=parallel
-    )
-    return attended
+def _dispatched(name: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """By one of diffusers' backends that is none of ours."""
+    attended: Tensor = dispatch_attention_fn(query, key, value, backend=name)
+    return attended.to(query.dtype)
 
 
 def fastest_backend(device: torch.device) -> str:
@@ -168,7 +160,7 @@ def kernel_error(kernel: Kernel, device: torch.device) -> float:
 
 def backend_error(name: str, device: torch.device) -> float:
     """The same for a backend by its name, as a block would call it."""
-    processor = SimpleNamespace(_attention_backend=name, _parallel_config=None)
+    processor = SimpleNamespace(_attention_backend=name)
 
     def kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return attend(query, key, value, processor).view_as(query)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from worker.model.attention import attend
 from worker.model.audio_adapter import AudioAdapter
+from worker.model.context_parallel import TokenShares
 from worker.model.kernels import (
     adaln_modulate,
     gated_residual,
@@ -62,6 +63,7 @@ class AvatarTransformerBlock(HunyuanVideoTransformerBlock):
         audio_shares: Tensor | None,  # (B, S, 1 + T, V)
         float8: bool = False,
         sparsity: LayerSparsity | None = None,
+        shares: TokenShares | None = None,
     ) -> tuple[Tensor, Tensor]:  # (B, S(1 + T), D), of a block with an adapter B R; (B, L, D)
         image, text, attn = hidden_states, encoder_hidden_states, self.attn
         image_rows, image_gate, *image_later = _adaln(image, temb, self.norm1, float8)
@@ -87,7 +89,7 @@ class AvatarTransformerBlock(HunyuanVideoTransformerBlock):
         values = (project(attn.to_v, image_rows), project(attn.add_v_proj, text_rows))
         value = torch.cat(values, dim=1).view(shape)
         del image_rows, text_rows, values
-        attended = attend(query, key, value, attn.processor, sparsity)
+        attended = attend(query, key, value, attn.processor, sparsity, shares)
         del query, key, value
 
         rows = Rows.of(attended[:, :num_image], float8=float8)
@@ -124,6 +126,7 @@ class AvatarSingleTransformerBlock(HunyuanVideoSingleTransformerBlock):
         image_rotary_emb: tuple[Tensor, Tensor],  # 2 x (S(1 + T), head dim)
         float8: bool = False,
         sparsity: LayerSparsity | None = None,
+        shares: TokenShares | None = None,
     ) -> tuple[Tensor, Tensor]:  # (B, S(1 + T), D), (B, L, D)
         attn, num_image = self.attn, hidden_states.shape[1]
         tokens = torch.cat([hidden_states, encoder_hidden_states], dim=1)
@@ -143,7 +146,7 @@ class AvatarSingleTransformerBlock(HunyuanVideoSingleTransformerBlock):
         ):
             out = (turned[0][:, part], turned[1][:, part])
             _norm_and_rotate(query[:, part], key[:, part], norms, rotary, out)
-        attended = attend(*turned, value, attn.processor, sparsity)
+        attended = attend(*turned, value, attn.processor, sparsity, shares)
         del query, key, value, turned
 
         # The last layer sees both side by side; they are never put together.

@@ -17,7 +17,7 @@ Shape letters: N tokens, h heads, D width, q and k blocks of queries and of keys
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -47,7 +47,7 @@ CHUNK_BYTES = 2**28  # of scores that lie in memory at once
 
 
 class SparsityReport(NamedTuple):
-    """What the calls of one video did."""
+    """What the calls of one video did; on several ranks, each with its heads and samples, all."""
 
     density: float  # mean share of the blocks that were computed; 1: all of them
     error: float  # the largest that was measured and kept, relative norm
@@ -73,6 +73,7 @@ class SparseAttention:
         self._densities: list[float] = []
         self._largest_error = 0.0
         self._fallbacks = 0
+        self._report_of_all: SparsityReport | None = None
 
     def layer(self, index: int, stream: int, tokens: "TokenBlocks") -> "LayerSparsity":
         """That of a layer, for one of the samples that pass it."""
@@ -87,8 +88,19 @@ class SparseAttention:
         if not is_fallback:
             self._largest_error = max(self._largest_error, error)
 
+    def share_report(self, gather: Callable[[Sequence[float]], list[list[float]]]) -> None:
+        """Has `report` tell of all ranks from now on. Each calls this once, after its last call.
+
+        `gather` gives the numbers of all ranks; each has attended as often.
+        """
+        densities, errors, fallbacks = zip(*gather(self.report()), strict=True)
+        density = sum(densities) / len(densities)
+        self._report_of_all = SparsityReport(density, max(errors), int(sum(fallbacks)))
+
     def report(self) -> SparsityReport:
-        """What the calls so far did."""
+        """What the calls so far did, on this rank or on all."""
+        if self._report_of_all is not None:
+            return self._report_of_all
         density = sum(self._densities) / len(self._densities) if self._densities else 1.0
         return SparsityReport(density, self._largest_error, self._fallbacks)
 

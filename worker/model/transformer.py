@@ -17,8 +17,8 @@ position of latent frame k). Beside them only `timestep`, `pooled_projections`,
 
 Tokens run over the rows and columns of a frame first and over its frames last ("spatial-major":
 all frames of one patch, reference frame first, then the next patch), so that a contiguous share of
-them holds whole columns in time, and context parallelism (Ulysses: arXiv 2309.14509) leaves the
-audio cross-attention local to each rank.
+them holds whole columns in time, and context parallelism (`worker.model.context_parallel`) leaves
+the audio cross-attention local to each rank.
 
 The blocks take one sample at a time: on a GPU a batch gains nothing, and takes memory. Only where a
 gradient is wanted do they take all at once, for the sake of small models. Samples that differ in
@@ -37,7 +37,6 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import TimestepEmbedding
@@ -54,6 +53,7 @@ from torch import Tensor, nn
 from worker.model import flash_attention_4
 from worker.model.audio_adapter import AudioAdapter, AudioProjection
 from worker.model.blocks import NORM_EPS, AvatarSingleTransformerBlock, AvatarTransformerBlock
+from worker.model.context_parallel import ContextParallel, TokenShares
 from worker.model.embeddings import SINUSOID_DIM, AvatarRotaryPosEmbed, Sinusoid
 from worker.model.kernels import adaln_modulate
 from worker.model.linear import Float8Linear, Float32Linear, replace_linears
@@ -99,21 +99,6 @@ class HunyuanVideoAvatarTransformer3DModel(ModelMixin, AttentionMixin, ConfigMix
         "HunyuanVideoTokenRefiner",
     ]
     _repeated_blocks = ["AvatarTransformerBlock", "AvatarSingleTransformerBlock"]  # noqa: RUF012
-    _cp_plan = {  # noqa: RUF012
-        "transformer_blocks.0": {
-            "hidden_states": ContextParallelInput(split_dim=1, expected_dims=3),
-            "encoder_hidden_states": ContextParallelInput(split_dim=1, expected_dims=3),
-        },
-        "transformer_blocks.*": {
-            "audio_gate": ContextParallelInput(split_dim=1, expected_dims=4),
-            "audio_shares": ContextParallelInput(split_dim=1, expected_dims=4),
-        },
-        "rope": {
-            0: ContextParallelInput(split_dim=0, expected_dims=2, split_output=True),
-            1: ContextParallelInput(split_dim=0, expected_dims=2, split_output=True),
-        },
-        "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
-    }
 
     @register_to_config
     def __init__(
@@ -138,6 +123,7 @@ class HunyuanVideoAvatarTransformer3DModel(ModelMixin, AttentionMixin, ConfigMix
         float8_blocks: bool = False,
     ) -> None:
         super().__init__()
+        self.context_parallel: ContextParallel | None = None  # None: each pass is of one rank
         dim = num_attention_heads * attention_head_dim
 
         self.x_embedder = HunyuanVideoPatchEmbed((1, patch_size, patch_size), in_channels, dim)
@@ -228,8 +214,8 @@ class HunyuanVideoAvatarTransformer3DModel(ModelMixin, AttentionMixin, ConfigMix
                 before it. The inputs that may be None are then not read.
             return_cached_tokens: whether the tokens that enter the last block are returned too.
             float8: computes the blocks' linear layers in 8 bits, see `worker.model.linear.project`.
-            sparsity: computes the attention of all blocks but the last within its tolerance; on one
-                rank a branch, and without gradients.
+            sparsity: computes the attention of all blocks but the last within its tolerance;
+                without gradients.
 
         Raises:
             ValueError: a half-precision timestep; a missing input; cached tokens, or several
@@ -243,11 +229,17 @@ class HunyuanVideoAvatarTransformer3DModel(ModelMixin, AttentionMixin, ConfigMix
         patch_size = self.config.patch_size
         grid = (num_frames, height // patch_size, width // patch_size)
         rotary = self.rope(*grid, hidden_states.device)
+        if self.context_parallel is not None:
+            cosines, sines = rotary
+            share = self.context_parallel.share_columns
+            rotary = share(cosines, 0, 1 + num_frames), share(sines, 0, 1 + num_frames)
         temb = self.embed_conditions(
             timestep, pooled_projections, motion_expression, motion_pose, fps
         )
         if cached_tokens is not None:
             streams = self._streams_of(cached_tokens, temb)
+            if self.context_parallel is not None:
+                _tell_token_shares(streams, grid, self.context_parallel)
         else:
             streams = self._embed_streams(
                 hidden_states,
@@ -390,6 +382,8 @@ class HunyuanVideoAvatarTransformer3DModel(ModelMixin, AttentionMixin, ConfigMix
         tokens: list[TokenBlocks] = []
         if sparsity is not None:
             tokens = [stream.blocks_of_tokens() for stream in streams]
+        if self.context_parallel is not None:
+            streams[:] = [stream.share_of(self.context_parallel) for stream in streams]
 
         def sparsity_of(layer: int, sample: int) -> LayerSparsity | None:
             if sparsity is None:
@@ -408,6 +402,7 @@ class HunyuanVideoAvatarTransformer3DModel(ModelMixin, AttentionMixin, ConfigMix
                     stream.audio_shares,
                     float8,
                     sparsity_of(layer, sample),
+                    stream.token_shares,
                 )
             streams[:] = [part for stream in streams for part in stream.by_recording()]
         singles = self.single_transformer_blocks[:-1]
@@ -420,6 +415,7 @@ class HunyuanVideoAvatarTransformer3DModel(ModelMixin, AttentionMixin, ConfigMix
                     rotary,
                     float8,
                     sparsity_of(layer, sample),
+                    stream.token_shares,
                 )
 
     def _streams_of(self, cached_tokens: CachedTokens, temb: Tensor) -> list["_Stream"]:
@@ -444,11 +440,13 @@ class HunyuanVideoAvatarTransformer3DModel(ModelMixin, AttentionMixin, ConfigMix
         """Patches of velocity (B R, S(1 + T), C p p) from the tokens that enter the last block."""
         norm, patches = self.norm_out, []
         for stream in streams:
+            shares = stream.token_shares
             image, _ = self.single_transformer_blocks[-1](
-                stream.image, stream.text, stream.temb, rotary, float8
+                stream.image, stream.text, stream.temb, rotary, float8, shares=shares
             )
             scale, shift = norm.linear(norm.silu(stream.temb)).chunk(2, dim=1)
-            patches.append(self.proj_out(adaln_modulate(image, shift, scale, NORM_EPS)))
+            patch = self.proj_out(adaln_modulate(image, shift, scale, NORM_EPS))
+            patches.append(patch if shares is None else shares.gather_image(patch))
         return torch.cat(patches)
 
     def unpatchify(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
@@ -470,6 +468,21 @@ class _Stream:
     audio_tokens: Tensor | None = None  # (B R, V, 1 + T, A, D)
     audio_gate: Tensor | None = None  # (B, S, 1 + T, 1)
     audio_shares: Tensor | None = None  # (B, S, 1 + T, V); None: one voice alone
+    token_shares: TokenShares | None = None  # None: all its tokens are here
+
+    def share_of(self, parallel: ContextParallel) -> "_Stream":
+        """This rank's share of it."""
+        assert self.audio_gate is not None
+        num_columns, num_frames = self.audio_gate.shape[1:3]
+        shares = self.audio_shares
+        return replace(
+            self,
+            image=parallel.share_columns(self.image, 1, num_frames),
+            text=parallel.share(self.text, 1),
+            audio_gate=parallel.share(self.audio_gate, 1),
+            audio_shares=None if shares is None else parallel.share(shares, 1),
+            token_shares=parallel.token_shares(num_columns, num_frames, self.text.shape[1]),
+        )
 
     def blocks_of_tokens(self) -> TokenBlocks:
         """The blocks of its tokens, for sparse attention."""
@@ -495,6 +508,19 @@ def _as_few(streams: list[_Stream]) -> list[_Stream]:
         parts = [getattr(stream, name) for stream in streams]
         joined[name] = None if parts[0] is None else torch.cat(parts)
     return [_Stream(**joined)]
+
+
+def _tell_token_shares(
+    streams: Sequence[_Stream], grid: tuple[int, int, int], parallel: ContextParallel
+) -> None:
+    """Gives the samples of cached tokens the shares in which they lie on the ranks."""
+    num_frames, rows, columns = grid
+    num_texts = [stream.text.shape[1] for stream in streams]
+    shares = parallel.token_shares_of_cached(
+        rows * columns, 1 + num_frames, num_texts, streams[0].text.device
+    )
+    for stream, each in zip(streams, shares, strict=True):
+        stream.token_shares = each
 
 
 def _tokens_to_cache(streams: Sequence[_Stream], num_frames: int) -> CachedTokens:

@@ -6,7 +6,7 @@ same step with the same two velocities: the latents stay equal, bit for bit, wit
 The tokens that cached steps read stay where they were computed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 import torch
@@ -36,6 +36,9 @@ class BranchParallel(Protocol):
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Rank 0's tensor, on all ranks."""
 
+    def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
+        """Those of each rank, which all have as many."""
+
 
 class NoParallel:
     """A job in one process, which computes all CFG branches."""
@@ -52,6 +55,9 @@ class NoParallel:
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         return tensor
+
+    def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
+        return [list(numbers)]
 
 
 class RankParallel:
@@ -99,6 +105,9 @@ class RankParallel:
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         return self._group.broadcast(tensor, self._num_cfg_branches)
+
+    def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
+        return self._group.gather_numbers(numbers, self._num_cfg_branches)
 
     def awaited_gather(self) -> object | None:
         """The gather that this rank waits for with its own velocity computed, if it does.

@@ -2,12 +2,11 @@
 
 The branches of classifier-free guidance (CFG) are computed by different ranks: rank 0 .. n/2 - 1
 compute the first branch, the rest the second. With more than two ranks, those of a branch share
-each pass by Ulysses context parallelism (arXiv 2309.14509), which is diffusers' own: each holds a
-part of the tokens, and they swap attention heads.
+each pass by context parallelism (`worker.model.context_parallel`).
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -15,9 +14,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from diffusers import ContextParallelConfig
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from worker.model.context_parallel import ContextParallel
 
 T = TypeVar("T")
 
@@ -72,8 +72,8 @@ class ProcessGroup:
         if self.ranks_per_branch > 1:
             self._mesh = init_device_mesh(
                 device.type,
-                (NUM_CFG_BRANCHES, 1, self.ranks_per_branch),
-                mesh_dim_names=("cfg", "ring", "ulysses"),
+                (NUM_CFG_BRANCHES, self.ranks_per_branch),
+                mesh_dim_names=("cfg", "ulysses"),
             )
 
     def close(self) -> None:
@@ -86,15 +86,8 @@ class ProcessGroup:
 
     def enable_context_parallel(self, transformer: Any) -> None:
         """Divides each pass among the ranks of a CFG branch, if there are several."""
-        if self._mesh is None:
-            return
-        transformer.enable_parallelism(
-            config=ContextParallelConfig(
-                ulysses_degree=self.ranks_per_branch,
-                ulysses_anything=True,  # texts have odd lengths; frames are multiples of 16 tokens
-                mesh=self._mesh["ring", "ulysses"],
-            )
-        )
+        if self._mesh is not None:
+            transformer.context_parallel = ContextParallel(self._mesh["ulysses"].get_group())
 
     def active_ranks(self, num_cfg_branches: int) -> range:
         """The ranks that compute so many CFG branches; the others have nothing to do."""
@@ -137,12 +130,15 @@ class ProcessGroup:
     def broadcast(self, tensor: Tensor, num_cfg_branches: int) -> Tensor:
         """Rank 0's tensor, on all active ranks."""
         tensor = tensor.contiguous()
-        group = None
-        if num_cfg_branches < NUM_CFG_BRANCHES:  # to the first branch's ranks: there are several
-            assert self._mesh is not None
-            group = self._mesh["ulysses"].get_group()
-        dist.broadcast(tensor, src=0, group=group)
+        dist.broadcast(tensor, src=0, group=self._active_group(num_cfg_branches))
         return tensor
+
+    def gather_numbers(self, numbers: Sequence[float], num_cfg_branches: int) -> list[list[float]]:
+        """Those of all active ranks, in order; each has as many."""
+        own = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        gathered = [torch.empty_like(own) for _ in self.active_ranks(num_cfg_branches)]
+        dist.all_gather(gathered, own, group=self._active_group(num_cfg_branches))
+        return torch.stack(gathered).tolist()
 
     def all_gather(self, velocity: Tensor) -> tuple[list[Tensor], dist.Work]:
         """The velocities of all CFG branches in order, once the work is waited for."""
@@ -150,6 +146,13 @@ class ProcessGroup:
         velocities = [torch.empty_like(velocity) for _ in range(NUM_CFG_BRANCHES)]
         work = dist.all_gather(velocities, velocity.contiguous(), group=group, async_op=True)
         return velocities, work
+
+    def _active_group(self, num_cfg_branches: int) -> dist.ProcessGroup | None:
+        """The active ranks; None is all."""
+        if num_cfg_branches == NUM_CFG_BRANCHES:
+            return None
+        assert self._mesh is not None  # the first branch has several ranks
+        return self._mesh["ulysses"].get_group()
 
 
 def tensor_specs(values: T) -> T:
