@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import WhisperFeatureExtractor, WhisperModel
 
 from training import architecture, audio_encoder, autoencoder, report, transformer
+from training.loop import time_for
 from training.speech import SpeechCorpus
 from worker.generation.pipeline import HunyuanVideoAvatarPipeline
 from worker.loading import manifest, preview
@@ -28,6 +29,9 @@ logger = logging.getLogger("training")
 
 HERE = Path(__file__).parent
 WRITING_SECONDS = 30  # that the files take in the end, and what the device still has to do
+# Of the time that is left when they begin, at most; on one H200 both take a third of that.
+AUDIO_ENCODER_SHARE = 0.15
+AUTOENCODER_SHARE = 0.25
 PREVIEW_PEOPLE = 16  # whose pictures the previews are fitted to
 CARD = HERE / "model_card.md"
 
@@ -54,7 +58,8 @@ def main() -> None:
     parser.add_argument(
         "--minutes",
         type=float,
-        help="that the whole run may take; the denoiser gets what the other two leave",
+        help="that the whole run may take; the denoiser gets what the other two leave."
+        " 0 writes what an earlier run has left, as it is",
     )
     arguments = parser.parse_args()
     deadline = None
@@ -102,12 +107,28 @@ def make(
     corpus = SpeechCorpus("train", work)
     if once(
         "audio_encoder",
-        lambda: audio_encoder.train(work, audio_encoder.STEPS, seed, device, num_processes),
+        lambda: audio_encoder.train(
+            work,
+            audio_encoder.STEPS,
+            seed,
+            device,
+            num_processes,
+            seconds=time_for(deadline, AUDIO_ENCODER_SHARE, 1 - AUDIO_ENCODER_SHARE),
+        ),
     ):
         model = WhisperModel.from_pretrained(work / "audio_encoder").eval()
         held_out = SpeechCorpus("held_out", work)
         logger.info("%s", audio_encoder.measure(model, corpus, held_out))
-    if once("vae", lambda: autoencoder.train_autoencoder(work / "vae_run", seed, device)):
+    vae_deadline = None
+    if deadline is not None:
+        now = time.monotonic()
+        vae_deadline = now + AUTOENCODER_SHARE * (deadline - now)
+    if once(
+        "vae",
+        lambda: autoencoder.train_autoencoder(
+            work / "vae_run", seed, device, deadline=vae_deadline
+        ),
+    ):
         vae = AutoencoderKLHunyuanVideo.from_pretrained(work / "vae").eval()
         logger.info("%s", autoencoder.measure(vae, device))
     once(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 
-from training.loop import LOG, Log
+from training.loop import LOG, Clock, Log
 from training.muon import Muon
 from training.processes import prefetched
 from training.speech import (
@@ -38,6 +38,7 @@ ALL_POSITIONS = 1500
 PADDING_WEIGHT = 0.1  # of the silence after the recording, in the loss
 ADAM_RATE = 2e-3
 MUON_RATE = 2e-2
+MEASURED_CLIPS = 60  # of either split
 
 
 def build() -> WhisperModel:
@@ -62,9 +63,16 @@ def build() -> WhisperModel:
 
 
 def train(
-    work: Path, steps: int, seed: int, device: torch.device, num_processes: int
+    work: Path,
+    steps: int,
+    seed: int,
+    device: torch.device,
+    num_processes: int,
+    seconds: float | None = None,
 ) -> WhisperModel:
     """An encoder trained for so many steps on the speech of which `work` has the bank.
+
+    With a number of seconds it is for fewer where the steps take longer.
 
     Most steps run on the first seconds of shorter clips, because the attention's cost grows with
     the square of the positions; the last ones run as in use, on 30 s filled up with silence.
@@ -76,9 +84,11 @@ def train(
     (work / RUN).mkdir(parents=True, exist_ok=True)
     log = Log(work / RUN / LOG)
     make = partial(make_batch, work, seed, round((1 - WHOLE_SHARE) * steps))
+    clock = Clock(steps, seconds)
     with prefetched(make, num_processes) as batches:
-        for step, batch in zip(range(steps), batches, strict=False):
-            rate = min(1.0, (step + 1) / 50, (steps - step) / (0.6 * steps))
+        while clock.progress < 1:
+            batch = next(batches)
+            rate = min(1.0, (clock.step + 1) / 50, (1 - clock.progress) / 0.6)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["initial_lr"] * rate
@@ -96,7 +106,8 @@ def train(
                 optimizer.step()
                 optimizer.zero_grad()
             named = {f"layer_{index}": loss for index, loss in enumerate(losses.detach(), 1)}
-            log.add(named, step + 1, is_last=step + 1 == steps)
+            clock.tick()
+            log.add(named, clock.step, is_last=clock.progress >= 1)
     return model.eval().cpu()
 
 
@@ -176,7 +187,7 @@ def make_batch(work: Path, seed: int, excerpts: int, number: int) -> Batch:
 def measure(model: WhisperModel, train_corpus: SpeechCorpus, held_out: SpeechCorpus) -> str:
     """How well a linear probe of the last states, fitted to training clips, does on others."""
     rng = np.random.default_rng(99)
-    fitted = [_states_and_mouth(model, _speech(train_corpus, rng)) for _ in range(60)]
+    fitted = [_states_and_mouth(model, _speech(train_corpus, rng)) for _ in range(MEASURED_CLIPS)]
     states = torch.cat([clip[0][:, -1] for clip in fitted])  # (N, C)
     mouths = torch.cat([clip[1] for clip in fitted])  # (N, 2)
     bias = torch.ones(len(states), 1)
@@ -187,7 +198,7 @@ def measure(model: WhisperModel, train_corpus: SpeechCorpus, held_out: SpeechCor
         return mouth
 
     matches, gain_errors, ratios, largest = list[list[float]](), list[float](), list[float](), 0.0
-    for _ in range(60):
+    for _ in range(MEASURED_CLIPS):
         clip = _speech(held_out, rng)
         states, mouth = _states_and_mouth(model, clip)
         largest = max(largest, states.abs().max().item())

@@ -15,7 +15,7 @@ from torch.nn.functional import l1_loss
 from training import architecture, world
 from training.convolution import inflate_kernels, use_fast_convolutions, with_library_convolutions
 from training.groups import Group, random_group
-from training.loop import LossGradients, mixed_precision, train
+from training.loop import LossGradients, mixed_precision, time_for, train
 from training.speech import MouthTrack
 from worker.shapes import FrameSize
 
@@ -37,18 +37,20 @@ class Phase:
     steps: int
     learning_rate: float
     decay_share: float
+    time_share: float  # of the training's, where that is limited
 
 
 # One frame is what a clip's every frame is while nothing moves, at a tenth of the work. The last
 # clips are whole pictures: the normalisation sees what it will see in use.
 PHASES = (
-    Phase("stills", 32, 1, 96, 3700, 2e-3, 0.3),
-    Phase("clips", 8, 9, 96, 950, 3e-4, 0.8),
-    Phase("whole", 4, CLIP_FRAMES, SIZE, 50, 1e-4, 1.0),
+    Phase("stills", 32, 1, 96, 3700, 2e-3, 0.3, 0.4),
+    Phase("clips", 8, 9, 96, 950, 3e-4, 0.8, 0.4),
+    Phase("whole", 4, CLIP_FRAMES, SIZE, 50, 1e-4, 1.0, 0.2),
 )
 LATENT_NOISE = 0.1  # added to the latents, so that near ones decode alike
 POSTERIOR_STD = 0.05  # of the encoder: the reference latents are sampled with it
 LATENT_WEIGHT = 1e-3  # keeps the latents near 1
+MEASURED_PEOPLE = 8
 FACE_WEIGHT = 3.0  # of the eyes and the mouth in the loss, added to 1
 
 
@@ -169,8 +171,12 @@ def train_autoencoder(
     device: torch.device,
     phases: tuple[Phase, ...] = PHASES,
     pictures: int = PICTURES,
+    deadline: float | None = None,
 ) -> AutoencoderKLHunyuanVideo:
-    """The trained autoencoder; resumes an earlier run in the directory."""
+    """The trained autoencoder; resumes an earlier run in the directory.
+
+    With a deadline, by `time.monotonic()`, the phases share the time until then.
+    """
     torch.manual_seed(seed)
     vae = architecture.autoencoder().train()
     use_fast_convolutions(vae)
@@ -178,7 +184,7 @@ def train_autoencoder(
     size = phases[-1].crop
     sampler = ClipSampler(seed, device, pictures, size)
 
-    for phase in phases:
+    for index, phase in enumerate(phases):
         gradients = LossGradients(vae, partial(reconstruction_loss, vae))
 
         def backward(
@@ -193,6 +199,9 @@ def train_autoencoder(
             steps=phase.steps,
             learning_rate=phase.learning_rate,
             decay_share=phase.decay_share,
+            seconds=time_for(
+                deadline, phase.time_share, sum(later.time_share for later in phases[index + 1 :])
+            ),
         )
         if phase.num_frames == 1:
             inflate_kernels(vae)
@@ -220,12 +229,12 @@ def drawn_people(count: int, seed: int = 97) -> Iterator[Tensor]:
 
 
 @torch.inference_mode()
-def measure(vae: AutoencoderKLHunyuanVideo, device: torch.device, people: int = 8) -> str:
+def measure(vae: AutoencoderKLHunyuanVideo, device: torch.device) -> str:
     """How near whole pictures of people whom the training never saw come back."""
     vae = vae.to(device)
     rng = np.random.default_rng(98)
     psnrs = []
-    for _ in range(people):
+    for _ in range(MEASURED_PEOPLE):
         face = world.random_face(rng)
         motion = world.speaking_motion(rng, random_track(rng, TRACK_FRAMES + 1))
         frames = world.render(face, motion, SIZE, SIZE, device)

@@ -45,19 +45,23 @@ def train(
         steps: at most, those of earlier runs counted.
         learning_rate: AdamW's; Muon's is ten times as much.
         decay_share: share of the run over which the rate falls.
-        seconds: that this call has; None: as many as the steps take.
+        seconds: that this call has; None: as many as the steps take. Without any, an earlier run
+            stays as it is, and a new one takes one step.
+
+    Raises:
+        ArithmeticError: the weights are no longer finite; the last checkpoint's are.
     """
     directory.mkdir(parents=True, exist_ok=True)
     optimizers = _optimizers(model, learning_rate)
     weights = list(model.state_dict().values())
     ema = [value.detach().clone() for value in weights]
-    clock = _Clock(steps, seconds)
+    clock = Clock(steps, seconds)
     path = directory / CHECKPOINT
     if path.exists():
         state = torch.load(path, weights_only=True, map_location=weights[0].device)
         model.load_state_dict(state["model"])
         ema = state["ema"]
-        clock = _Clock(steps, seconds, step=state["step"], progress=state["progress"])
+        clock = Clock(steps, seconds, step=state["step"], progress=state["progress"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
     log = Log(directory / LOG)
@@ -77,14 +81,14 @@ def train(
         is_last = clock.progress >= 1
         log.add(metrics, clock.step, is_last=is_last)
         if clock.step % CHECKPOINT_STEPS == 0 or is_last:
+            if any(not math.isfinite(value.sum().item()) for value in ema):
+                raise ArithmeticError("the training diverged")  # the last checkpoint stays
             _save(path, model, ema, optimizers, clock)
-    if any(not math.isfinite(value.sum().item()) for value in ema):
-        raise ArithmeticError("the training diverged")
     model.load_state_dict(dict(zip(model.state_dict(), ema, strict=True)))
     return model.eval()
 
 
-class _Clock:
+class Clock:
     """How far a run is, by its steps and by its time, whichever is further."""
 
     def __init__(
@@ -92,6 +96,8 @@ class _Clock:
     ) -> None:
         self.step = step
         self.progress = max(progress, step / steps)  # 1 at the end
+        if step and seconds is not None and seconds <= 0:
+            self.progress = 1.0
         self._steps = steps
         self._seconds = seconds
         self._first = self.progress
@@ -185,6 +191,19 @@ class LossGradients:
         self._gradients = [parameter.grad for parameter in self._parameters]
 
 
+def time_for(deadline: float | None, share: float, later: float) -> float | None:
+    """The seconds of the next part of a run that ends at a deadline; None: there is none.
+
+    Args:
+        deadline: by `time.monotonic()`.
+        share: of the part.
+        later: the shares of all parts after it. What one leaves is theirs.
+    """
+    if deadline is None:
+        return None
+    return max(deadline - time.monotonic(), 0.0) * share / (share + later)
+
+
 def steps_done(directory: Path) -> int:
     """How many steps of an earlier run in the directory are kept."""
     return int(_kept(directory, "step"))
@@ -224,7 +243,7 @@ def _save(
     model: nn.Module,
     ema: list[Tensor],
     optimizers: list[torch.optim.Optimizer],
-    clock: _Clock,
+    clock: Clock,
 ) -> None:
     """Writes the state beside the old one first, so that a stop in between costs nothing."""
     state = {

@@ -42,9 +42,8 @@ def write(work: Path, directory: Path) -> None:
 
 def draw(runs: dict[str, list[dict[str, Any]]]) -> str:
     """An SVG with a panel for each run: its losses by the step, in decades."""
-    panels = [
-        _panel(name, run, top * HEIGHT) for top, (name, run) in enumerate(runs.items()) if run
-    ]
+    drawn = [(name, run) for name, run in runs.items() if run]
+    panels = [_panel(name, run, top * HEIGHT) for top, (name, run) in enumerate(drawn)]
     size = f'width="{WIDTH}" height="{HEIGHT * len(panels)}"'
     look = 'font-family="sans-serif" font-size="11"'
     begin = f'<svg xmlns="http://www.w3.org/2000/svg" {size} {look}>'

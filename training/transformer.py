@@ -9,6 +9,7 @@ guided velocity itself into the loss, with the weights that the worker's steps h
 """
 
 import itertools
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,12 +23,14 @@ from torch import Tensor
 
 from avatar_client.contract.request import GenerationParams
 from training import architecture, world
-from training.loop import mixed_precision, progress_of, steps_done, train
+from training.loop import mixed_precision, progress_of, steps_done, time_for, train
 from training.processes import prefetched
 from training.scenes import EYES_CROP, FACE_CROP, FaceCrop, Scene, SceneBuffer, Shot, make_scene
 from worker.generation.cfg import EARLY_FACE_MASK_SCALE, PROMPT_GUIDED_STEPS, guidance_weight
 from worker.model.transformer import CachedTokens, HunyuanVideoAvatarTransformer3DModel
 from worker.shapes import WINDOW_LATENTS, FrameSize
+
+logger = logging.getLogger(__name__)
 
 SHOTS = (
     Shot(FrameSize(256, 256), 1),
@@ -44,6 +47,7 @@ SHOTS = (
 SCENE_LATENTS = WINDOW_LATENTS + 12
 SCENES_PER_SHOT = 200  # scenes that are kept for each entry of SHOTS
 FIRST_SCENES = 300  # before the first step
+FIRST_SCENES_SHARE = 0.2  # of the time, at most; then fewer have to do
 
 UNCOND_SHARE = 0.25  # of a batch's windows, which have an unconditional row too
 CACHED_SHARE = 0.12  # of them, put through the last block again at a later step
@@ -284,9 +288,10 @@ def _over_latents(values: Tensor) -> Tensor:
 
 
 def _rows_of(cached_tokens: CachedTokens, rows: Tensor) -> CachedTokens:
+    chosen = rows.tolist()
     return CachedTokens(
-        image=tuple(cached_tokens.image[row] for row in rows),
-        text=tuple(cached_tokens.text[row] for row in rows),
+        image=tuple(cached_tokens.image[row] for row in chosen),
+        text=tuple(cached_tokens.text[row] for row in chosen),
     )
 
 
@@ -342,7 +347,8 @@ def train_transformer(
     """The denoiser, trained phase by phase.
 
     Resumes an earlier run in the directory. The other two models are read from `work`. With a
-    deadline, by `time.monotonic()`, the phases that are not over share the time until then.
+    deadline, by `time.monotonic()`, the phases that are not over share the time until then. One
+    that is over leaves the denoiser as the earlier run left it.
     """
     torch.manual_seed(seed)
     transformer = architecture.transformer().train()
@@ -350,19 +356,37 @@ def train_transformer(
         torch.nn.init.zeros_(parameter)
     transformer.to(device)
     done = sum(steps_done(directory / phase.name) for phase in phases)
+    is_over = all(progress_of(directory / phase.name) == 1 for phase in phases)
+    if done and time_for(deadline, 1.0, 0.0) == 0:
+        phases = [phase for phase in phases if steps_done(directory / phase.name)]
+        is_over = True
     scene = partial(make_scene, work, device, seed, tuple(shots), SCENE_LATENTS)
     with prefetched(scene, num_processes, first=1000 * done) as scenes:
         rng = np.random.default_rng((seed, done))
         torch.manual_seed(seed + done)
         buffer = SceneBuffer(scenes, len(shots), SCENES_PER_SHOT, rng, device)
-        buffer.add(first_scenes)
+        if not is_over:
+            _make_first_scenes(buffer, max(first_scenes, len(shots)), len(shots), deadline)
         for index, phase in enumerate(phases):
-            seconds = None
-            if deadline is not None and progress_of(directory / phase.name) < 1:
-                left = max(deadline - time.monotonic(), 0.0)
-                seconds = left * phase.time_share / sum(p.time_share for p in phases[index:])
+            later = sum(each.time_share for each in phases[index + 1 :])
+            seconds = time_for(deadline, phase.time_share, later)
+            logger.info("phase %s, step %d", phase.name, steps_done(directory / phase.name))
             train_phase(transformer, buffer, phase, rng, directory / phase.name, seconds)
     return transformer
+
+
+def _make_first_scenes(
+    buffer: SceneBuffer, count: int, fewest: int, deadline: float | None
+) -> None:
+    """So many scenes, or as many as come in time."""
+    begun = time.monotonic()
+    seconds = time_for(deadline, FIRST_SCENES_SHARE, 1 - FIRST_SCENES_SHARE)
+    for made in range(count):
+        if seconds is not None and made >= fewest and time.monotonic() - begun > seconds:
+            count = made
+            break
+        buffer.add()
+    logger.info("%d scenes in %.0f s", count, time.monotonic() - begun)
 
 
 def train_phase(

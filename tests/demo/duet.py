@@ -8,6 +8,7 @@ training needs. Faces and voices are those that the training leaves out.
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,12 +26,14 @@ from worker.generation.options import DenoiseOptions
 from worker.generation.pipeline import HunyuanVideoAvatarPipeline
 from worker.generation.voices import Voice
 from worker.loading import loader
-from worker.shapes import Box, FrameSize
+from worker.shapes import SAMPLE_RATE_HZ, Box, FrameSize
 
 SIZE = FrameSize(256, 384)
 PAIR = 902  # seeds of groups whose faces dlib finds; none is in panels
 TRIO = 905
 SECONDS = 5
+LONG_SECONDS = 15  # several windows
+TURN_SECONDS = 2
 CLOSED = 0.5  # of the way from open eyes to closed ones
 ALONE_LEVEL = 0.1  # of a voice's loudest: below it the voice is silent
 
@@ -63,6 +66,12 @@ class Dialogue:
         """The same with each voice in the next mouth."""
         return replace(self, voices=(*self.voices[1:], self.voices[0]))
 
+    def part(self, frames: slice) -> "Dialogue":
+        """What is said in these frames."""
+        samples = slice(frames.start * FRAME_SAMPLES, frames.stop * FRAME_SAMPLES)
+        voices = (None if voice is None else voice[samples] for voice in self.voices)
+        return replace(self, voices=tuple(voices))
+
 
 def people(count: int, seed: int) -> Group:
     """So many people of whom dlib finds each face."""
@@ -77,6 +86,12 @@ def together(*voices: np.ndarray | None) -> tuple[np.ndarray | None, ...]:
 def in_turn(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray | None, ...]:
     """The second begins when the first ends."""
     return placed([(0, first), (len(first), second)])
+
+
+def by_turns(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray | None, ...]:
+    """Each speaks for `TURN_SECONDS` while the other one is silent."""
+    turns = np.arange(len(first)) // (TURN_SECONDS * SAMPLE_RATE_HZ) % 2
+    return (first * (turns == 0), second * (turns == 1))
 
 
 def placed(
@@ -250,41 +265,106 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     pipeline = load(arguments.model, torch.device(arguments.device))
-    corpus = SpeechCorpus("held_out", arguments.work)
-    one, two = (_speech(corpus, seed) for seed in (3, 4))
+    made: dict[str, np.ndarray] = {}
+    every: list[Figures] = []
+    shown = cases(SpeechCorpus("held_out", arguments.work))
+    _say("| case | face | own | lag | others | opening | silent | dB | blinks |")
+    _say("|---|---|---|---|---|---|---|---|---|")
+    for name, case in shown.items():
+        begun = time.monotonic()
+        frames = made[name] = frames_of(
+            pipeline, case.dialogue, arguments.steps, case.seed, still=case.still
+        )
+        seconds = time.monotonic() - begun
+        for part in case.parts:
+            title = name if len(case.parts) == 1 else f"{name}, from frame {part.start}"
+            for face, figures in enumerate(measure(case.dialogue.part(part), frames[part])):
+                _say(_row(title, face, figures))
+                every.append(figures)
+        _say(f"| {name}: {len(frames)} frames in {seconds:.1f} s | | | | | | | | |")
+    _say("")
+    _say_of_all(shown, made, every, arguments.steps)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A video of the table."""
+
+    dialogue: Dialogue
+    seed: int = 1
+    still: bool = False
+    parts: tuple[slice, ...] = (slice(0, SECONDS * world.FPS),)  # frames, with figures for each
+
+
+def cases(corpus: SpeechCorpus) -> dict[str, Case]:
+    """The videos of the table, by name."""
+    one, two = (_speech(corpus, seed, SECONDS) for seed in (3, 4))
+    first, second = (_speech(corpus, seed, LONG_SECONDS) for seed in (5, 6))
+    half = SECONDS * SAMPLE_RATE_HZ // 2
     pair, trio = people(2, PAIR), people(3, TRIO)
     at_once = Dialogue(pair, together(one, two))
-    cases = {
-        "together": (at_once, 1, False),
-        "together, another seed": (at_once, 2, False),
-        "together, swapped": (at_once.swapped(), 1, False),
-        "in turn": (Dialogue(pair, in_turn(one, two)), 1, False),
-        "a bystander": (Dialogue(trio, together(one, None, two)), 1, False),
-        "a bystander, still": (Dialogue(trio, together(one, None, two)), 1, True),
-        "one alone": (Dialogue(people(1, PAIR), (one,)), 1, False),
-        "silence": (Dialogue(people(1, PAIR), (np.zeros_like(one),)), 1, False),
+    alternating = Dialogue(pair, in_turn(one[:half], two[:half]))
+    listened_to = Dialogue(trio, together(one, None, two))
+    thirds = [slice(start, start + SECONDS * world.FPS) for start in (0, 125, 250)]
+    return {
+        "together": Case(at_once),
+        "swapped": Case(at_once.swapped()),
+        "overlapping": Case(Dialogue(pair, placed([(0, one), (half, two[:half])]))),
+        "in turn": Case(alternating),
+        "in turn, another seed": Case(alternating, seed=2),
+        "a bystander, free": Case(listened_to),
+        "a bystander, still": Case(listened_to, still=True),
+        "long": Case(Dialogue(pair, by_turns(first, second)), parts=tuple(thirds)),
+        "one alone": Case(Dialogue(people(1, PAIR), (one,))),
+        "silence": Case(Dialogue(people(1, PAIR), (np.zeros_like(one),))),
     }
-    sys.stdout.write("| case | face | own | lag | others | opening | silent | dB | blinks |\n")
-    sys.stdout.write("|---|---|---|---|---|---|---|---|---|\n")
-    for name, (dialogue, seed, still) in cases.items():
-        frames = frames_of(pipeline, dialogue, arguments.steps, seed, still=still)
-        for face, row in enumerate(measure(dialogue, frames)):
-            own = f"{row.own.correlation:.2f} | {row.own.lag_seconds:.2f} s" if row.own else " | "
-            sys.stdout.write(
-                f"| {name} | {face} | {own} | {row.others:.2f} | {row.opening:.3f} | "
-                f"{row.alone_opening:.3f} | {row.likeness:.1f} | "
-                f"{' '.join(map(str, row.blinks)) or 'none'}, {row.in_pauses:.0%} in pauses |\n"
-            )
-            sys.stdout.flush()
 
 
-def _speech(corpus: SpeechCorpus, seed: int) -> np.ndarray:
+def _row(name: str, face: int, figures: Figures) -> str:
+    own = " | "
+    if figures.own is not None:
+        own = f"{figures.own.correlation:.2f} | {figures.own.lag_seconds:.2f} s"
+    blinks = " ".join(map(str, figures.blinks)) or "none"
+    return (
+        f"| {name} | {face} | {own} | {figures.others:.2f} | {figures.opening:.3f} | "
+        f"{figures.alone_opening:.3f} | {figures.likeness:.1f} | "
+        f"{blinks}, {figures.in_pauses:.0%} in pauses |"
+    )
+
+
+def _say_of_all(
+    shown: dict[str, Case], made: dict[str, np.ndarray], every: Sequence[Figures], num_steps: int
+) -> None:
+    """What no face of a video says alone."""
+    faces = shown["long"].dialogue.group.faces
+    same = np.logical_and.reduce([talking.outside(face, *SIZE) for face in faces])
+    seam = talking.seam(made["long"][:, same], num_steps)
+    _say(f"largest change where windows meet, as a share of that elsewhere: {seam:.2f}")
+    dialogue = shown["in turn"].dialogue
+    seeds = [made[name] for name in ("in turn", "in turn, another seed")]
+    for face in dialogue.group.faces:
+        alike = _correlation(*(talking.mouth_opening(frames, face) for frames in seeds))
+        _say(f"a mouth by two seeds: correlation {alike:.2f}")
+    one, other = ([each.blinks for each in measure(dialogue, frames)] for frames in seeds)
+    _say(f"blinks by two seeds: {one} and {other}")
+    total = sum(len(figures.blinks) for figures in every)
+    in_pauses = sum(len(figures.blinks) * figures.in_pauses for figures in every)
+    seconds = SECONDS * len(every)
+    _say(f"blinks: {total} in {seconds} s of faces, {in_pauses / max(total, 1):.0%} in pauses")
+
+
+def _speech(corpus: SpeechCorpus, seed: int, seconds: int) -> np.ndarray:
     """A clip of speech, not of silence."""
     rng = np.random.default_rng(seed)
     while True:
-        clip = corpus.clip(rng, SECONDS * world.FPS)
+        clip = corpus.clip(rng, seconds * world.FPS)
         if mouth_track(clip).opening.mean() > 0.2:
-            return clip[: SECONDS * world.FPS * FRAME_SAMPLES]
+            return clip
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from training.world import FPS, Face
+from worker.generation import sampling
+from worker.shapes import VideoPlan
 
 SAMPLES = 640  # a frame
 DARK = 0.2  # luminance below which a pixel is the inside of a mouth; no lip or skin is so dark
@@ -81,6 +83,30 @@ def outside(face: Face, height: int, width: int) -> np.ndarray:
     # with the brows, which rise
     eyes = (abs(abs(x) - away)[None] < 0.28) & (abs(y - place + 0.1) < 0.32)[:, None]
     return ~(mouth | eyes)
+
+
+def seam(pixels: np.ndarray, num_steps: int) -> float:
+    """The largest change where windows meet, as a share of the largest anywhere else.
+
+    Args:
+        pixels: (F, N, 3) uint8, those that should stay as they are; of several windows.
+        num_steps: of the denoising.
+    """
+    changes = abs(np.diff(pixels.astype(np.float32), axis=0)).mean(axis=(1, 2))
+    borders = window_borders(num_steps, len(pixels))  # change i is that of frame i + 1 to frame i
+    return float(changes[borders - 1].max() / np.delete(changes, borders - 1).max())
+
+
+def window_borders(num_steps: int, num_frames: int) -> np.ndarray:
+    """The first frames of the windows of the last steps, which leave their mark the most."""
+    plan = VideoPlan(num_frames)
+    latents = {
+        start % plan.sampled_latents
+        for step in range(num_steps - 3, num_steps)
+        for start in sampling.window_starts(plan, step)
+    }
+    frames = [4 * latent - 3 for latent in sorted(latents) if latent > 0]
+    return np.array([frame for frame in frames if frame < num_frames])
 
 
 def sway(frames: np.ndarray, face: Face) -> float:

@@ -30,7 +30,7 @@ from PIL import Image
 from avatar_client.contract.presets import PRESETS
 from tests.demo import talking
 from training import world
-from worker.generation import cfg, pipeline, sampling
+from worker.generation import cfg, pipeline
 from worker.generation.audio import encode_audio
 from worker.generation.engine import Engine
 from worker.generation.image import face_masks
@@ -39,7 +39,7 @@ from worker.model import transformer
 from worker.model.sparse_attention import TokenBlocks
 from worker.service.worker import Worker
 from worker.settings import Settings
-from worker.shapes import SAMPLE_RATE_HZ, VideoPlan
+from worker.shapes import SAMPLE_RATE_HZ
 
 RECORDINGS = Path(__file__).parents[1] / "data" / "talking"
 SIZE = 256  # px
@@ -290,23 +290,7 @@ def test_a_long_video_is_as_much_in_time_at_its_end_as_at_its_start(long_video: 
 @pytest.mark.talks
 def test_a_long_video_has_no_seams(long_video: Video) -> None:
     same = talking.outside(long_video.face, SIZE, SIZE)
-    still = long_video.frames[:, same].astype(np.float32)
-    changes = abs(np.diff(still, axis=0)).mean(axis=(1, 2))  # of frame i + 1 to frame i
-    borders = window_borders(STEPS, 375)
-    others = np.delete(changes, borders - 1)
-    assert changes[borders - 1].max() <= others.max()
-
-
-def window_borders(num_steps: int, num_frames: int) -> np.ndarray:
-    """The first frames of the windows of the last steps, which leave their mark the most."""
-    plan = VideoPlan(num_frames)
-    latents = {
-        start % plan.sampled_latents
-        for step in range(num_steps - 3, num_steps)
-        for start in sampling.window_starts(plan, step)
-    }
-    frames = [4 * latent - 3 for latent in sorted(latents) if latent > 0]
-    return np.array([frame for frame in frames if frame < num_frames])
+    assert talking.seam(long_video.frames[:, same], STEPS) <= 1
 
 
 # What a change of the worker could break

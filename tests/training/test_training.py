@@ -3,12 +3,13 @@
 import json
 import operator
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -28,11 +29,11 @@ from training import (
     world,
 )
 from training.convolution import inflate_kernels, use_fast_convolutions, with_library_convolutions
-from training.loop import LOG, LossGradients, progress_of, steps_done, train
+from training.loop import CHECKPOINT, LOG, LossGradients, progress_of, steps_done, train
 from training.muon import Muon
 from training.processes import prefetched
 from training.scenes import EYES_CROP, FACE_CROP, Scene, SceneBuffer, Shot, num_frames
-from training.speech import SpeechCorpus, formant_speech
+from training.speech import formant_speech
 from training.transformer import Windows, denoising_loss
 from worker.generation import sampling
 from worker.loading import loader, preview
@@ -289,46 +290,46 @@ def test_the_processes_end_with_the_one_that_asked(tmp_path: Path) -> None:
     assert not alive
 
 
-@pytest.mark.slow
-def test_the_training_makes_a_directory_that_the_worker_loads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Everything at toy size, and babble in the place of espeak-ng's speech."""
+@pytest.fixture
+def toy_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `python -m training` does at toy size, and babble in the place of espeak-ng's speech."""
     monkeypatch.setattr(speech, "_espeak", lambda rng, split: formant_speech(rng, 32_000))
-    monkeypatch.setitem(speech.BANK_SECONDS, "train", 20.0)
+    for split in speech.BANK_SECONDS:
+        monkeypatch.setitem(speech.BANK_SECONDS, split, 20.0)
+    monkeypatch.setattr(audio_encoder, "STEPS", 2)
+    monkeypatch.setattr(audio_encoder, "MEASURED_CLIPS", 1)
     monkeypatch.setattr(transformer, "SCENE_LATENTS", 9)
-    corpus = SpeechCorpus("train", tmp_path)
-    assert len(corpus.clip(np.random.default_rng(0), 10)) == 6400
-
-    cpu = torch.device("cpu")
-    audio_encoder.train(tmp_path, 2, 1, cpu, 0).save_pretrained(tmp_path / "audio_encoder")
-    phases = (
-        autoencoder.Phase("stills", 2, 1, 32, 2, 1e-3, 0.3),
-        autoencoder.Phase("clips", 1, 5, 32, 1, 1e-3, 0.3),
-        autoencoder.Phase("whole", 1, 17, 64, 1, 1e-3, 0.3),
-    )
-    vae = autoencoder.train_autoencoder(tmp_path / "vae_run", 1, cpu, phases, pictures=2)
-    vae.save_pretrained(tmp_path / "vae")
-    denoiser = transformer.train_transformer(
-        tmp_path / "transformer_run",
-        tmp_path,
-        1,
-        cpu,
-        0,
-        (
-            transformer.Phase("short", (Windows(2, 4),), 2, 1e-3, 0.3, 1, 0.5),
-            transformer.Phase(
-                "cfg", (Windows(2, 3), Windows(1, 4)), 2, 1e-3, 0.3, 1, 0.5, has_cfg_loss=True
-            ),
-        ),
-        (Shot(FrameSize(64, 64), 1), Shot(FrameSize(64, 128), 3)),
-        2,
-        deadline=time.monotonic() + 3600,
-    )
-    denoiser.save_pretrained(tmp_path / "transformer")
     monkeypatch.setattr(command, "PREVIEW_PEOPLE", 1)
-    command.write(tmp_path, tmp_path / "model")
-    report.write(tmp_path, tmp_path)
+    stills = autoencoder.Phase("stills", 2, 1, 32, 2, 1e-3, 0.3, 1)
+    clips = autoencoder.Phase("clips", 1, 5, 32, 1, 1e-3, 0.3, 1)
+    whole = autoencoder.Phase("whole", 1, 17, 64, 1, 1e-3, 0.3, 1)
+    train_vae = partial(autoencoder.train_autoencoder, phases=(stills, clips, whole), pictures=2)
+    monkeypatch.setattr(autoencoder, "train_autoencoder", train_vae)
+    monkeypatch.setattr(autoencoder, "MEASURED_PEOPLE", 1)
+    monkeypatch.setattr(autoencoder, "SIZE", 64)
+    monkeypatch.setattr(autoencoder, "TRACK_FRAMES", 20)
+    short = transformer.Phase("short", (Windows(2, 4),), 2, 1e-3, 0.3, 1, 0.5)
+    cfg = transformer.Phase(
+        "cfg", (Windows(2, 3), Windows(1, 4)), 2, 1e-3, 0.3, 1, 0.5, has_cfg_loss=True
+    )
+    shots = (Shot(FrameSize(64, 64), 1), Shot(FrameSize(64, 128), 3))
+    train_denoiser = partial(transformer.train_transformer, phases=(short, cfg), shots=shots)
+    monkeypatch.setattr(transformer, "train_transformer", train_denoiser)
+
+
+def run_command(directory: Path, minutes: int) -> None:
+    """Runs `python -m training` in this process, which then makes the scenes itself."""
+    arguments = ["--work", directory, "--out", directory / "model", "--minutes", minutes]
+    arguments += ["--device", "cpu", "--processes", 0, "--scenes", 2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["training", *map(str, arguments)])
+        command.main()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("toy_sizes")
+def test_the_training_makes_a_directory_that_the_worker_loads(tmp_path: Path) -> None:
+    run_command(tmp_path, minutes=60)
 
     require_whole(tmp_path / "model", hashes=True)
     assert preview.load(tmp_path / "model", 16) is not None
@@ -343,8 +344,20 @@ def test_the_training_makes_a_directory_that_the_worker_loads(
     ]
     curves = ElementTree.parse(tmp_path / report.CURVES_FILE)
     assert len(curves.findall(".//{*}text")) > 6
-    components, _ = loader.load(tmp_path / "model", cpu, {"default": torch.float32})
+    components, _ = loader.load(tmp_path / "model", torch.device("cpu"), {"default": torch.float32})
     face = world.random_face(np.random.default_rng(0))
     picture = world.portrait(face, 64, 64)
     latents = components["vae"].encode(picture[None, :, None] * 2 - 1).latent_dist
     assert latents.std.max() < 0.1
+
+    # A run that was cut, and has no time left, writes what it has.
+    shutil.rmtree(tmp_path / "transformer")
+    shutil.rmtree(tmp_path / "transformer_run" / "cfg")
+    kept = (tmp_path / "transformer_run" / "short" / CHECKPOINT).read_bytes()
+    weights = tmp_path / "model" / "transformer" / "diffusion_pytorch_model.safetensors"
+    before = weights.read_bytes()
+    run_command(tmp_path, minutes=0)
+    require_whole(tmp_path / "model", hashes=True)
+    assert weights.read_bytes() != before
+    assert not (tmp_path / "transformer_run" / "cfg").exists()
+    assert (tmp_path / "transformer_run" / "short" / CHECKPOINT).read_bytes() == kept

@@ -356,8 +356,9 @@ class HunyuanVideoAvatarTransformer3DModel(ModelMixin, AttentionMixin, ConfigMix
             or face_mask is None
         ):
             raise ValueError("only a call with cached_tokens may leave an input out")
-        pairs = zip(latents.split(1), reference_latents.split(1), strict=True)
-        images = [self.embed_latents(*pair) for pair in pairs]
+        size = len(latents) if torch.is_grad_enabled() else 1
+        pairs = zip(latents.split(size), reference_latents.split(size), strict=True)
+        images = [image for pair in pairs for image in self.embed_latents(*pair).split(1)]
         texts = self.embed_text(text_embeds, timestep, text_mask)
         audio_tokens = self.embed_audio(audio_embeds, len(latents), face_mask.shape[1])
         gate, shares = self.gate_audio(face_mask, latents.shape[2])
