@@ -3,12 +3,10 @@
 import asyncio
 import errno
 import os
-import resource
 import socket
 import ssl
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +17,7 @@ import pytest
 from avatar_client.contract import job_errors
 from avatar_client.contract.job_errors import WorkerError
 from tests.conftest import MediaServer
+from tests.support.full_disk import no_file_above
 from worker.generation.engine import Engine
 from worker.media import inputs, video
 from worker.service import machine, production
@@ -135,17 +134,6 @@ def require_own_failure(
     assert output["refresh_worker"] is True
     assert worker.damaged
     assert list(directory.iterdir()) == []
-
-
-@contextmanager
-def no_file_above(num_bytes: int) -> Iterator[None]:
-    """The system ends each write at this size, as a full disk does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_disk_that_cannot_take_an_input_is_not_the_servers_fault(

@@ -12,6 +12,8 @@ import hashlib
 import hmac
 import json
 import logging
+import os
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -344,10 +346,18 @@ class JobState:
         try:
             resumption.store.put(self._name, write, state.num_bytes)
         except Exception as error:  # of a store or a GPU: the job goes on, and tries again
-            logger.warning("the state was not kept: %s", type(error).__name__)
+            logger.warning("the state of step %d was not kept: %s", state.step, _told(error))
             return
         self._kept_step = state.step
         logger.info("kept step %d in %.1f s", state.step, time.monotonic() - begun)
+
+
+def _told(error: Exception) -> str:
+    """What failed, for the log: without a path, which has the state's name, or an address."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return os.strerror(error.errno)
+    of_system = re.search(r"\(os error (\d+)\)", str(error))  # as safetensors says it
+    return os.strerror(int(of_system[1])) if of_system else type(error).__name__
 
 
 def _key(settings: Settings) -> bytes | None:
