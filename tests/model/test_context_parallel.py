@@ -80,6 +80,7 @@ def inference() -> Iterator[None]:
 def test_two_ranks_together_compute_what_one_does(tmp_path: Path) -> None:
     cases = [
         Case(4, tiny_inputs(6, 5)),
+        Case(1, tiny_inputs(5)),
         Case(3, wide_inputs()),
         Case(4, wide_inputs(), mass=0.3),
     ]

@@ -112,6 +112,17 @@ def test_a_value_arrives_with_its_tensors_bit_for_bit(ranks: Ranks) -> None:
     assert [ranks.answer(rank) for rank in range(len(ranks))] == [None] + [True] * (len(ranks) - 1)
 
 
+@pytest.mark.parametrize(
+    ("num_columns", "num_text", "heads"),
+    [(8, 4, 8), (9, 5, 6), (5, 3, 3)],
+    ids=["even", "uneven", "more ranks than heads"],
+)
+def test_ranks_swap_their_tokens_for_heads_and_back(
+    ranks: Ranks, num_columns: int, num_text: int, heads: int
+) -> None:
+    assert all(ranks.all(group_rank.swap_for_heads, num_columns, num_text, heads))
+
+
 def test_a_group_whose_sum_is_right_passes_the_check(ranks: Ranks) -> None:
     for rank in range(len(ranks)):
         ranks.ask(rank, group_rank.check, rank + 1)

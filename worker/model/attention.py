@@ -79,7 +79,9 @@ def attend(
     kernel, num_heads = _kernel(processor._attention_backend), query.shape[2]
     if shares is not None:
         query, key, value = shares.swap_for_heads(query, key, value)
-    if sparsity is not None:
+    if query.shape[2] == 0:  # there are more ranks than heads
+        attended = query
+    elif sparsity is not None:
         attended = sparsity.attend(query, key, value, kernel)
     else:
         attended = kernel(query, key, value)

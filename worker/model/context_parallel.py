@@ -72,7 +72,7 @@ class TokenShares:
         # heads first, so that what goes to a rank is of one piece: (h, n, tensors, B, D/h)
         sent = torch.stack([x.permute(2, 1, 0, 3) for x in tensors], dim=2).flatten()
         of_a_token = len(tensors) * batch * width  # of one head
-        counts = [sum(pair) for pair in zip(self.image, self.text, strict=True)]
+        counts = self._counts()
         received = self._exchange(
             sent,
             [count * own_tokens * of_a_token for count in heads],
@@ -94,7 +94,8 @@ class TokenShares:
         """All heads of this rank's tokens, (B, n, h, D/h), from (B, N, own heads, D/h)."""
         batch, _, own_heads, width = attended.shape
         rank, heads = self.group.rank(), self._heads(num_heads)
-        own_tokens = self.image[rank] + self.text[rank]
+        counts = self._counts()
+        own_tokens = counts[rank]
         by_token = attended.transpose(0, 1)  # (N, B, own heads, D/h)
         images = by_token[: sum(self.image)].split(self.image)
         texts = by_token[sum(self.image) :].split(self.text)
@@ -102,10 +103,7 @@ class TokenShares:
         of_a_token = batch * width
         received = self._exchange(
             sent.flatten(),
-            [
-                (image + text) * own_heads * of_a_token
-                for image, text in zip(self.image, self.text, strict=True)
-            ],
+            [count * own_heads * of_a_token for count in counts],
             [own_tokens * count * of_a_token for count in heads],
         )
         parts = [
@@ -122,15 +120,21 @@ class TokenShares:
         received = self._exchange(copies, [x.numel()] * len(sizes), sizes)
         return torch.cat([part.view(batch, -1, width) for part in received], dim=1)
 
+    def _counts(self) -> list[int]:
+        """How many tokens each rank holds."""
+        return [image + text for image, text in zip(self.image, self.text, strict=True)]
+
     def _heads(self, num_heads: int) -> tuple[int, ...]:
         """How many heads each rank attends with."""
         return _parts(num_heads, self.group.size())
 
-    def _exchange(self, sent: Tensor, sizes: list[int], received: list[int]) -> tuple[Tensor, ...]:
-        """What each rank has sent to this one, of so many elements."""
-        out = sent.new_empty(sum(received))
-        dist.all_to_all_single(out, sent, received, sizes, group=self.group)
-        return out.split(received)
+    def _exchange(
+        self, sent: Tensor, sent_sizes: list[int], received_sizes: list[int]
+    ) -> tuple[Tensor, ...]:
+        """What each rank has sent to this one; sizes are in elements, rank by rank."""
+        received = sent.new_empty(sum(received_sizes))
+        dist.all_to_all_single(received, sent, received_sizes, sent_sizes, group=self.group)
+        return received.split(received_sizes)
 
 
 def _parts(number: int, num_ranks: int) -> tuple[int, ...]:
