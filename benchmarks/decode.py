@@ -15,7 +15,6 @@ its frames are noise, which takes x264 longer than a face. `--profile` lists the
 
 import argparse
 import json
-import math
 import sys
 import tempfile
 import time
@@ -28,6 +27,7 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo
 from torch import Tensor
 
+from benchmarks.random_model import build_autoencoder
 from worker.generation.engine import to_uint8
 from worker.generation.prefetch import prefetch
 from worker.media.inputs import AudioSegment
@@ -82,26 +82,6 @@ MORE_WAYS = [  # in one tile only
     Way("ours, scratch 256 MiB", ours(2**28)),
     Way("ours, scratch 4 GiB", ours(2**32)),
 ]
-
-
-def build_autoencoder(arguments: argparse.Namespace) -> AutoencoderKLHunyuanVideo:
-    """The autoencoder with random weights that keep activations in a trained model's range."""
-    with torch.device("meta"):
-        vae = AutoencoderKLHunyuanVideo(
-            block_out_channels=tuple(arguments.channels),
-            layers_per_block=arguments.layers,
-            norm_num_groups=arguments.groups,
-        )
-    vae = vae.to(arguments.dtype).to_empty(device=arguments.device)
-    generator = torch.Generator(arguments.device).manual_seed(0)
-    for name, parameter in vae.named_parameters():
-        if parameter.ndim > 1:
-            spread = 1 / math.sqrt(parameter[0].numel())
-            parameter.data.normal_(std=spread, generator=generator)
-        else:
-            parameter.data.fill_(1.0 if name.endswith("weight") else 0.0)
-    autoencoder.set_tiles(vae)
-    return vae.eval()
 
 
 def random_latents(vae: AutoencoderKLHunyuanVideo, num_frames: int, size: str) -> Tensor:
@@ -238,7 +218,13 @@ def main(command_line: list[str] | None = None) -> None:
     gpu = torch.cuda.get_device_name() if arguments.device.type == "cuda" else None
     cudnn = torch.backends.cudnn.version() if gpu else None
     write(json.dumps({"torch": torch.__version__, "cudnn": cudnn, "gpu": gpu}))
-    vae = build_autoencoder(arguments)
+    vae = build_autoencoder(
+        arguments.device,
+        arguments.dtype,
+        block_out_channels=tuple(arguments.channels),
+        layers_per_block=arguments.layers,
+        norm_num_groups=arguments.groups,
+    )
     side = vae.tile_sample_min_height // vae.spatial_compression_ratio
     first = random_latents(vae, arguments.num_frames, arguments.sizes[0])
     tile = first[:, :, :TILE_LATENTS, :side, :side].contiguous()

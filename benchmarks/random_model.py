@@ -1,4 +1,4 @@
-"""The published transformer with random weights, what it takes, and how benchmarks report."""
+"""The published networks with random weights, what they take, and how benchmarks report."""
 
 import json
 import math
@@ -6,8 +6,10 @@ import sys
 from typing import Any
 
 import torch
-from torch import Tensor
+from diffusers import AutoencoderKLHunyuanVideo
+from torch import Tensor, nn
 
+from worker.model import autoencoder
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
 
 
@@ -20,6 +22,23 @@ def build_transformer(
             **config, rope_axes_dim=(16, 56, 56), attention_head_dim=128
         )
     model = model.to(dtype).to_empty(device=device)
+    _draw_weights(model, device)
+    return model.eval()
+
+
+def build_autoencoder(
+    device: torch.device, dtype: torch.dtype, **config: Any
+) -> AutoencoderKLHunyuanVideo:
+    """The same of the autoencoder, with the worker's tiles."""
+    with torch.device("meta"):
+        vae = AutoencoderKLHunyuanVideo(**config)
+    vae = vae.to(dtype).to_empty(device=device)
+    _draw_weights(vae, device)
+    autoencoder.set_tiles(vae)
+    return vae.eval()
+
+
+def _draw_weights(model: nn.Module, device: torch.device) -> None:
     generator = torch.Generator(device).manual_seed(0)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
@@ -27,7 +46,6 @@ def build_transformer(
             parameter.data.normal_(std=spread, generator=generator)
         else:
             parameter.data.fill_(1.0 if name.endswith("weight") else 0.0)
-    return model.eval()
 
 
 def random_inputs(

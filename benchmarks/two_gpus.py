@@ -1,4 +1,4 @@
-"""Times denoising steps of the full-size transformer on one GPU, and on several that share them.
+"""Times denoising steps and decoding at full size on one GPU, and on several that share them.
 
     python -m benchmarks.two_gpus [--num-gpus 4] [--drafts 704x768]
     python -m benchmarks.two_gpus --device cpu --sizes 64x32 --backend native --num-layers 2 \
@@ -9,6 +9,8 @@ seed on each rank. Prints one JSON object a run: seconds with both CFG branches,
 of a computed step (median) and of all steps, their ratio, and how far apart the latents are. A
 draft has all its 50 steps; two steps see all keys, the other computed ones the given density, which
 is printed as it was found alone and, in the mean of all ranks, together.
+Then one a size: seconds of 129 frames decoded alone and together, their ratio, and whether the
+frames are the same to the last byte; on a CPU they are the demo model's.
 """
 
 import argparse
@@ -23,10 +25,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import torch
 
 from avatar_client.contract.request import GenerationParams
 from benchmarks.random_model import (
+    build_autoencoder,
     build_transformer,
     relative_difference,
     report,
@@ -44,7 +48,7 @@ from worker.model.linear import float8_works
 from worker.model.sparse_attention import sparse_attention_works
 from worker.multi_gpu.controller import RankController
 from worker.settings import Settings
-from worker.shapes import SPATIAL_COMPRESSION, WINDOW_FRAMES
+from worker.shapes import SPATIAL_COMPRESSION, WINDOW_FRAMES, WINDOW_LATENTS
 
 TEXT_POSITIONS, TEXT_LENGTH = 831, 400
 FACE_SHARE = 0.25  # of the picture's height and width, inside the face mask
@@ -53,7 +57,7 @@ LOAD_TIMEOUT_SECONDS = 120.0
 
 
 def load(settings: Settings, device: torch.device) -> Engine:
-    """An engine that can only denoise; its transformer is as `model.json` says."""
+    """An engine that can only denoise and decode; its transformer is as `model.json` says."""
     started = time.monotonic()
     model = json.loads((Path(settings.model_dir) / "model.json").read_text())
     if device.type == "cuda":
@@ -63,6 +67,8 @@ def load(settings: Settings, device: torch.device) -> Engine:
     backend = model["backend"] or (fastest_backend(device) if device.type == "cuda" else "native")
     transformer.set_attention_backend(backend)
     components, report_of_load = loader.load(DEMO_DIR, device, {"default": torch.float32})
+    if device.type == "cuda":
+        components["vae"] = build_autoencoder(device, torch.float16)
     pipeline = HunyuanVideoAvatarPipeline(**components | {"transformer": transformer})
     pipeline.set_progress_bar_config(disable=True)
 
@@ -150,6 +156,33 @@ def time_steps(
     return [after - before for before, after in pairwise(times)], latents, density
 
 
+def time_decoding(engine: Engine, conditioning: Conditioning) -> tuple[float, np.ndarray]:
+    """The seconds of all frames of random latents, decoded a second time, and the frames."""
+    vae, mean = engine.pipeline.vae, conditioning.reference_mean
+    shape = (1, mean.shape[1], WINDOW_LATENTS, *mean.shape[3:])
+    generator = torch.Generator(engine.device).manual_seed(2)
+    latents = torch.randn(shape, generator=generator, device=engine.device)
+    latents *= vae.config.scaling_factor
+    for chunk in engine.decode_frames(conditioning, latents):
+        del chunk
+    started = time.perf_counter()
+    chunks = list(engine.decode_frames(conditioning, latents))
+    return time.perf_counter() - started, np.concatenate(chunks)
+
+
+def compared(
+    alone: tuple[float, np.ndarray], together: tuple[float, np.ndarray]
+) -> dict[str, float | bool]:
+    """What `time_decoding` gave, for a report."""
+    (seconds_alone, expected), (seconds, frames) = alone, together
+    return {
+        "decode_seconds_alone": round(seconds_alone, 3),
+        "decode_seconds": round(seconds, 3),
+        "decode_ratio": round(seconds_alone / seconds, 3),
+        "same_frames": np.array_equal(frames, expected),
+    }
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
@@ -199,6 +232,8 @@ def main() -> None:
             for size, params in runs
         ]
         alone = [time_steps(engine, *job) for job in jobs]
+        videos = {size: job[0] for (size, _), job in zip(runs, jobs, strict=True)}
+        decoded_alone = {size: time_decoding(engine, told) for size, told in videos.items()}
         ranks.join(engine.pipeline.transformer, LOAD_TIMEOUT_SECONDS)
         engine = replace(engine, ranks=ranks)
     for (size, params), job, by_one in zip(runs, jobs, alone, strict=True):
@@ -218,6 +253,8 @@ def main() -> None:
             relative_difference=relative_difference(latents, expected),
             peak_gib=engine.peak_memory_gib,
         )
+    for size, told in videos.items():
+        report(size=size, **compared(decoded_alone[size], time_decoding(engine, told)))
     report(seconds_in_all=round(time.monotonic() - started, 1))
     ranks.close()
     sys.stdout.flush()

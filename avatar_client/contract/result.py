@@ -52,7 +52,7 @@ class Metrics(TypedDict):
     cost_usd: float | None  # of them, in US dollars; None unless the operator has set a price
     peak_memory_gib: float | None  # None without a GPU
     gpu: str | None
-    num_gpus: int | None  # that worked on this job
+    num_gpus: int | None  # that denoised this video
     # of presets whose attention may leave keys out: the share that was computed (1: all), the
     # largest error (relative norm) that was measured and kept, and how often all had to be computed
     attention_density: NotRequired[float]

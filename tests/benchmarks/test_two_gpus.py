@@ -20,9 +20,13 @@ def test_it_times_each_size_alone_and_together() -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    first, *sizes, last = map(json.loads, done.stdout.splitlines())
+    first, *runs, last = map(json.loads, done.stdout.splitlines())
     assert first["num_gpus"] == 2
-    assert [size["size"] for size in sizes] == ["64x32", "32x32"]
+    sizes, decoded = runs[:2], runs[2:]
+    assert [run["size"] for run in runs] == 2 * ["64x32", "32x32"]
+    for size in decoded:
+        assert size["decode_ratio"] > 0
+        assert size["same_frames"]
     for size in sizes:
         assert size["ratio"] > 0
         assert size["relative_difference"] < 1e-3

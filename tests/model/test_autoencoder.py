@@ -1,7 +1,8 @@
 """The autoencoder against the reference's tensors, and our decode against diffusers' own."""
 
+import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,17 @@ from torch.utils._pytree import tree_leaves
 
 from tests.support.golden_transformer import relative_difference
 from tests.support.golden_weights import load_case
+from worker.loading.offload import DECODER_BYTES, DECODER_SCRATCH_BYTES
 from worker.model import kernels
-from worker.model.autoencoder import decode_frames, group_norm_affine, set_tiles, tile_bytes
+from worker.model.autoencoder import (
+    Tile,
+    decode_frames,
+    group_norm_affine,
+    set_tiles,
+    tile_bytes,
+    tiles,
+)
+from worker.multi_gpu.tiles import ROUNDS_AHEAD
 
 TOLERANCE = 3e-6
 LAST_BIT = 2**-23  # of a frame's float32, after the same sums in another order in float64
@@ -196,6 +206,34 @@ def test_frames_leave_before_later_ones_are_decoded(vae: Any) -> None:
     assert [len(chunk) for chunk in chunks] == [48, 32]
 
 
+@pytest.mark.parametrize(
+    ("num_frames", "lengths"),
+    [(1, [1]), (49, [49]), (50, [49, 1]), (97, [49, 48]), (98, [49, 48, 1]), (200, [49, 48, 32])],
+)
+def test_what_lies_beyond_the_last_frame_is_not_decoded(
+    num_frames: int, lengths: list[int], vae: Any
+) -> None:
+    decoded = []
+    vae.post_quant_conv.register_forward_hook(lambda *_: decoded.append("tile"))
+    chunks = list(decode_frames(vae, latents_of(33, 1, 1), num_frames=num_frames))
+    assert [len(chunk) for chunk in chunks] == lengths
+    assert len(decoded) == len(lengths)
+
+
+def test_frames_are_the_same_whoever_decodes_the_tiles_and_when(vae: Any) -> None:
+    use_small_tiles(vae)
+    latents = latents_of(6, 4, 9)  # two steps in time of two tiles each
+
+    def backwards(decode: Callable[[Tile], Tensor], tiles: list[Tile]) -> Iterator[Tensor]:
+        decoded = [decode(tile).contiguous() for tile in reversed(tiles)]
+        shapes = [tuple(each.shape) for each in reversed(decoded)]
+        assert shapes == [tile.decoded_shape for tile in tiles]
+        return reversed(decoded)
+
+    shared = torch.cat(list(decode_frames(vae, latents, tile_map=backwards)))
+    assert torch.equal(shared, torch.cat(list(decode_frames(vae, latents))))
+
+
 def test_frames_are_float32_whatever_the_autoencoder_runs_in(vae: Any) -> None:
     (frames,) = decode_frames(vae.to(torch.bfloat16), latents_of(2, 2, 2))
     assert frames.dtype == torch.float32
@@ -276,3 +314,10 @@ def test_a_larger_picture_takes_a_tile_and_its_frames(full_size: Any) -> None:
     latents = torch.empty(1, 16, 24, 24, 40, dtype=torch.float16, device="meta")
     step = 65 * 3 * 192 * 320 * 2
     assert peak_bytes(full_size, latents, 2**28) < tile_bytes(full_size, 2**28) + 2 * step
+
+
+def test_a_memory_plan_has_room_for_the_tiles_that_wait_on_another_gpu(full_size: Any) -> None:
+    latents = torch.empty(1, 16, 17, 32, 32, dtype=torch.float16, device="meta")
+    tile, *_ = tiles(full_size, latents)
+    waiting = (ROUNDS_AHEAD + 1) * math.prod(tile.decoded_shape) * tile.latents.itemsize
+    assert tile_bytes(full_size, DECODER_SCRATCH_BYTES) + waiting < DECODER_BYTES

@@ -2,11 +2,14 @@
 
 import io
 import os
-from dataclasses import replace
+from collections.abc import Generator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import psutil
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -15,11 +18,13 @@ from avatar_client.contract.request import GenerationParams
 from tests.support.golden_transformer import relative_difference
 from worker.generation.conditioning import Conditioning
 from worker.generation.engine import Engine
+from worker.generation.options import DecodeOptions
 from worker.generation.preview import FramePreview
 from worker.generation.voices import Voice
 from worker.generation.watch import Watch
 from worker.loading import preview as latent_maps
 from worker.loading.model_directory import DEMO_DIR
+from worker.model.autoencoder import SCRATCH_BYTES
 from worker.settings import Settings
 
 TWO = Settings(avatar_model="demo", num_gpus=2)
@@ -97,3 +102,39 @@ def rank_process_of(pid: int | None = None) -> psutil.Process:
         child for child in children if "worker.multi_gpu.rank_process" in " ".join(child.cmdline())
     ]
     return process
+
+
+@dataclass(frozen=True)
+class Video:
+    """One to decode that nobody has denoised, and into how many tiles it is cut."""
+
+    num_latents: int
+    height: int  # px, as is width
+    width: int
+    num_frames: int
+    num_tiles: int
+
+    def latents(self, engine: Engine) -> torch.Tensor:
+        shape = (self.num_latents, self.height // 8, self.width // 8)
+        channels = engine.pipeline.vae.config.latent_channels
+        return torch.randn(1, channels, *shape, generator=torch.Generator().manual_seed(3))
+
+    def chunks(self, engine: Engine) -> Generator[NDArray[np.uint8]]:
+        told = replace(conditioning(engine), num_frames=self.num_frames)
+        return engine.decode_frames(told, self.latents(engine))
+
+    def decoded(self, engine: Engine) -> torch.Tensor:
+        """The frames in float32, before they are rounded."""
+        latents = self.latents(engine)
+        options = DecodeOptions(num_frames=self.num_frames, scratch_bytes=SCRATCH_BYTES)
+        ranks = nullcontext() if engine.ranks is None else engine.ranks.decoding(latents, options)
+        with ranks as gatherer:
+            frames = engine.pipeline.decode_frames(
+                latents, self.num_frames, SCRATCH_BYTES, gatherer.map if gatherer else map
+            )
+            return torch.cat(list(frames))
+
+
+def assert_decodes_as_alone(engine: Engine, video: Video) -> None:
+    shared, alone = (list(video.chunks(each)) for each in (engine, replace(engine, ranks=None)))
+    np.testing.assert_array_equal(np.concatenate(shared), np.concatenate(alone))

@@ -4,6 +4,7 @@ import multiprocessing
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from avatar_client.contract import job_errors
 from tests.multi_gpu import failing_rank
-from tests.multi_gpu.jobs import TWO, conditioning, params, rank_process_of
+from tests.multi_gpu.jobs import TWO, Video, conditioning, params, rank_process_of
 from tests.support.waiting import wait_until
 from worker.generation import engine as engine_module
 from worker.generation.engine import Engine
@@ -22,6 +23,8 @@ from worker.service import fitness
 from worker.service.worker import Worker
 
 Start = Callable[..., Engine]
+
+LONG = Video(num_latents=97, height=8, width=8, num_frames=385, num_tiles=8)
 
 
 @pytest.fixture
@@ -70,6 +73,50 @@ def test_a_rank_process_that_is_killed_fails_the_job_at_once_and_for_a_retry(sta
     assert engine.is_lost
     with pytest.raises(job_errors.GpuFaultError):  # nor is another job begun
         engine.denoise(*job)
+
+
+def test_a_rank_process_that_is_killed_while_frames_are_decoded_fails_the_job_for_a_retry(
+    start: Start,
+) -> None:
+    engine = start()
+    chunks = LONG.chunks(engine)
+    assert len(next(chunks)) == 49
+    rank_process_of().kill()
+    with pytest.raises(job_errors.GpuFaultError) as caught:
+        list(chunks)
+    assert caught.value.retryable
+    assert caught.value.refresh_worker
+    assert engine.is_lost
+    # a video that has been denoised before needs the other rank no more
+    assert sum(map(len, LONG.chunks(engine))) == LONG.num_frames
+
+
+@pytest.mark.slow
+def test_memory_that_is_too_small_for_a_tile_on_another_gpu_is_told_as_that(
+    start: Start, put_fault: Callable[[str], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    put_fault("memory in decoding")
+    engine = start()
+    with pytest.raises(job_errors.OutOfMemoryError):
+        list(LONG.chunks(engine))
+    assert engine.is_lost
+    assert "GPU 1: OutOfMemoryError: CUDA out of memory" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_in_a_tile_is_told_to_who_waits_for_the_job(
+    start: Start, put_fault: Callable[[str], None]
+) -> None:
+    put_fault("hang in decoding")
+    engine = start(GATHER_TIMEOUT_SECONDS=1.0)
+    with ThreadPoolExecutor(1) as thread:
+        job = thread.submit(lambda: list(LONG.chunks(engine)))
+        wait_until(lambda: engine.stuck_error is not None)
+        assert isinstance(engine.stuck_error, job_errors.GpuFaultError)
+        assert not job.done()
+        engine.close()  # the process that the thread waits for ends
+        with pytest.raises(job_errors.GpuFaultError):
+            job.result()
 
 
 def test_memory_that_is_too_small_on_another_gpu_is_told_as_that(

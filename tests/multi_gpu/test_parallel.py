@@ -1,6 +1,8 @@
 """Several ranks make one video. On a CPU they are the processes of a worker with several GPUs."""
 
+import math
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -11,7 +13,9 @@ from tests.multi_gpu.jobs import (
     NUM_STEPS,
     SIDE,
     TWO,
+    Video,
     assert_as_alone,
+    assert_decodes_as_alone,
     assert_same_picture,
     conditioning,
     last_preview,
@@ -20,6 +24,8 @@ from tests.multi_gpu.jobs import (
 from worker.generation.denoising_state import DenoisingState
 from worker.generation.engine import Engine
 from worker.generation.watch import Watch
+from worker.model import autoencoder
+from worker.multi_gpu.controller import RankController
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -113,3 +119,55 @@ def test_all_ranks_go_on_from_the_state_of_the_first(engine: Engine) -> None:
     assert len(states) > 2
     for state in (states[1], states[-1]):
         assert torch.equal(engine.denoise(*job, state=state), whole)
+
+
+IN_SPACE = Video(num_latents=2, height=8, width=400, num_frames=5, num_tiles=3)
+IN_TIME = Video(num_latents=33, height=8, width=8, num_frames=129, num_tiles=3)
+CUT = Video(num_latents=33, height=8, width=8, num_frames=60, num_tiles=2)
+
+
+@pytest.mark.parametrize("video", [IN_SPACE, IN_TIME, CUT], ids=["in space", "in time", "cut"])
+def test_two_ranks_decode_the_frames_of_one_to_the_last_bit(engine: Engine, video: Video) -> None:
+    own = []
+    expected = video.decoded(replace(engine, ranks=None))
+    hook = engine.pipeline.vae.post_quant_conv.register_forward_hook(lambda *_: own.append(1))
+    shared = video.decoded(engine)
+    hook.remove()
+    assert len(shared) == video.num_frames
+    assert torch.equal(shared, expected)
+    assert len(own) == math.ceil(video.num_tiles / 2)
+
+
+@pytest.mark.parametrize("num_taken", [0, 1, 2])
+def test_a_video_whose_frames_are_not_all_taken_leaves_the_next_job_whole(
+    engine: Engine, num_taken: int
+) -> None:
+    with closing(IN_TIME.chunks(engine)) as chunks:
+        assert [len(next(chunks)) for _ in range(num_taken)] == [49, 48][:num_taken]
+    assert_decodes_as_alone(engine, IN_TIME)
+    assert_as_alone(engine, conditioning(engine), params(1), 7)
+
+
+def test_a_tile_that_rank_0_cannot_decode_fails_its_job_alone(engine: Engine) -> None:
+    def fail(*_: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    hook = engine.pipeline.vae.post_quant_conv.register_forward_pre_hook(fail)
+    with pytest.raises(job_errors.OutOfMemoryError):
+        next(IN_TIME.chunks(engine))
+    hook.remove()
+    assert_decodes_as_alone(engine, IN_SPACE)
+
+
+def test_one_tile_and_ranks_of_another_arithmetic_are_no_business_of_the_others(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decoding(*_: object) -> None:
+        raise AssertionError("the other ranks were asked")
+
+    monkeypatch.setattr(RankController, "decoding", decoding)
+    assert_decodes_as_alone(engine, Video(1, 8, 8, num_frames=1, num_tiles=1))
+    with pytest.raises(AssertionError, match="asked"):
+        next(IN_SPACE.chunks(engine))
+    monkeypatch.setattr(autoencoder, "SCRATCH_BYTES", 2**20)
+    assert_decodes_as_alone(engine, IN_SPACE)

@@ -10,6 +10,7 @@ from tests.multi_gpu import demo_rank
 from tests.multi_gpu.jobs import (
     SIDE,
     TOLERANCE,
+    Video,
     assert_as_alone,
     assert_same_picture,
     conditioning,
@@ -35,7 +36,13 @@ def test_each_rank_loads_the_model_from_the_disk(toy_model: Path) -> None:
         engine.close()
 
 
-def test_four_ranks_make_the_latents_of_one() -> None:
+VIDEOS = [  # fewer tiles than ranks; a last round that is not full, in more than one step in time
+    Video(num_latents=2, height=8, width=400, num_frames=5, num_tiles=3),
+    Video(num_latents=25, height=8, width=400, num_frames=97, num_tiles=6),
+]
+
+
+def test_four_ranks_make_the_latents_and_the_frames_of_one() -> None:
     """Two for each CFG branch, which share the tokens of each pass."""
     threads = torch.get_num_threads()
     settings = Settings(avatar_model="demo")
@@ -51,17 +58,20 @@ def test_four_ranks_make_the_latents_of_one() -> None:
         alone = [engine.denoise(*job) for job in jobs]
         draft = (conditioning(engine, width=8 * SIDE), params(4, preset="draft"), 7)
         draft_alone, report_alone = denoise_sparsely(engine, *draft)
+        frames_alone = [video.decoded(engine) for video in VIDEOS]
         preview_alone = last_preview(engine, *jobs[1])  # later a pass needs the other ranks
         engine = engine.join(ranks, timeout_seconds=300.0)
         together = [engine.denoise(*job) for job in jobs]
         draft_together, report_together = denoise_sparsely(engine, *draft)
         preview_together = last_preview(engine, *jobs[1])
         num_gpus = [engine.num_gpus(settings) for _, settings, _ in jobs]
+        frames = [video.decoded(engine) for video in VIDEOS]
     finally:
         ranks.close()
         torch.set_num_threads(threads)
     assert num_gpus == [4, 4, 2, 4]
     assert_same_picture(preview_together, preview_alone)
+    assert list(map(torch.equal, frames, frames_alone)) == [True] * len(VIDEOS)
     for latents, expected in zip(together, alone, strict=True):
         assert relative_difference(latents, expected) < TOLERANCE
     assert relative_difference(draft_together, draft_alone) < TOLERANCE

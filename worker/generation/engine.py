@@ -21,7 +21,7 @@ from worker.framing import Framing
 from worker.generation import pipeline_loading
 from worker.generation.conditioning import Conditioning
 from worker.generation.denoising_state import DenoisingState, ModelIdentity, code_fingerprint
-from worker.generation.options import DenoiseOptions
+from worker.generation.options import DecodeOptions, DenoiseOptions
 from worker.generation.pipeline import HunyuanVideoAvatarPipeline
 from worker.generation.prefetch import prefetch
 from worker.generation.preview import FramePreview
@@ -370,13 +370,54 @@ class Engine:
 
         A GPU decodes the next chunk while the last one is used: close what is not used up.
         """
-        scratch_bytes = autoencoder.SCRATCH_BYTES
-        if self.plan is not None and not self.plan.all_resident:
-            scratch_bytes = DECODER_SCRATCH_BYTES
-        decoded = self.pipeline.decode_frames(latents, conditioning.num_frames, scratch_bytes)
-        chunks = map(to_uint8, decoded)  # keeps no chunk, as a loop would
-        with _failures_as_ours(), closing(decoded):
-            yield from prefetch(chunks) if self.device.type == "cuda" else chunks
+        options = DecodeOptions(
+            num_frames=conditioning.num_frames, scratch_bytes=self._scratch_bytes
+        )
+        with _failures_as_ours(), self._tile_map(latents, options) as tile_map:
+            decoded = self.pipeline.decode_frames(
+                latents, options.num_frames, options.scratch_bytes, tile_map
+            )
+            chunks = map(to_uint8, decoded)  # keeps no chunk, as a loop would
+            with closing(decoded):
+                yield from prefetch(chunks) if self.device.type == "cuda" else chunks
+
+    @contextmanager
+    def _tile_map(
+        self, latents: torch.Tensor, options: DecodeOptions
+    ) -> Iterator[autoencoder.TileMap]:
+        """Inside, what gives the decoded tiles of a video: from all ranks, or from this one alone.
+
+        All ranks decode, also those that rest while a video without CFG is denoised.
+        """
+        ranks = self.ranks
+        if (
+            ranks is None
+            or ranks.is_lost  # after its part was done: this video needs it no more
+            or not ranks.decode_alike(self.tile_arithmetic)
+            or len(autoencoder.tiles(self.pipeline.vae, latents, options.num_frames)) == 1
+        ):
+            yield map
+            return
+        with ranks.decoding(latents, options) as gatherer:
+            yield gatherer.map
+
+    def decode_tiles(
+        self, latents: torch.Tensor, options: DecodeOptions, tile_map: autoencoder.TileMap
+    ) -> None:
+        """Has `tile_map` decode another rank's part of the tiles; raises as torch."""
+        self.pipeline.decode_tiles(latents, options.num_frames, options.scratch_bytes, tile_map)
+
+    @property
+    def tile_arithmetic(self) -> str:
+        """Ranks of which it is the same decode a tile to the same values, with room for it."""
+        where = self.gpu_name or f"CPU, {torch.get_num_threads()} threads"
+        return f"{where}, {self.pipeline.vae.dtype}, {self._scratch_bytes} bytes at once"
+
+    @property
+    def _scratch_bytes(self) -> int:
+        """Of the chunk that is decoded; the frames of another one differ in their last bits."""
+        has_room = self.plan is None or self.plan.all_resident
+        return autoencoder.SCRATCH_BYTES if has_room else DECODER_SCRATCH_BYTES
 
     def num_gpus(self, params: GenerationParams) -> int:
         """How many GPUs (on a CPU: processes) generate such a video."""

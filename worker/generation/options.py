@@ -46,3 +46,11 @@ class DenoiseOptions:
     def uses_cfg(self) -> bool:
         """Whether each step has an unconditional branch."""
         return uses_cfg(self.guidance_scale)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeOptions:
+    """How the latents of one video become frames."""
+
+    num_frames: int  # of the video
+    scratch_bytes: int  # of the chunk that is decoded

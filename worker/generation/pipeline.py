@@ -409,28 +409,39 @@ class HunyuanVideoAvatarPipeline(DiffusionPipeline):
         latents: Tensor,
         num_frames: int | None = None,
         scratch_bytes: int = autoencoder.SCRATCH_BYTES,
+        tile_map: autoencoder.TileMap = map,
     ) -> Generator[Tensor]:
         """Frames (F, 3, H, W) float32 in [0, 1], chunk by chunk in order, on the VAE's device.
 
-        Each chunk leaves as soon as its tile is decoded, and what lies beyond `num_frames` is not
+        Each chunk leaves as soon as its tiles are decoded, and what lies beyond `num_frames` is not
         decoded; the chunks together are the reference's tiled decode.
 
         Args:
             latents: (1, C, latent frames, h, w), what `denoise` returned.
             num_frames: how many frames to give; None is all.
-            scratch_bytes: as `worker.model.autoencoder.decode_frames` takes it.
+            scratch_bytes, tile_map: as `worker.model.autoencoder.decode_frames` takes them.
         """
-        missing = num_frames
-        scaling_factor = self.vae.config.scaling_factor
-        unscaled = latents / scaling_factor
         with self.in_use("vae"):
-            for frames in autoencoder.decode_frames(self.vae, unscaled, scratch_bytes):
-                frames = frames[:missing]
-                yield frames
-                if missing is not None:
-                    missing -= len(frames)
-                    if missing == 0:
-                        break
+            yield from autoencoder.decode_frames(
+                self.vae, self._unscaled(latents), scratch_bytes, num_frames, tile_map
+            )
+
+    @torch.no_grad()
+    def decode_tiles(
+        self,
+        latents: Tensor,
+        num_frames: int | None,
+        scratch_bytes: int,
+        tile_map: autoencoder.TileMap,
+    ) -> None:
+        """What another process than the one that calls `decode_frames` does of the decoding."""
+        with self.in_use("vae"):
+            autoencoder.decode_tiles(
+                self.vae, self._unscaled(latents), scratch_bytes, num_frames, tile_map
+            )
+
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        return latents / self.vae.config.scaling_factor
 
     @contextmanager
     def in_use(self, name: str) -> Iterator[None]:

@@ -29,7 +29,8 @@ NUM_PREFETCH_BUFFERS = 2  # for the block in use and the next one, of those that
 TOKEN_BYTES = 27 * 3072  # of the denoiser at its peak, for each token of a window
 DENOISER_BYTES = GIB // 4  # whatever the size: convolutions, text, noise
 DECODER_SCRATCH_BYTES = 2**28  # of the chunk that is decoded, where memory is short
-DECODER_BYTES = 11 * GIB // 4  # a tile of the autoencoder then, and its frames
+# A tile of the autoencoder then, and its frames; on another rank, tiles that wait to be taken.
+DECODER_BYTES = 11 * GIB // 4
 MAX_TEXT_TOKENS = 831  # text positions of a forward pass
 USABLE_SHARE = 0.96  # of free memory: the rest is for libraries, and lost between tensors
 

@@ -8,13 +8,18 @@ order of time. A convolution takes chunks from one queue as it adds chunks to th
 normalisation, SiLU, upsampling and padding make of a chunk lies in memory for that chunk alone. So
 a tile takes the room of its largest activation and a little more (`tile_bytes`).
 
+No tile needs another one to be decoded, so several processes may share them: whoever decodes, the
+tiles are blended in one order, and the frames are the same to the last bit.
+
 Shape letters: C channels, f frames of a chunk, F frames, H and W pixels, T, h and w latents.
 """
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -52,39 +57,74 @@ def set_tiles(vae: AutoencoderKLHunyuanVideo) -> None:
     )
 
 
+@dataclass(frozen=True)
+class Tile:
+    """A part of the latents that is decoded by itself."""
+
+    latents: Tensor  # (1, C, T, h, w)
+    decoded_shape: tuple[int, ...]  # (1, 3, F, H, W)
+
+
+TileMap = Callable[[Callable[[Tile], Tensor], list[Tile]], Iterable[Tensor]]  # as `map` is one
+
+
 def decode_frames(
     vae: AutoencoderKLHunyuanVideo,
     latents: Tensor,  # (1, C, T, h, w), unscaled
     scratch_bytes: int = SCRATCH_BYTES,
+    num_frames: int | None = None,
+    tile_map: TileMap = map,
 ) -> Iterator[Tensor]:  # (F, 3, H, W) float32 in [0, 1]
-    """All frames in order, in chunks of 48 (the first of 49).
+    """The frames in order, in chunks of 48 (the first of 49).
 
     Args:
         scratch_bytes: what the chunk in work may take; more makes fewer and larger kernels of the
             same arithmetic. `tile_bytes` says what all of it takes.
+        num_frames: how many frames to give; None is all. What lies beyond is not decoded.
+        tile_map: gives the decoded tiles in order, each when it is asked for.
 
     Source: Tencent-Hunyuan/HunyuanVideo-Avatar@fd59436, its tiled decode, measured.
     """
-    latents = latents.to(vae.dtype)
-    num_latents = latents.shape[2]
-    tile_latents = vae.tile_sample_min_num_frames // vae.temporal_compression_ratio
-    stride_latents = vae.tile_sample_stride_num_frames // vae.temporal_compression_ratio
-    if num_latents <= tile_latents:
-        yield _to_frames(_decode_step(vae, latents, scratch_bytes))
-        return
+    steps = _steps_in_time(vae, latents, num_frames)
+    decoded = iter(tile_map(partial(_decode_tile, vae, scratch_bytes), _tiles(vae, steps)))
+    missing = num_frames
     stride = vae.tile_sample_stride_num_frames
     overlap = None  # the frames of the last step that this one begins with
-    for start in range(0, num_latents - 1, stride_latents):  # the last latent alone adds no frame
-        step = _decode_step(vae, latents[:, :, start : start + tile_latents + 1], scratch_bytes)
+    for step_latents in steps:
+        step = _joined(vae, step_latents, decoded)
         if overlap is None:
-            end = stride + 1  # the first latent is one frame, every other one is four
+            # the first latent is one frame, every other one is four
+            end = stride + 1 if len(steps) > 1 else step.shape[2]
         else:
             step = _blend(overlap, step[:, :, 1:], 2, vae.tile_sample_min_num_frames - stride)
             end = stride
-        frames, overlap = _to_frames(step[:, :, :end]), step[:, :, end:].clone()
+        frames, overlap = _to_frames(step[:, :, :end][:, :, :missing]), step[:, :, end:].clone()
         del step
+        if missing is not None:
+            missing -= len(frames)
         yield frames
         del frames  # or they would lie there while the next are decoded
+
+
+def decode_tiles(
+    vae: AutoencoderKLHunyuanVideo,
+    latents: Tensor,  # (1, C, T, h, w), unscaled
+    scratch_bytes: int,
+    num_frames: int | None,
+    tile_map: TileMap,
+) -> None:
+    """Has `tile_map` decode what it wants of the same tiles, and do with it what it likes."""
+    for _ in tile_map(partial(_decode_tile, vae, scratch_bytes), tiles(vae, latents, num_frames)):
+        pass
+
+
+def tiles(
+    vae: AutoencoderKLHunyuanVideo,
+    latents: Tensor,  # (1, C, T, h, w)
+    num_frames: int | None = None,
+) -> list[Tile]:
+    """What so many frames are decoded from, in the order in which it is blended."""
+    return _tiles(vae, _steps_in_time(vae, latents, num_frames))
 
 
 def tile_bytes(vae: AutoencoderKLHunyuanVideo, scratch_bytes: int = SCRATCH_BYTES) -> int:
@@ -118,34 +158,80 @@ def _to_frames(sample: Tensor) -> Tensor:
 
 @apply_forward_hook  # an offloaded autoencoder comes to its device, as for its own `decode`
 @torch.no_grad()
-def _decode_step(
+def _decode_tile(vae: AutoencoderKLHunyuanVideo, scratch_bytes: int, tile: Tile) -> Tensor:
+    """The tile's frames (1, 3, F, H, W), not blended with any other's."""
+    return _TileDecoder(vae, scratch_bytes)(tile.latents)
+
+
+def _steps_in_time(
+    vae: AutoencoderKLHunyuanVideo, latents: Tensor, num_frames: int | None
+) -> list[Tensor]:  # (1, C, T, h, w), T no more than a tile has
+    """The latents in overlapping steps of a tile's length, as many as so many frames need."""
+    latents = latents.to(vae.dtype)
+    num_latents, ratio = latents.shape[2], vae.temporal_compression_ratio
+    tile_latents = vae.tile_sample_min_num_frames // ratio
+    if num_latents <= tile_latents:
+        return [latents]
+    stride_latents = vae.tile_sample_stride_num_frames // ratio
+    return [
+        latents[:, :, start : start + tile_latents + 1]
+        for start in range(0, num_latents - 1, stride_latents)  # the last alone adds no frame
+        if start == 0 or num_frames is None or start * ratio + 1 < num_frames
+    ]
+
+
+def _tiles(vae: AutoencoderKLHunyuanVideo, steps: Sequence[Tensor]) -> list[Tile]:
+    """The tiles in space of all steps in time, of each row by row."""
+    ratio = vae.spatial_compression_ratio
+    height, width = vae.tile_sample_min_height // ratio, vae.tile_sample_min_width // ratio
+    return [
+        _tile(vae, step[..., top // ratio :, left // ratio :][..., :height, :width])
+        for step in steps
+        for top, left in product(*_corners(vae, step))
+    ]
+
+
+def _tile(vae: AutoencoderKLHunyuanVideo, latents: Tensor) -> Tile:
+    num_latents, height, width = latents.shape[2:]
+    num_frames = vae.temporal_compression_ratio * (num_latents - 1) + 1
+    ratio = vae.spatial_compression_ratio
+    shape = (1, vae.config.out_channels, num_frames, height * ratio, width * ratio)
+    return Tile(latents, shape)
+
+
+def _corners(vae: AutoencoderKLHunyuanVideo, step: Tensor) -> tuple[range, range]:
+    """Where the tiles of a step begin, from above and from the left, in pixels."""
+    height, width = (side * vae.spatial_compression_ratio for side in step.shape[3:])
+    if height <= vae.tile_sample_min_height and width <= vae.tile_sample_min_width:
+        return range(1), range(1)
+    return (
+        range(0, height, vae.tile_sample_stride_height),
+        range(0, width, vae.tile_sample_stride_width),
+    )
+
+
+def _joined(
     vae: AutoencoderKLHunyuanVideo,
     latents: Tensor,  # (1, C, T, h, w), no longer than a tile
-    scratch_bytes: int,
+    decoded: Iterator[Tensor],
 ) -> Tensor:  # (1, 3, F, H, W)
-    """The frames of one tile in time, from one tile in space or from several, blended.
+    """The frames of one step in time, from one tile in space or from several, blended.
 
     Of a tile that is done only what a later one is blended with is kept.
     """
-    decode = _TileDecoder(vae, scratch_bytes)
-    ratio = vae.spatial_compression_ratio
-    height, width = latents.shape[3:]
-    tile_height, tile_width = vae.tile_sample_min_height, vae.tile_sample_min_width
-    if height * ratio <= tile_height and width * ratio <= tile_width:
-        return decode(latents)
+    tops, lefts = _corners(vae, latents)
+    if len(tops) == len(lefts) == 1:
+        return next(decoded)
     stride_height, stride_width = vae.tile_sample_stride_height, vae.tile_sample_stride_width
-    overlap_height, overlap_width = tile_height - stride_height, tile_width - stride_width
-    num_frames = vae.temporal_compression_ratio * (latents.shape[2] - 1) + 1
-    size = (1, vae.config.out_channels, num_frames, height * ratio, width * ratio)
-    step = latents.new_empty(size)
+    overlap_height = vae.tile_sample_min_height - stride_height
+    overlap_width = vae.tile_sample_min_width - stride_width
+    step = latents.new_empty(_tile(vae, latents).decoded_shape)
     above: list[Tensor] = []  # the last rows of each tile of the row before
-    for top in range(0, size[3], stride_height):
-        rows = slice(top // ratio, (top + tile_height) // ratio)
+    for top in tops:
         below = []
         before = None  # the last columns of the tile to the left
-        for index, left in enumerate(range(0, size[4], stride_width)):
-            columns = slice(left // ratio, (left + tile_width) // ratio)
-            tile = decode(latents[..., rows, columns])
+        for index, left in enumerate(lefts):
+            tile = next(decoded)
             if above:
                 tile = _blend(above[index], tile, 3, overlap_height)
             if before is not None:

@@ -31,12 +31,15 @@ from worker import logs
 from worker.multi_gpu.messages import (
     HEARTBEAT_SECONDS,
     Message,
+    RankDecoding,
     RankFailure,
     RankJob,
     RankStart,
+    TileArithmetic,
 )
-from worker.multi_gpu.parallel import BranchParallel, NoParallel, RankParallel
-from worker.multi_gpu.process_group import ProcessGroup, tensor_specs
+from worker.multi_gpu.parallel import BranchParallel, NoParallel, RankParallel, SharedWork
+from worker.multi_gpu.process_group import NUM_CFG_BRANCHES, ProcessGroup, tensor_specs
+from worker.multi_gpu.tiles import TileGatherer
 from worker.own_directory import own_directory
 from worker.settings import Settings, configure_collectives, environment_without_secrets
 
@@ -76,6 +79,7 @@ class Rank:
     pipe: Connection
     silent_seconds: float | None = None  # since its last sign of life; None: it is still importing
     last_message: Message | None = None  # heartbeats aside
+    tile_arithmetic: str = ""  # of its loaded model
 
     @classmethod
     def start(cls, number: int, load: str) -> "Rank":
@@ -128,9 +132,11 @@ class RankController:
         starting: the processes import and load their models. The constructor returns here.
         idle: all have joined the process group and sleep at their pipes. From `join`, and from
             each job's end.
-        in a job: between two steps. `job` begins it; its end, or an exception, leads back to idle.
+        in a job: between two steps. `job` and `decoding` begin it; its end, or an exception, leads
+            back to idle.
         in a step: the ranks need each other's tensors. Before the first step, too, and after the
-            last until all GPUs are done. An exception here leads to lost.
+            last until all GPUs are done. An exception here leads to lost; but while tiles are
+            decoded one of rank 0's own does not, as it still takes what the others send.
         lost: a rank process ended, said that it failed, was silent, or left rank 0's GPU waiting;
             or rank 0 failed in a step. From any state above, for good: no job is begun any more,
             and only `close` is left.
@@ -152,7 +158,7 @@ class RankController:
         self._directory = contextlib.ExitStack()
         self._rendezvous = self._directory.enter_context(own_directory("ranks")) / "rendezvous"
         self._group: ProcessGroup | None = None
-        self._parallel: RankParallel | None = None  # of the running job
+        self._parallel: SharedWork | None = None  # of the running job
         self._changed = threading.Condition()
         self._failure: RankFailure | None = None
         self._failed_at = 0.0
@@ -210,16 +216,56 @@ class RankController:
             return
         ranks = self._group.active_ranks(num_cfg_branches)
         parallel = RankParallel(self._group, num_cfg_branches, lambda: self._begin_step(ranks))
-        self._parallel = parallel
+        specs = tensor_specs(conditioning)
+        header = RankJob(logs.job_id.get(), specs, options, seed, num_cfg_branches)
+        with self._together(parallel, header, conditioning, num_cfg_branches):
+            yield parallel
+
+    @contextlib.contextmanager
+    def decoding(self, latents: torch.Tensor, options: Any) -> Iterator[TileGatherer]:
+        """The decoding of a video on all ranks. An exception ends it on them, too.
+
+        One that comes from this process leaves the ranks idle, whenever it comes.
+
+        Args:
+            latents: they are sent.
+            options: whatever the ranks' engines take besides.
+
+        Raises:
+            WorkerError: a rank was lost.
+        """
+        assert self._group is not None
+        ranks = range(self.num_ranks)
+        gatherer = TileGatherer(self._group, lambda: self._begin_step(ranks))
+        decoding = RankDecoding(logs.job_id.get(), latents, options)
+        with self._together(gatherer, tensor_specs(decoding), decoding, NUM_CFG_BRANCHES):
+            try:
+                yield gatherer
+            finally:
+                if self._failure is None:
+                    gatherer.take_begun()
+
+    def decode_alike(self, tile_arithmetic: str) -> bool:
+        """Whether all ranks decode a tile to the same values as one of that arithmetic."""
+        return all(rank.tile_arithmetic == tile_arithmetic for rank in self._ranks)
+
+    @contextlib.contextmanager
+    def _together(
+        self, work: SharedWork, header: object, tensors: Any, num_cfg_branches: int
+    ) -> Iterator[None]:
+        """What the header tells the ranks that so many CFG branches need, from its first message to
+        its last."""
+        assert self._group is not None
+        ranks = self._group.active_ranks(num_cfg_branches)
+        self._parallel = work
         try:
             self._require_all()
-            specs = tensor_specs(conditioning)
-            self._send(RankJob(logs.job_id.get(), specs, options, seed, num_cfg_branches), ranks)
-            self._group.send_tensors(conditioning, num_cfg_branches)
-            yield parallel
-            self._finish(parallel)
+            self._send(header, ranks)
+            self._group.send_tensors(tensors, num_cfg_branches)
+            yield
+            self._finish(work)
         except BaseException as error:
-            loss = self._loss_behind(error) if parallel.in_step else None
+            loss = self._loss_behind(error) if work.in_step else None
             if loss is not None:
                 raise loss from error
             raise
@@ -235,9 +281,9 @@ class RankController:
         if self._failure is not None:
             raise self._failure.as_error()
 
-    def _finish(self, parallel: RankParallel) -> None:
+    def _finish(self, work: SharedWork) -> None:
         """Waits for the last step, so that a rank that fails in it fails this job."""
-        parallel.in_step = True
+        work.in_step = True
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
 
@@ -347,6 +393,8 @@ class RankController:
         rank.silent_seconds = 0.0
         if isinstance(message, RankFailure):
             self._lose(message)
+        elif isinstance(message, TileArithmetic):
+            rank.tile_arithmetic = message.description
         elif message is not Message.HEARTBEAT:
             with self._changed:
                 rank.last_message = message

@@ -35,11 +35,27 @@ class RankJob:
     num_cfg_branches: int
 
 
+@dataclass(frozen=True, slots=True)
+class RankDecoding:
+    """To a rank process: what to decode together. The latents follow, from GPU to GPU."""
+
+    job_id: str | None
+    latents: Any  # a tensor's spec in the message
+    options: Any  # how they are decoded; the engine's own business
+
+
+@dataclass(frozen=True, slots=True)
+class TileArithmetic:
+    """From a rank process, before it says that it is loaded: the same means the same tiles."""
+
+    description: str
+
+
 class Message(Enum):
     """The messages that carry nothing else."""
 
     JOIN = auto()  # to a rank process: all have loaded, now form the process group
-    STEP = auto()  # to a rank process: the next step begins
+    STEP = auto()  # to a rank process: the next step, or round of tiles, begins
     END = auto()  # to a rank process: the job is over, or was ended
     LOADED = auto()  # from a rank process
     JOINED = auto()  # from a rank process

@@ -60,22 +60,18 @@ class NoParallel:
         return [list(numbers)]
 
 
-class RankParallel:
-    """A job on the ranks of a process group, as one of them takes part in it.
+class SharedWork:
+    """What ranks do together in steps, as one of them does it and another thread watches it.
 
     Args:
         group: the ranks.
-        num_cfg_branches: of the job.
         begin_step: agrees with the other ranks that the step begins.
     """
 
-    def __init__(
-        self, group: ProcessGroup, num_cfg_branches: int, begin_step: Callable[[], None]
-    ) -> None:
+    def __init__(self, group: ProcessGroup, begin_step: Callable[[], None]) -> None:
         self._group = group
-        self._num_cfg_branches = num_cfg_branches
         self._begin_step = begin_step
-        # gathers that are not over: when this rank was done with its own velocity, and the work;
+        # gathers that are not over: when this rank was done with its own part, and the work;
         # never changed in place, because another thread reads it
         self._gathers: tuple[tuple[torch.Event | None, dist.Work], ...] = ()
         self.in_step = True  # until the first step has begun all is shared, too
@@ -87,30 +83,17 @@ class RankParallel:
     def end_step(self) -> None:
         self.in_step = False
 
-    def local_branches(self, branches: list[T]) -> list[T]:
-        return [branches[self._group.branch_index]]
+    def await_gather(self, works: Sequence[dist.Work], computed: torch.Event | None) -> None:
+        """Waits for what the others send; on a GPU its stream waits, and this thread goes on.
 
-    def all_gather(self, velocities: list[Tensor]) -> list[Tensor]:
-        if self._num_cfg_branches == 1:
-            return velocities
-        [velocity] = velocities
-        computed = None
-        if velocity.device.type != "cpu":
-            computed = torch.Event(velocity.device)
-            computed.record()
-        gathered, work = self._group.all_gather(velocity)
-        self._gathers = (*self._pending(), (computed, work))
-        work.wait()  # on a GPU its stream waits, and this thread goes on
-        return gathered
-
-    def broadcast(self, tensor: Tensor) -> Tensor:
-        return self._group.broadcast(tensor, self._num_cfg_branches)
-
-    def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
-        return self._group.gather_numbers(numbers, self._num_cfg_branches)
+        `computed` is what `computed_by_now` gave before the works began.
+        """
+        self._gathers = (*self._pending(), *((computed, work) for work in works))
+        for work in works:
+            work.wait()
 
     def awaited_gather(self) -> object | None:
-        """The gather that this rank waits for with its own velocity computed, if it does.
+        """The gather that this rank waits for with its own part computed, if it does.
 
         For a thread that watches: it asks the GPU and waits for nothing.
         """
@@ -121,3 +104,46 @@ class RankParallel:
 
     def _pending(self) -> tuple[tuple[torch.Event | None, dist.Work], ...]:
         return tuple(each for each in self._gathers if not each[1].is_completed())
+
+
+def computed_by_now(device: torch.device) -> torch.Event | None:
+    """Tells when a GPU is done with all that it has been given; None: a CPU, which is."""
+    if device.type == "cpu":
+        return None
+    event = torch.Event(device)
+    event.record()
+    return event
+
+
+class RankParallel(SharedWork):
+    """A job on the ranks of a process group, as one of them takes part in it.
+
+    Args:
+        group: the ranks.
+        num_cfg_branches: of the job.
+        begin_step: agrees with the other ranks that the step begins.
+    """
+
+    def __init__(
+        self, group: ProcessGroup, num_cfg_branches: int, begin_step: Callable[[], None]
+    ) -> None:
+        super().__init__(group, begin_step)
+        self._num_cfg_branches = num_cfg_branches
+
+    def local_branches(self, branches: list[T]) -> list[T]:
+        return [branches[self._group.branch_index]]
+
+    def all_gather(self, velocities: list[Tensor]) -> list[Tensor]:
+        if self._num_cfg_branches == 1:
+            return velocities
+        [velocity] = velocities
+        computed = computed_by_now(velocity.device)
+        gathered, work = self._group.all_gather(velocity)
+        self.await_gather([work], computed)
+        return gathered
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        return self._group.broadcast(tensor, self._num_cfg_branches)
+
+    def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
+        return self._group.gather_numbers(numbers, self._num_cfg_branches)

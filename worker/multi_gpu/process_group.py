@@ -26,7 +26,7 @@ RANK_COUNTS = (1, 2, 4, 8)  # usable: both CFG branches get equally many ranks, 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=2)
 # What a collective may take. NCCL counts from the call, which comes long before its GPU gets there.
 TIMEOUTS = {"nccl": timedelta(hours=12), "gloo": timedelta(minutes=5)}
-POLL_SECONDS = 0.001  # between two looks whether the first collective is over
+POLL_SECONDS = 0.001  # between two looks whether a work is over
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +146,24 @@ class ProcessGroup:
         velocities = [torch.empty_like(velocity) for _ in range(NUM_CFG_BRANCHES)]
         work = dist.all_gather(velocities, velocity.contiguous(), group=group, async_op=True)
         return velocities, work
+
+    def receive_from_each(self, tensors: Sequence[Tensor]) -> list[dist.Work]:
+        """Fills the tensors with what rank 1 and the next ones send, once the works are over."""
+        return dist.batch_isend_irecv(
+            [dist.P2POp(dist.irecv, tensor, rank) for rank, tensor in enumerate(tensors, 1)]
+        )
+
+    def send_to_first(self, tensor: Tensor) -> dist.Work:
+        """Sends a contiguous tensor, which must stay as it is until the work is over, to rank 0."""
+        [work] = dist.batch_isend_irecv([dist.P2POp(dist.isend, tensor, 0)])
+        return work
+
+    def await_on_host(self, work: dist.Work) -> None:
+        """Returns when the work is over; its own `wait` only has a GPU's stream wait."""
+        if self.device.type == "cuda":
+            while not work.is_completed():
+                time.sleep(POLL_SECONDS)
+        work.wait()
 
     def _active_group(self, num_cfg_branches: int) -> dist.ProcessGroup | None:
         """The active ranks; None is all."""

@@ -17,18 +17,22 @@ from queue import SimpleQueue
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from avatar_client.contract.job_errors import OutOfMemoryError
 from worker import logs
 from worker.multi_gpu.messages import (
     HEARTBEAT_SECONDS,
     Message,
+    RankDecoding,
     RankFailure,
     RankJob,
     RankStart,
+    TileArithmetic,
 )
 from worker.multi_gpu.parallel import BranchParallel, RankParallel
-from worker.multi_gpu.process_group import ProcessGroup
+from worker.multi_gpu.process_group import NUM_CFG_BRANCHES, ProcessGroup
+from worker.multi_gpu.tiles import TileSender
 from worker.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -43,10 +47,17 @@ class RankEngine(Protocol):
     def pipeline(self) -> Any:
         """Holds the `transformer` whose passes may have to be shared."""
 
+    @property
+    def tile_arithmetic(self) -> str:
+        """Ranks of which it is the same decode a tile to the same values."""
+
     def denoise_part(
         self, conditioning: Any, options: Any, seed: int, parallel: BranchParallel
     ) -> object:
         """Denoises this rank's part of a job. What comes out is rank 0's to use."""
+
+    def decode_tiles(self, latents: Tensor, options: Any, tile_map: Any) -> None:
+        """Has `tile_map` decode and send this rank's tiles of a video."""
 
 
 class _JobEndedError(Exception):
@@ -74,6 +85,7 @@ def main(descriptor: int, load: str) -> None:
     logs.configure(start.settings.runpod_log_level, process=name)
     try:
         engine = load_engine(start.settings, start.device)
+        pipe.send(TileArithmetic(engine.tile_arithmetic))
         pipe.send(Message.LOADED)
         pipe.recv()
         group = ProcessGroup(start.rank, start.num_ranks, start.rendezvous, start.device)
@@ -82,7 +94,8 @@ def main(descriptor: int, load: str) -> None:
         pipe.send(Message.JOINED)
         while True:
             message = pipe.recv()
-            if isinstance(message, RankJob):  # else the end of a job that ended here, too
+            # else it is the end of a job that ended here, too
+            if isinstance(message, RankJob | RankDecoding):
                 _take_part(message, pipe, engine, group)
     except BaseException as error:
         logger.exception("the rank process failed")
@@ -94,14 +107,19 @@ def main(descriptor: int, load: str) -> None:
 
 
 def _take_part(
-    job: RankJob, pipe: "ControllerPipe", engine: RankEngine, group: ProcessGroup
+    job: RankJob | RankDecoding, pipe: "ControllerPipe", engine: RankEngine, group: ProcessGroup
 ) -> None:
-    """Denoises one job together with the other ranks."""
+    """Denoises or decodes one job together with the other ranks."""
     logs.job_id.set(job.job_id)
-    conditioning = group.receive_tensors(job.conditioning, job.num_cfg_branches)
-    parallel = RankParallel(group, job.num_cfg_branches, pipe.await_step)
     try:
-        engine.denoise_part(conditioning, job.options, job.seed, parallel)
+        if isinstance(job, RankDecoding):
+            decoding = group.receive_tensors(job, NUM_CFG_BRANCHES)
+            sender = TileSender(group, pipe.await_step)
+            engine.decode_tiles(decoding.latents, decoding.options, sender.map)
+        else:
+            conditioning = group.receive_tensors(job.conditioning, job.num_cfg_branches)
+            parallel = RankParallel(group, job.num_cfg_branches, pipe.await_step)
+            engine.denoise_part(conditioning, job.options, job.seed, parallel)
         if group.device.type != "cpu":
             torch.accelerator.synchronize(group.device)  # a failure shows itself here at the latest
     except _JobEndedError:
