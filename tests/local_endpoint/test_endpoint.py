@@ -483,7 +483,7 @@ def test_schemathesis_finds_no_fault(alone: LocalEndpoint, eager_worker: None) -
         str(Path(sys.executable).with_name("schemathesis")),
         *("run", f"{alone.origin}/openapi.json"),
         *("--header", f"Authorization: Bearer {alone.api_key}"),
-        *("--max-examples", "25", "--suppress-health-check", "all", "--no-color"),
+        *("--seed", "1", "--max-examples", "25", "--suppress-health-check", "all", "--no-color"),
         *("--exclude-checks", "positive_data_acceptance"),
     ]
     environment = {"PATH": "/usr/bin", "HOME": str(alone.directory)}
