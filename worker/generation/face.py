@@ -5,6 +5,7 @@ weights are in its package. Both give boxes (x, y, width, height) in pixels, fro
 the chin. docs/decisions/faces.md says what each was measured with.
 """
 
+import functools
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -130,15 +131,13 @@ def detect_by_dlib(image: Image.Image) -> list[Box]:
     Source: Dalal and Triggs, Histograms of oriented gradients for human detection, CVPR 2005; dlib
     slides five of them over the picture, for faces that look ahead, to a side, or lean over.
     """
-    from dlib import get_frontal_face_detector  # 11 MB, needed only without the checkpoint's
-
     scale = min(LONG_SIDE / max(image.size), MAX_ENLARGEMENT)
     width, height = (max(round(side * scale), 1) for side in image.size)
     pixels = np.array(image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC))
     border = round(MIRRORED_BORDER * min(width, height))
     pixels = np.pad(pixels, ((border, border), (border, border), (0, 0)), mode="symmetric")
     boxes = []
-    for found in get_frontal_face_detector()(pixels, 0):
+    for found in _dlib_detector()(pixels, 0):
         left, right = found.left() - border, found.right() + 1 - border
         top, bottom = found.top() - border, found.bottom() + 1 - border
         inside = _shared(left, right, width) * _shared(top, bottom, height)
@@ -147,6 +146,13 @@ def detect_by_dlib(image: Image.Image) -> list[Box]:
             bottom += round(CHIN * found.height())
             boxes.append(tuple(v / scale for v in (left, top, right - left, bottom - top)))
     return boxes
+
+
+@functools.cache  # half a second of a core; only where the checkpoint's is not there
+def _dlib_detector() -> Any:
+    from dlib import get_frontal_face_detector
+
+    return get_frontal_face_detector()
 
 
 def _shared(start: float, end: float, limit: float) -> float:
