@@ -97,6 +97,7 @@ def test_every_link_holds_with_a_broken_torchvision_in_the_environment(
     assert (facts["ok"], child.returncode) == (True, 0)
 
 
+@pytest.mark.slow
 def test_with_the_guard_off_each_broken_link_names_torchvision(broken_torchvision: Path) -> None:
     child = run_python(
         "-m", "worker", "doctor", "--imports", packages=(broken_torchvision,), IMPORT_GUARD="off"

@@ -60,7 +60,13 @@ def denoised(pipeline: HunyuanVideoAvatarPipeline, conditioning: Conditioning) -
     return pipeline.denoise(conditioning, OPTIONS, torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("seconds", [SHORT, LONG], ids=["one window", "several windows"])
+@pytest.mark.parametrize(
+    "seconds",
+    [
+        pytest.param(SHORT, id="one window"),
+        pytest.param(LONG, id="several windows", marks=pytest.mark.slow),
+    ],
+)
 def test_voices_of_one_recording_are_one_voice_in_all_their_places(
     seconds: float, pipeline: HunyuanVideoAvatarPipeline
 ) -> None:

@@ -177,7 +177,7 @@ def test_weights_in_several_storages_are_refused() -> None:
 # The whole model
 
 
-@pytest.mark.parametrize("resident_blocks", [1, 4])
+@pytest.mark.parametrize("resident_blocks", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_video_of_offloaded_models_is_the_same(toy_model: Path, resident_blocks: int) -> None:
     plan = MemoryPlan(0, False, resident_blocks, 8, 10**6)
     frames = []

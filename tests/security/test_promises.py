@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/security.md"
 ENOUGH = 1000  # inputs, as the page says
@@ -18,6 +20,7 @@ def test_each_promise_has_its_test() -> None:
     assert not [path for row in named for path in row if not (ROOT / path).is_file()]
 
 
+@pytest.mark.slow
 def test_there_are_as_many_inputs_as_the_page_says() -> None:
     words = ["-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "tests/security"]
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)

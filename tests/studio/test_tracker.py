@@ -231,6 +231,7 @@ def test_a_page_that_goes_away_stops_nothing(
 # The studio's own endpoint
 
 
+@pytest.mark.slow
 def test_a_large_recording_goes_through_the_bucket_of_the_studios_own_endpoint(
     tracker: JobTracker,
     portrait: Path,
