@@ -353,6 +353,10 @@ class Engine:
         state: DenoisingState | None = None,
     ) -> torch.Tensor:
         """The same, by what this rank does of it. The other ranks do no more; raises as torch."""
+        tolerance = options.attention_tolerance
+        if tolerance is not None and not self.has_sparse_attention:  # rank 0 has
+            sparsity = SparseAttention(tolerance, seed, self.device, sees_all=True)
+            watch = replace(watch, sparsity=sparsity)
         generator = torch.Generator(self.device).manual_seed(seed)
         return self.pipeline.denoise(
             conditioning,
