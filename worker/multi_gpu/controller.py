@@ -253,8 +253,7 @@ class RankController:
     def _together(
         self, work: SharedWork, header: object, tensors: Any, num_cfg_branches: int
     ) -> Iterator[None]:
-        """What the header tells the ranks that so many CFG branches need, from its first message to
-        its last."""
+        """Work of the ranks that so many CFG branches need, from its header to its end."""
         assert self._group is not None
         ranks = self._group.active_ranks(num_cfg_branches)
         self._parallel = work
