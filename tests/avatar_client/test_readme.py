@@ -91,6 +91,7 @@ def test_the_shell_example_makes_a_video(run: Callable[..., str], tmp_path: Path
     assert num_frames(tmp_path / "video.mp4") > 0
 
 
+@pytest.mark.slow
 def test_the_shell_example_of_two_speakers_makes_a_video(
     run: Callable[..., str], make_speech: Callable[..., bytes], tmp_path: Path
 ) -> None:

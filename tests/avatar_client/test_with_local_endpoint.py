@@ -85,6 +85,7 @@ def test_a_video_inside_the_answer_becomes_a_file(
         assert num_frames(job.download(tmp_path / "video.mp4")) > 0
 
 
+@pytest.mark.slow
 def test_two_speakers_become_one_video_and_a_wrong_one_is_named(
     endpoint: LocalEndpoint, make_speech: Callable[..., bytes], tmp_path: Path
 ) -> None:

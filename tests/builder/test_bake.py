@@ -208,6 +208,7 @@ def test_a_bake_killed_in_a_download_is_no_model_and_resumes(
     assert not (tmp_path / "model.sources").exists()
 
 
+@pytest.mark.slow
 def test_a_bake_killed_while_it_writes_weights_is_no_model_and_resumes(
     hub: HubServer, baked: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -239,6 +240,7 @@ def test_a_second_bake_fetches_nothing_and_another_variant_is_refused(
     assert log.splitlines()[-1].endswith("holds the variant bf16: choose another")
 
 
+@pytest.mark.slow
 def test_weights_that_the_converter_does_not_know_end_in_their_names(
     hub: HubServer, tmp_path: Path
 ) -> None:
@@ -284,6 +286,7 @@ def test_a_disk_without_room_for_source_and_target_is_refused_at_once(
     assert hub.requests == []
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_while_converting_ends_in_one_line(
     hub: HubServer, tmp_path: Path
 ) -> None:

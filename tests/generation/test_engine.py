@@ -67,6 +67,7 @@ def test_both_cfg_branches_get_equally_many_ranks(num_gpus: int, num_ranks: int)
     assert len(rank_devices(settings)) == num_ranks
 
 
+@pytest.mark.slow
 def test_on_a_cpu_the_memory_of_one_tensor_serves_the_next(random_model: Path) -> None:
     """Where it goes back to the kernel, each of its pages is a fault again."""
     program = (

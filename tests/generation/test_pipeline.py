@@ -100,7 +100,7 @@ def loop_conditioning(num_audio_frames: int, scaling_factor: float) -> Condition
     )
 
 
-@pytest.mark.parametrize("state", ["float32", "bfloat16"])
+@pytest.mark.parametrize("state", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", LOOP["cases"])
 def test_the_loop_is_the_reference_s(
     name: str, state: str, pipeline: HunyuanVideoAvatarPipeline

@@ -83,6 +83,7 @@ def test_voices_of_one_recording_are_one_voice_in_all_their_places(
     assert relative_difference(denoised(pipeline, alone), expected) > 1e3 * ROUNDING
 
 
+@pytest.mark.slow
 def test_the_order_of_the_voices_does_not_matter(pipeline: HunyuanVideoAvatarPipeline) -> None:
     voices = [Voice(tone(220), LEFT), Voice(tone(700), RIGHT)]
     latents = denoised(pipeline, encoded(pipeline, *voices))

@@ -245,6 +245,7 @@ def planned(network: nn.Module, dtype: torch.dtype) -> list[PlannedTensors]:
     ]
 
 
+@pytest.mark.slow
 def test_the_bake_is_given_the_modules_that_it_imports_and_no_more() -> None:
     code = """
 import sys

@@ -183,6 +183,7 @@ def test_a_store_that_stumbles_costs_no_claim(
     proxy.failures = [(status, "SlowDown")] * 3
     wait_until(lambda: len(proxy.seen) > seen + 6)
     claim.require_held()
+    claim.release()  # while the store is still there
 
 
 # What a store can do

@@ -77,6 +77,7 @@ def inference() -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 def test_two_ranks_together_compute_what_one_does(tmp_path: Path) -> None:
     cases = [
         Case(4, tiny_inputs(6, 5)),

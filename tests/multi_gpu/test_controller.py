@@ -119,6 +119,7 @@ def test_a_rank_that_hangs_in_a_tile_is_told_to_who_waits_for_the_job(
             job.result()
 
 
+@pytest.mark.slow
 def test_memory_that_is_too_small_on_another_gpu_is_told_as_that(
     start: Start, put_fault: Callable[[str], None], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -228,6 +228,7 @@ def test_a_template_that_does_not_start_is_our_fault(file: BinaryIO) -> None:
     sandbox.close()
 
 
+@pytest.mark.slow
 def test_hundreds_of_files_leave_nothing_behind(sandbox: Sandbox, file: BinaryIO) -> None:
     def descriptors(pid: int) -> int:
         return len(list(Path(f"/proc/{pid}/fd").iterdir()))

@@ -103,6 +103,7 @@ def worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Worker:
     )
 
 
+@pytest.mark.slow
 def test_no_marked_secret_is_in_results_webhooks_logs_process_lists_or_files(
     worker: Worker, server: ScriptedServer, log: Callable[[], str], tmp_path: Path
 ) -> None:

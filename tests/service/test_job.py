@@ -162,7 +162,9 @@ def tall_portrait(make_portrait: Callable[..., bytes]) -> str:
     [
         ({}, (220, 384)),
         ({"aspect": "16:9", "fit": "contain", "format": "webm"}, (448, 252)),
-        ({"aspect": "4:5", "codec": "hevc", "quality": 30}, (256, 320)),
+        pytest.param(
+            {"aspect": "4:5", "codec": "hevc", "quality": 30}, (256, 320), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_video_has_the_shape_and_the_format_that_its_plan_tells(

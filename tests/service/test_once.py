@@ -229,6 +229,7 @@ def test_a_request_that_could_not_be_remembered_is_refused(
     assert refused.output["error_info"]["field"] == "request_id"
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_with_the_claim_in_hand_is_followed_by_another_and_no_third(
     site: Site, make_input: Callable[..., dict[str, Any]]
 ) -> None:
