@@ -478,7 +478,7 @@ def test_a_chain_of_exceptions_ends_with_its_root_cause() -> None:
 ENTRIES = ["handler", "worker.__main__", "local_endpoint.__main__"]
 ENTRIES += ["demo.__main__", "builder.bake", "builder.convert", "builder.download"]
 ENTRIES += ["builder.verify", "benchmarks.generation", "benchmarks.loading"]
-ENTRIES += ["benchmarks.decode", "benchmarks.two_gpus", "worker.multi_gpu.rank_process"]
+ENTRIES += ["benchmarks.decode", "benchmarks.several_gpus", "worker.multi_gpu.rank_process"]
 ENTRIES += ["training.__main__", "training.audio_encoder"]
 WATCH = """
 import importlib, os, sys

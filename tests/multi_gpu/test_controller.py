@@ -92,18 +92,6 @@ def test_a_rank_process_that_is_killed_while_frames_are_decoded_fails_the_job_fo
 
 
 @pytest.mark.slow
-def test_memory_that_is_too_small_for_a_tile_on_another_gpu_is_told_as_that(
-    start: Start, put_fault: Callable[[str], None], caplog: pytest.LogCaptureFixture
-) -> None:
-    put_fault("memory in decoding")
-    engine = start()
-    with pytest.raises(job_errors.OutOfMemoryError):
-        list(LONG.chunks(engine))
-    assert engine.is_lost
-    assert "GPU 1: OutOfMemoryError: CUDA out of memory" in caplog.text
-
-
-@pytest.mark.slow
 def test_a_rank_that_hangs_in_a_tile_is_told_to_who_waits_for_the_job(
     start: Start, put_fault: Callable[[str], None]
 ) -> None:
@@ -120,13 +108,25 @@ def test_a_rank_that_hangs_in_a_tile_is_told_to_who_waits_for_the_job(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "work"),
+    [
+        ("memory", lambda engine: engine.denoise(conditioning(engine), params(), 7)),
+        ("memory in decoding", lambda engine: list(LONG.chunks(engine))),
+    ],
+    ids=["a step", "a tile"],
+)
 def test_memory_that_is_too_small_on_another_gpu_is_told_as_that(
-    start: Start, put_fault: Callable[[str], None], caplog: pytest.LogCaptureFixture
+    start: Start,
+    put_fault: Callable[[str], None],
+    caplog: pytest.LogCaptureFixture,
+    fault: str,
+    work: Callable[[Engine], object],
 ) -> None:
-    put_fault("memory")
+    put_fault(fault)
     engine = start()
     with pytest.raises(job_errors.OutOfMemoryError):
-        engine.denoise(conditioning(engine), params(), 7)
+        work(engine)
     assert engine.is_lost
     assert "GPU 1: OutOfMemoryError: CUDA out of memory" in caplog.text
 

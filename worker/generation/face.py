@@ -148,9 +148,9 @@ def detect_by_dlib(image: Image.Image) -> list[Box]:
     return boxes
 
 
-@functools.cache  # half a second of a core; only where the checkpoint's is not there
+@functools.cache  # making it takes several times as long as looking for faces
 def _dlib_detector() -> Any:
-    from dlib import get_frontal_face_detector
+    from dlib import get_frontal_face_detector  # 11 MB, needed only without the checkpoint's
 
     return get_frontal_face_detector()
 

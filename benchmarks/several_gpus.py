@@ -1,7 +1,7 @@
 """Times denoising steps and decoding at full size on one GPU, and on several that share them.
 
-    python -m benchmarks.two_gpus [--num-gpus 4] [--drafts 704x768]
-    python -m benchmarks.two_gpus --device cpu --sizes 64x32 --backend native --num-layers 2 \
+    python -m benchmarks.several_gpus [--num-gpus 4] [--drafts 704x768]
+    python -m benchmarks.several_gpus --device cpu --sizes 64x32 --backend native --num-layers 2 \
         --num-single-layers 2 --num-attention-heads 2
 
 The rank processes are the worker's own, and so is the loop; the weights are random, from the same
@@ -52,7 +52,7 @@ from worker.shapes import SPATIAL_COMPRESSION, WINDOW_FRAMES, WINDOW_LATENTS
 
 TEXT_POSITIONS, TEXT_LENGTH = 831, 400
 FACE_SHARE = 0.25  # of the picture's height and width, inside the face mask
-LOAD = "benchmarks.two_gpus:load"  # for the rank processes
+LOAD = "benchmarks.several_gpus:load"  # for the rank processes
 LOAD_TIMEOUT_SECONDS = 120.0
 
 

@@ -14,7 +14,7 @@ TOY += " --num-single-layers 2 --num-attention-heads 1"
 @pytest.mark.slow
 def test_it_times_each_size_alone_and_together() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.two_gpus", *TOY.split()],
+        [sys.executable, "-m", "benchmarks.several_gpus", *TOY.split()],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
