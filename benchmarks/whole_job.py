@@ -2,7 +2,7 @@
 
     python -m benchmarks.whole_job --directory /tmp/model [--size 384x384]
     python -m benchmarks.whole_job --directory /tmp/model --in-a-row 10 [--size ...] [--other ...]
-    python -m benchmarks.whole_job --directory /tmp/model --speakers 3 [--size 704x768]
+    python -m benchmarks.whole_job --directory /tmp/model --speakers 3 [--size ...] [--steps 5]
 
 Takes the model directory that `python -m benchmarks.loading` writes. The same noise for all: each
 preset's latents are compared with those of `quality`. The published way encodes and decodes as
@@ -11,7 +11,8 @@ preset's latents are compared with those of `quality`. The published way encodes
 In a row: jobs of two sizes by turns, and the peak memory of each; the first of either size shows
 what a new size costs.
 
-Speakers: the seconds of denoising with so many of them beside those with one, by turns.
+Speakers: the seconds of denoising with so many of them beside those with one, by turns. With fewer
+steps all of them are computed in full, since the first ones are.
 """
 
 import argparse
@@ -154,7 +155,9 @@ def tone(step: float = 0.05) -> NDArray[np.float32]:
     return samples.astype(np.float32)
 
 
-def compare_speakers(engine: Engine, size: FrameSize, count: int) -> None:
+def compare_speakers(
+    engine: Engine, size: FrameSize, count: int, presets: Sequence[str], steps: int
+) -> None:
     """Denoising for so many speakers side by side and for one of them, in each preset."""
     across = size.width / (2 * count)  # a face and as much beside it
     voices = [
@@ -164,8 +167,8 @@ def compare_speakers(engine: Engine, size: FrameSize, count: int) -> None:
         )
         for index in range(count)
     ]
-    for preset in PRESETS:
-        fields = {"preset": preset, "num_inference_steps": STEPS}
+    for preset in presets:
+        fields = {"preset": preset, "num_inference_steps": steps}
         params = GenerationParams.model_validate(fields)
         seconds: dict[int, list[float]] = {1: [], count: []}
         for number in (1, count, 1, count, 1, count):
@@ -179,6 +182,7 @@ def compare_speakers(engine: Engine, size: FrameSize, count: int) -> None:
         report(
             preset=preset,
             size=f"{size.height}x{size.width}",
+            steps=steps,
             **{f"denoise_of_{number}": round(each, 3) for number, each in least.items()},
             ratio=round(least[count] / least[1], 4),
         )
@@ -191,6 +195,8 @@ def main() -> None:
     parser.add_argument("--size", type=_size, default="384x384")
     parser.add_argument("--other", type=_size, default="256x256", help="of every second in a row")
     parser.add_argument("--speakers", type=_several, help="instead, so many beside one")
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
+    parser.add_argument("--steps", type=int, default=STEPS, help="with --speakers")
     parser.add_argument("--in-a-row", type=int, metavar="JOBS", help="instead, so many jobs")
     arguments = parser.parse_args()
     face.detect_by_dlib = lambda image: []  # finding a face is not what is measured here
@@ -198,7 +204,8 @@ def main() -> None:
     if arguments.in_a_row:
         run_in_a_row(engine, (arguments.size, arguments.other), arguments.in_a_row)
     elif arguments.speakers:
-        compare_speakers(engine, arguments.size, arguments.speakers)
+        told = arguments
+        compare_speakers(engine, told.size, told.speakers, told.presets, told.steps)
     else:
         compare(engine, arguments.size)
 

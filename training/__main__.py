@@ -9,8 +9,8 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from diffusers import AutoencoderKLHunyuanVideo, FlowMatchEulerDiscreteScheduler
@@ -19,6 +19,7 @@ from transformers import WhisperFeatureExtractor, WhisperModel
 
 from training import architecture, audio_encoder, autoencoder, report, transformer
 from training.loop import time_for
+from training.processes import LOG_FORMAT, process_pool
 from training.speech import SpeechCorpus
 from worker.generation.pipeline import HunyuanVideoAvatarPipeline
 from worker.loading import manifest, preview
@@ -28,8 +29,8 @@ from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
 logger = logging.getLogger("training")
 
 HERE = Path(__file__).parent
-WRITING_SECONDS = 30  # that the files take in the end, and what the device still has to do
-# Of the time that is left when they begin, at most; on one H200 both take a third of that.
+WRITING_SECONDS = 60  # that the files take in the end, and what the device still has to do
+# Of the time, at most; on one H200 both take half of that.
 AUDIO_ENCODER_SHARE = 0.15
 AUTOENCODER_SHARE = 0.25
 PREVIEW_PEOPLE = 16  # whose pictures the previews are fitted to
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument(
         "--processes",
         type=int,
-        default=min(max((os.cpu_count() or 1) - 2, 1), 12),
+        default=min(max((os.cpu_count() or 1) - 2, 1), 16),
         help="that make the training data",
     )
     parser.add_argument(
@@ -65,8 +66,9 @@ def main() -> None:
     deadline = None
     if arguments.minutes is not None:
         deadline = time.monotonic() + 60 * arguments.minutes - WRITING_SECONDS
-    torch.backends.cudnn.benchmark = True  # the shapes are few
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if arguments.device != "cpu":  # what is left to the CPU is too small for many threads
+        torch.set_num_threads(1)
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     make(
         arguments.work,
         arguments.seed,
@@ -79,13 +81,6 @@ def main() -> None:
     report.write(arguments.work, arguments.out.parent)
 
 
-class _Saved(Protocol):
-    """A model of diffusers or transformers."""
-
-    def save_pretrained(self, directory: Path, /) -> object:
-        """Writes its configuration and weights."""
-
-
 def make(
     work: Path,
     seed: int,
@@ -94,55 +89,69 @@ def make(
     first_scenes: int,
     deadline: float | None = None,
 ) -> None:
-    """Trains each part that `work` does not hold yet, and says how good it is."""
+    """Trains each part that `work` does not hold yet, and says how good it is.
 
-    def once(name: str, train: Callable[[], _Saved]) -> bool:
-        directory = work / name
-        if (directory / "config.json").exists():
-            return False
-        logger.info("%s is trained on %s", name, device)
-        train().save_pretrained(directory)
-        return True
+    A process of its own trains the speech encoder beside the autoencoder, and others draw scenes
+    meanwhile. Without processes all is done here, one after the other.
+    """
+    SpeechCorpus("train", work)  # synthesised before anyone else reads it
+    run = work / "transformer_run"
+    has_scenes = not _is_there(work, "transformer") and time_for(deadline, 1, 0) != 0
+    drawing = transformer.drawn_scenes(run, work, seed, num_processes if has_scenes else 0)
+    with process_pool(1) as pool, drawing as drawn:
 
-    corpus = SpeechCorpus("train", work)
-    if once(
-        "audio_encoder",
-        lambda: audio_encoder.train(
-            work,
-            audio_encoder.STEPS,
-            seed,
-            device,
-            num_processes,
-            seconds=time_for(deadline, AUDIO_ENCODER_SHARE, 1 - AUDIO_ENCODER_SHARE),
-        ),
-    ):
-        model = WhisperModel.from_pretrained(work / "audio_encoder").eval()
-        held_out = SpeechCorpus("held_out", work)
-        logger.info("%s", audio_encoder.measure(model, corpus, held_out))
-    vae_deadline = None
-    if deadline is not None:
-        now = time.monotonic()
-        vae_deadline = now + AUTOENCODER_SHARE * (deadline - now)
-    if once(
-        "vae",
-        lambda: autoencoder.train_autoencoder(
-            work / "vae_run", seed, device, deadline=vae_deadline
-        ),
-    ):
-        vae = AutoencoderKLHunyuanVideo.from_pretrained(work / "vae").eval()
-        logger.info("%s", autoencoder.measure(vae, device))
-    once(
-        "transformer",
-        lambda: transformer.train_transformer(
-            work / "transformer_run",
-            work,
-            seed,
-            device,
-            num_processes,
-            first_scenes=first_scenes,
-            deadline=deadline,
-        ),
-    )
+        def beside(call: Callable[[], None]) -> Callable[[], None]:
+            """What waits for the call; it has begun if there are processes."""
+            return pool.submit(call).result if num_processes else call
+
+        is_new = not _is_there(work, "audio_encoder")
+        seconds = time_for(deadline, AUDIO_ENCODER_SHARE, 1 - AUDIO_ENCODER_SHARE)
+        made = beside(partial(_make_audio_encoder, work, seed, device, num_processes, seconds))
+        _make_autoencoder(work, seed, device, deadline)
+        made()
+        measured = beside(partial(_measure_audio_encoder, work)) if is_new else _nothing
+        if not _is_there(work, "transformer"):
+            logger.info("the denoiser is trained on %s", device)
+            transformer.train_transformer(
+                run, work, drawn, seed, device, first_scenes=first_scenes, deadline=deadline
+            ).save_pretrained(work / "transformer")
+        measured()
+
+
+def _is_there(work: Path, name: str) -> bool:
+    return (work / name / "config.json").exists()
+
+
+def _nothing() -> None:
+    """Nothing to wait for."""
+
+
+def _make_audio_encoder(
+    work: Path, seed: int, device: torch.device, num_processes: int, seconds: float | None
+) -> None:
+    if _is_there(work, "audio_encoder"):
+        return
+    logger.info("the speech encoder is trained on %s", device)
+    steps = audio_encoder.STEPS
+    model = audio_encoder.train(work, steps, seed, device, num_processes, seconds)
+    model.save_pretrained(work / "audio_encoder")
+
+
+def _measure_audio_encoder(work: Path) -> None:
+    model = WhisperModel.from_pretrained(work / "audio_encoder").eval()
+    corpora = (SpeechCorpus("train", work), SpeechCorpus("held_out", work))
+    logger.info("%s", audio_encoder.measure(model, *corpora))
+
+
+def _make_autoencoder(work: Path, seed: int, device: torch.device, deadline: float | None) -> None:
+    if _is_there(work, "vae"):
+        return
+    logger.info("the autoencoder is trained on %s", device)
+    seconds = time_for(deadline, AUTOENCODER_SHARE, 1 - AUTOENCODER_SHARE)
+    until = None if seconds is None else time.monotonic() + seconds
+    vae = autoencoder.train_autoencoder(work / "vae_run", seed, device, deadline=until)
+    vae.save_pretrained(work / "vae")
+    logger.info("%s", autoencoder.measure(vae.eval(), device))
 
 
 def write(work: Path, model_dir: Path) -> None:

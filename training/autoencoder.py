@@ -20,7 +20,7 @@ from training.speech import MouthTrack
 from worker.shapes import FrameSize
 
 SIZE = 256  # px of a picture
-PICTURES = 1200  # whose clips are rendered before the training
+PICTURES = 800  # whose clips are rendered before the training
 PEOPLE = (1, 1, 2, 3)  # in a picture, each as often
 CLIP_FRAMES = 17
 TRACK_FRAMES = 60  # of the movement of which a clip is a part
@@ -184,6 +184,7 @@ def train_autoencoder(
     size = phases[-1].crop
     sampler = ClipSampler(seed, device, pictures, size)
 
+    torch.backends.cudnn.benchmark = True  # the shapes are few, unlike the denoiser's
     for index, phase in enumerate(phases):
         gradients = LossGradients(vae, partial(reconstruction_loss, vae))
 
@@ -205,6 +206,7 @@ def train_autoencoder(
         )
         if phase.num_frames == 1:
             inflate_kernels(vae)
+    torch.backends.cudnn.benchmark = False
     pixels, _ = sampler.batch(16, 1, size)
     with torch.no_grad():
         spread = vae.encode(pixels.float() / 127.5 - 1).latent_dist.mean.std().item()

@@ -1,6 +1,7 @@
 """Results that other processes compute ahead of their use, in an order that no timing changes."""
 
 import itertools
+import logging
 import multiprocessing
 import os
 import threading
@@ -15,6 +16,7 @@ import torch
 Result = TypeVar("Result")
 
 PREFETCHED_PER_PROCESS = 4  # results that wait for their use
+LOG_FORMAT = "%(asctime)s %(message)s"
 
 
 @contextmanager
@@ -23,6 +25,8 @@ def prefetched(
 ) -> Iterator[Iterator[Result]]:
     """The results of `make(first)`, `make(first + 1)` and so on; without processes, made in turn.
 
+    The processes begin at once, and stop when so many results wait for their use.
+
     Args:
         make: what can be pickled; so can its results, without tensors, which take file handles.
     """
@@ -30,15 +34,16 @@ def prefetched(
     if num_processes == 0:
         yield map(make, numbers)
         return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_processes, context, initializer=_begin)
+    pool = process_pool(num_processes)
     waiting: deque[Future[Result]] = deque()
+    for number in itertools.islice(numbers, PREFETCHED_PER_PROCESS * num_processes):
+        waiting.append(pool.submit(make, number))
 
     def results() -> Iterator[Result]:
-        while True:
-            while len(waiting) < PREFETCHED_PER_PROCESS * num_processes:
-                waiting.append(pool.submit(make, next(numbers)))
-            yield waiting.popleft().result()
+        for number in numbers:
+            result = waiting.popleft().result()
+            waiting.append(pool.submit(make, number))
+            yield result
 
     try:
         yield results()
@@ -46,8 +51,14 @@ def prefetched(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
+def process_pool(num_processes: int) -> ProcessPoolExecutor:
+    """Processes of one thread of work each, which end with this one."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(num_processes, context, initializer=_begin)
+
+
 def _begin() -> None:
-    """One thread of work a process, which ends with its parent."""
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -1,8 +1,9 @@
 """What the denoiser is trained on: people who speak, as latents with all that goes with them.
 
-A scene is sampled (who, what they say, how they move) and then rendered and encoded. A window is a
-stretch of a scene's latents, as one pass of the denoiser has it. Shape letters: V people and their
-voices, C latent channels, T latent frames of a scene, h and w latents, L text positions.
+A scene is sampled (who, what they say, how they move) and drawn, by any process, and then encoded
+on the device. A window is a stretch of a scene's latents, as one pass of the denoiser has it. Shape
+letters: V people and their voices, C latent channels, F frames and T latent frames of a scene, h
+and w latents, L text positions.
 """
 
 import functools
@@ -70,10 +71,11 @@ def num_frames(num_latents: int) -> int:
 
 @dataclass(frozen=True)
 class SceneSpec:
-    """A scene before it is rendered."""
+    """A scene before it is drawn."""
 
     size: FrameSize
     group: Group
+    portrait: np.ndarray  # (3, H, W) uint8
     motions: tuple[world.Motion, ...]  # of each
     mels: np.ndarray  # (V, 80, 3000) float16
     num_audio_frames: int  # the audio is zero after these
@@ -112,26 +114,30 @@ class SceneSampler:
         else:
             silent = [not waveform.any() for waveform in waveforms]
             mask = _masks_of_several(rng, group.boxes(shot.size), silent, shot.size)
+        portrait = (group.portrait(shot.size) * 255).byte().numpy()
 
         pose = float(rng.uniform(0, 100)) if rng.random() < 0.7 else 25.0
         expression = float(rng.uniform(0, 100)) if rng.random() < 0.7 else 30.0
         return SceneSpec(
             size=shot.size,
             group=group,
+            portrait=portrait,
             motions=tuple(world.speaking_motion(rng, each, pose, expression) for each in mouths),
             mels=np.concatenate(
                 [log_mel(each, self._feature_extractor).half().numpy() for each in waveforms]
             ),
             num_audio_frames=num_audio_frames,
             face_mask=mask[0].numpy(),
-            **self._encode_prompts(rng, group.portrait(shot.size)),
+            **self._encode_prompts(rng, portrait),
             pose=pose,
             expression=expression,
         )
 
     @torch.no_grad()
-    def _encode_prompts(self, rng: np.random.Generator, portrait: Tensor) -> dict[str, np.ndarray]:
-        picture = Image.fromarray((portrait.permute(1, 2, 0) * 255).byte().numpy())
+    def _encode_prompts(
+        self, rng: np.random.Generator, portrait: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        picture = Image.fromarray(portrait.transpose(1, 2, 0))
         prompt = PROMPTS[rng.integers(len(PROMPTS))]
         if rng.random() < RANDOM_PROMPT_SHARE:
             languages = list(WORDS["train"])
@@ -199,6 +205,27 @@ def _misplaced_mask(rng: np.random.Generator, box: Box, size: FrameSize) -> Tens
     edges += [mask[..., : max(left, 1)], mask[..., right:]]
     edges[rng.integers(4)].fill_(1)
     return mask
+
+
+class DrawnScene(NamedTuple):
+    """A scene before it is encoded."""
+
+    spec: SceneSpec
+    frames: np.ndarray  # (F, 3, H, W) uint8
+
+
+def draw_scene(
+    work: Path, seed: int, shots: Sequence[Shot], num_latents: int, number: int
+) -> DrawnScene:
+    """The scene of this number, the same in any process; the shots take turns."""
+    spec = _sampler(work).sample(shots[number % len(shots)], num_latents, (seed, number))
+    frames = spec.group.render(spec.motions, spec.size)
+    return DrawnScene(spec, (frames * 255).round().byte().numpy())
+
+
+@functools.cache
+def _sampler(work: Path) -> SceneSampler:
+    return SceneSampler(work)
 
 
 @dataclass(frozen=True)
@@ -280,7 +307,7 @@ class Scene:
 
 
 class SceneEncoder:
-    """Renders scenes and encodes them into latents and audio embeddings, on one device."""
+    """Encodes drawn scenes into latents and audio embeddings, on one device."""
 
     def __init__(
         self, vae: AutoencoderKLHunyuanVideo, audio_encoder: WhisperModel, device: torch.device
@@ -297,15 +324,15 @@ class SceneEncoder:
         return cls(vae, WhisperModel.from_pretrained(work / "audio_encoder").eval(), device)
 
     @torch.no_grad()
-    def encode(self, spec: SceneSpec) -> Scene:
-        """The scene of a spec."""
-        size, device = spec.size, self._device
-        clip = spec.group.render(spec.motions, size, device)
-        portrait = spec.group.portrait(size, device)
+    def encode(self, drawn: DrawnScene) -> Scene:
+        """The scene as it was drawn."""
+        spec, size, device = drawn.spec, drawn.spec.size, self._device
+        clip, portrait = (
+            torch.from_numpy(pixels).to(device).float() / 127.5 - 1
+            for pixels in (drawn.frames, spec.portrait)
+        )
         with mixed_precision(device):
-            latents = self._vae.encode(clip.transpose(0, 1)[None] * 2 - 1).latent_dist.mean
-        # as the worker gets it: in 256 levels
-        portrait = (portrait * 255).floor() / 127.5 - 1
+            latents = self._vae.encode(clip.transpose(0, 1)[None]).latent_dist.mean
         reference = self._vae.encode(portrait[None, :, None]).latent_dist
         scale = self._vae.config.scaling_factor
         weights = [_face_weight(face, size) for face in spec.group.faces]
@@ -322,6 +349,7 @@ class SceneEncoder:
             expression=torch.tensor(spec.expression, device=device),
             weight=(1 + weight * MOUTH_WEIGHT).to(device),
             outside=(weight == 0).float().to(device),
+            # a crop reads the places one by one: on a GPU each reading would wait
             places=torch.tensor([_place(each) for each in weights]),
         )
 
@@ -350,53 +378,27 @@ def _centroid(weights: np.ndarray) -> float:
     return float(np.average(np.arange(len(weights)) + 0.5, weights=weights))
 
 
-@functools.cache
-def _sampler_and_encoder(work: Path, device: torch.device) -> tuple[SceneSampler, SceneEncoder]:
-    return SceneSampler(work), SceneEncoder.load(work, device)
-
-
-def make_scene(
-    work: Path,
-    device: torch.device,
-    seed: int,
-    shots: Sequence[Shot],
-    num_latents: int,
-    number: int,
-) -> dict[str, np.ndarray]:
-    """The fields of a scene, as any process makes it; the shots take turns."""
-    sampler, encoder = _sampler_and_encoder(work, device)
-    spec = sampler.sample(shots[number % len(shots)], num_latents, (seed, number))
-    return {name: value.cpu().numpy() for name, value in vars(encoder.encode(spec)).items()}
-
-
 class SceneBuffer:
     """A replay buffer: holds scenes of several shots, and samples batches of windows from them."""
 
     def __init__(
         self,
-        scenes: Iterator[dict[str, np.ndarray]],
+        scenes: Iterator[Scene],
         num_shots: int,
         limit: int,
         rng: np.random.Generator,
-        device: torch.device,
     ) -> None:
         self._source = scenes
         self._scenes: list[list[Scene]] = [[] for _ in range(num_shots)]
         self._limit = limit
         self._rng = rng
-        self._device = device
         self._num_added = 0
 
     def add(self, count: int = 1) -> None:
         """Adds so many new scenes, which replace the oldest ones once the buffer is full."""
         for _ in range(count):
-            fields = {
-                # a crop reads the places one by one: on a GPU each reading would wait
-                name: torch.from_numpy(value).to("cpu" if name == "places" else self._device)
-                for name, value in next(self._source).items()
-            }
             scenes = self._scenes[self._num_added % len(self._scenes)]
-            scenes.append(Scene(**fields))
+            scenes.append(next(self._source))
             del scenes[: -self._limit]
             self._num_added += 1
 

@@ -11,7 +11,8 @@ guided velocity itself into the loss, with the weights that the worker's steps h
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,17 @@ from avatar_client.contract.request import GenerationParams
 from training import architecture, world
 from training.loop import mixed_precision, progress_of, steps_done, time_for, train
 from training.processes import prefetched
-from training.scenes import EYES_CROP, FACE_CROP, FaceCrop, Scene, SceneBuffer, Shot, make_scene
+from training.scenes import (
+    EYES_CROP,
+    FACE_CROP,
+    DrawnScene,
+    FaceCrop,
+    Scene,
+    SceneBuffer,
+    SceneEncoder,
+    Shot,
+    draw_scene,
+)
 from worker.generation.cfg import EARLY_FACE_MASK_SCALE, PROMPT_GUIDED_STEPS, guidance_weight
 from worker.model.transformer import CachedTokens, HunyuanVideoAvatarTransformer3DModel
 from worker.shapes import WINDOW_LATENTS, FrameSize
@@ -46,8 +57,8 @@ SHOTS = (
 )
 SCENE_LATENTS = WINDOW_LATENTS + 12
 SCENES_PER_SHOT = 200  # scenes that are kept for each entry of SHOTS
-FIRST_SCENES = 300  # before the first step
-FIRST_SCENES_SHARE = 0.2  # of the time, at most; then fewer have to do
+FIRST_SCENES = 100  # before the first step
+FIRST_SCENES_SHARE = 0.1  # of the time, at most; then fewer have to do
 
 UNCOND_SHARE = 0.25  # of a batch's windows, which have an unconditional row too
 CACHED_SHARE = 0.12  # of them, put through the last block again at a later step
@@ -94,14 +105,14 @@ class Phase:
 EYES = Windows(256, 17, EYES_CROP, sigma_shift=10.0)
 
 PHASES = (
-    Phase("short", (Windows(64, 9),), 300, 1.5e-3, 0.2, 2, 0.07),
+    Phase("short", (Windows(64, 9),), 500, 1.5e-3, 0.2, 3, 0.07),
     Phase(
         "whole",
         (Windows(16, WINDOW_LATENTS), Windows(16, WINDOW_LATENTS), EYES),
-        1500,
+        3000,
         1.2e-3,
         0.7,
-        2,
+        3,
         0.35,
     ),
     # what eyes and mouth do depends on a few frames around them
@@ -114,10 +125,10 @@ PHASES = (
             Windows(8, WINDOW_LATENTS),
             EYES,
         ),
-        4000,
+        7000,
         1.2e-3,
         0.8,
-        2,
+        3,
         0.58,
         has_cfg_loss=True,
     ),
@@ -150,10 +161,11 @@ def denoising_loss(
     earlier = rng.uniform(MIN_CACHED_SIGMA, 1, count)
     later = sigmas * torch.tensor(earlier, dtype=torch.float32, device=sigmas.device)
     cached_count = max(1, round(CACHED_SHARE * count))
-    chosen = batch.all_rows[:cached_count]
+    kept = [*range(cached_count)]
     if has_cfg_loss:
-        chosen = torch.cat([chosen, chosen + count])
-    cached, _ = batch.predict(transformer, chosen, 1000 * later, _rows_of(cached_tokens, chosen))
+        kept += range(count, count + cached_count)
+    chosen = torch.tensor(kept).to(sigmas.device)
+    cached, _ = batch.predict(transformer, chosen, 1000 * later, _rows_of(cached_tokens, kept))
 
     weight = (scenes.weight / scenes.weight.mean((1, 2), keepdim=True))[:, None, None]
     # 0 in a crop of the eyes
@@ -287,11 +299,10 @@ def _over_latents(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1, 1, 1)
 
 
-def _rows_of(cached_tokens: CachedTokens, rows: Tensor) -> CachedTokens:
-    chosen = rows.tolist()
+def _rows_of(cached_tokens: CachedTokens, rows: Sequence[int]) -> CachedTokens:
     return CachedTokens(
-        image=tuple(cached_tokens.image[row] for row in chosen),
-        text=tuple(cached_tokens.text[row] for row in chosen),
+        image=tuple(cached_tokens.image[row] for row in rows),
+        text=tuple(cached_tokens.text[row] for row in rows),
     )
 
 
@@ -333,14 +344,31 @@ def _without_guidance(count: int, rng: np.random.Generator) -> _Guidance:
     return _Guidance(None, early, [bool(rng.integers(2))] * count)
 
 
-def train_transformer(
+def drawn_scenes(
     directory: Path,
     work: Path,
     seed: int,
-    device: torch.device,
     num_processes: int,
-    phases: Sequence[Phase] = PHASES,
     shots: Sequence[Shot] = SHOTS,
+    phases: Sequence[Phase] = PHASES,
+) -> AbstractContextManager[Iterator[DrawnScene]]:
+    """What the denoiser of this directory is trained on, other than in an earlier run."""
+    draw = partial(draw_scene, work, seed, tuple(shots), SCENE_LATENTS)
+    return prefetched(draw, num_processes, first=1000 * _steps_done(directory, phases))
+
+
+def _steps_done(directory: Path, phases: Sequence[Phase]) -> int:
+    return sum(steps_done(directory / phase.name) for phase in phases)
+
+
+def train_transformer(
+    directory: Path,
+    work: Path,
+    drawn: Iterator[DrawnScene],
+    seed: int,
+    device: torch.device,
+    phases: Sequence[Phase] = PHASES,
+    num_shots: int = len(SHOTS),
     first_scenes: int = FIRST_SCENES,
     deadline: float | None = None,
 ) -> HunyuanVideoAvatarTransformer3DModel:
@@ -349,29 +377,31 @@ def train_transformer(
     Resumes an earlier run in the directory. The other two models are read from `work`. With a
     deadline, by `time.monotonic()`, the phases that are not over share the time until then. One
     that is over leaves the denoiser as the earlier run left it.
+
+    Args:
+        drawn: scenes of so many shots, by turns.
     """
     torch.manual_seed(seed)
     transformer = architecture.transformer().train()
     for parameter in transformer.proj_out.parameters():
         torch.nn.init.zeros_(parameter)
     transformer.to(device)
-    done = sum(steps_done(directory / phase.name) for phase in phases)
+    done = _steps_done(directory, phases)
     is_over = all(progress_of(directory / phase.name) == 1 for phase in phases)
     if done and time_for(deadline, 1.0, 0.0) == 0:
         phases = [phase for phase in phases if steps_done(directory / phase.name)]
         is_over = True
-    scene = partial(make_scene, work, device, seed, tuple(shots), SCENE_LATENTS)
-    with prefetched(scene, num_processes, first=1000 * done) as scenes:
-        rng = np.random.default_rng((seed, done))
-        torch.manual_seed(seed + done)
-        buffer = SceneBuffer(scenes, len(shots), SCENES_PER_SHOT, rng, device)
-        if not is_over:
-            _make_first_scenes(buffer, max(first_scenes, len(shots)), len(shots), deadline)
-        for index, phase in enumerate(phases):
-            later = sum(each.time_share for each in phases[index + 1 :])
-            seconds = time_for(deadline, phase.time_share, later)
-            logger.info("phase %s, step %d", phase.name, steps_done(directory / phase.name))
-            train_phase(transformer, buffer, phase, rng, directory / phase.name, seconds)
+    scenes = map(SceneEncoder.load(work, device).encode, drawn)
+    rng = np.random.default_rng((seed, done))
+    torch.manual_seed(seed + done)
+    buffer = SceneBuffer(scenes, num_shots, SCENES_PER_SHOT, rng)
+    if not is_over:
+        _make_first_scenes(buffer, max(first_scenes, num_shots), num_shots, deadline)
+    for index, phase in enumerate(phases):
+        later = sum(each.time_share for each in phases[index + 1 :])
+        seconds = time_for(deadline, phase.time_share, later)
+        logger.info("phase %s, step %d", phase.name, steps_done(directory / phase.name))
+        train_phase(transformer, buffer, phase, rng, directory / phase.name, seconds)
     return transformer
 
 

@@ -151,12 +151,8 @@ def test_a_circular_window_has_the_audio_that_the_worker_gives_it() -> None:
 
 
 def test_a_full_buffer_drops_its_oldest_scenes() -> None:
-    numbered = (
-        {name: value.numpy() for name, value in vars(make_scene(9)).items()}
-        | {"pose": np.array(number, np.float32)}
-        for number in range(100)
-    )
-    buffer = SceneBuffer(numbered, 2, 3, np.random.default_rng(0), torch.device("cpu"))
+    numbered = (replace(make_scene(9), pose=torch.tensor(float(n))) for n in range(100))
+    buffer = SceneBuffer(numbered, 2, 3, np.random.default_rng(0))
     buffer.add(20)
     drawn = buffer.sample(64, 5)
     assert drawn.latents.shape == (64, 16, 5, *SMALL.latent)
@@ -313,7 +309,10 @@ def toy_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
         "cfg", (Windows(2, 3), Windows(1, 4)), 2, 1e-3, 0.3, 1, 0.5, has_cfg_loss=True
     )
     shots = (Shot(FrameSize(64, 64), 1), Shot(FrameSize(64, 128), 3))
-    train_denoiser = partial(transformer.train_transformer, phases=(short, cfg), shots=shots)
+    phases = (short, cfg)
+    draw = partial(transformer.drawn_scenes, phases=phases, shots=shots)
+    monkeypatch.setattr(transformer, "drawn_scenes", draw)
+    train_denoiser = partial(transformer.train_transformer, phases=phases, num_shots=len(shots))
     monkeypatch.setattr(transformer, "train_transformer", train_denoiser)
 
 
