@@ -540,6 +540,19 @@ def test_a_result_is_kept_beside_its_video_and_removed_again(
     assert "avatar/kept-1.mp4.json" not in keys
 
 
+def test_a_result_is_kept_and_removed_by_a_store_that_stumbles(
+    make_delivery: Callable[..., Delivery], store: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_client, "FIRST_PAUSE_SECONDS", 0.02)
+    stumbling = [CLOSED, Answer(status=503)]
+    store.on("PUT /avatars/avatar/job-1.mp4.json", *stumbling, Answer())
+    store.on("DELETE /avatars/avatar/job-1.mp4.json", *stumbling, Answer(status=204))
+    delivery = make_delivery(with_bucket(store.origin))
+    assert delivery.keep_result({"output": {}}) is not None
+    delivery.drop_kept_result()
+    assert len(store.asked("DELETE /avatars/avatar/job-1.mp4.json")) == 3
+
+
 def test_where_there_is_no_bucket_no_result_is_kept(make_delivery: Callable[..., Delivery]) -> None:
     assert make_delivery(Settings()).keep_result({"output": {}}) is None
 

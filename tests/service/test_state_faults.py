@@ -237,3 +237,18 @@ def test_a_state_that_cannot_be_read_has_the_job_begun_anew(
         state.offer(some_state(1))
         wait_until(lambda: "step 1 was not kept" in caplog.text)
     assert list(path_of(resumption).parent.iterdir()) == [path_of(resumption)]
+
+
+def test_a_state_that_was_out_of_reach_goes_with_the_job_that_was_begun_anew(
+    resumption: Resumption, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> bytes:
+        raise OSError(errno.EIO, "out of reach")
+
+    leave(resumption, BROKEN)
+    with monkeypatch.context() as patches:
+        patches.setattr(DirectoryStore, "get", fail)
+        state = opened(resumption)
+    with state:
+        assert state.restored is None
+    assert not path_of(resumption).exists()

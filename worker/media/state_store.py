@@ -133,7 +133,7 @@ class BucketStore:
         return self._storage().get(self._key(name), max_bytes, Patience(RETRY_SECONDS, check))
 
     def delete(self, name: str) -> None:
-        self._storage().delete(self._key(name))
+        self._storage().delete(self._key(name), Patience(RETRY_SECONDS))
 
     def sweep(self, max_age_seconds: float) -> int:
         storage = self._storage()
@@ -144,7 +144,7 @@ class BucketStore:
             if key.endswith(SUFFIX) and age_seconds > max_age_seconds
         ]
         for key in old:
-            storage.delete(key)
+            storage.delete(key, Patience(RETRY_SECONDS))
         return len(old)
 
     def _storage(self) -> Storage:

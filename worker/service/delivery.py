@@ -37,6 +37,7 @@ from worker.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+KEPT_RESULT_RETRY_SECONDS = 20.0  # for a store that stumbles as the platform does
 MIN_BYTES_PER_SECOND = 60_000  # of video inside a reply; below it a face falls apart
 # What may come with a video, and lies beside it.
 PICTURES = {"thumbnail": "image/jpeg", "gif": "image/gif"}
@@ -339,7 +340,12 @@ class Delivery:
             path = directory / "result.json"
             path.write_text(json.dumps(payload))
             try:
-                self.storage.put(path, self.keys.result, content_type="application/json")
+                self.storage.put(
+                    path,
+                    self.keys.result,
+                    content_type="application/json",
+                    patience=Patience(KEPT_RESULT_RETRY_SECONDS),
+                )
             except UploadError as error:
                 logger.warning("the result was not kept either: %s", error)
                 return None
@@ -349,7 +355,7 @@ class Delivery:
         """Removes what `keep_result` has put there; what cannot be removed stays."""
         if self.storage is not None:
             with suppress(UploadError):
-                self.storage.delete(self.keys.result)
+                self.storage.delete(self.keys.result, Patience(KEPT_RESULT_RETRY_SECONDS))
 
     def _key(self, picture: str) -> str:
         key: str = getattr(self.keys, picture)

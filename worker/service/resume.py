@@ -219,6 +219,7 @@ class JobState:
         except Exception as error:
             check()  # the job's own end is none of the store's failures
             logger.info("the state was not read", exc_info=error)
+            self._may_exist = True
             self._begin_anew("it could not be found out whether an earlier try has left a state")
         else:
             if found is not None:
