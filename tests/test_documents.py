@@ -76,11 +76,12 @@ def test_the_map_names_every_module_of_the_worker(package: Path) -> None:
 
 
 def test_every_fault_of_the_table_has_a_test() -> None:
-    rows = [
+    cells = [
         line.strip("| ").split(" | ")
         for line in (ROOT / "docs" / "faults.md").read_text().splitlines()
         if line.startswith("| ") and not line.startswith(("| Case |", "| --- |"))
     ]
+    rows = [row for row in cells if len(row) != 2]  # those of two are figures
     assert len(rows) > 30
     for case, worker, client, named in rows:
         assert all((case, worker, client))

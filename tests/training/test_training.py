@@ -23,6 +23,7 @@ from training import (
     architecture,
     audio_encoder,
     autoencoder,
+    demo_model,
     report,
     speech,
     transformer,
@@ -295,7 +296,7 @@ def toy_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(audio_encoder, "STEPS", 2)
     monkeypatch.setattr(audio_encoder, "MEASURED_CLIPS", 1)
     monkeypatch.setattr(transformer, "SCENE_LATENTS", 9)
-    monkeypatch.setattr(command, "PREVIEW_PEOPLE", 1)
+    monkeypatch.setattr(demo_model, "PREVIEW_PEOPLE", 1)
     stills = autoencoder.Phase("stills", 2, 1, 32, 2, 1e-3, 0.3, 1)
     clips = autoencoder.Phase("clips", 1, 5, 32, 1, 1e-3, 0.3, 1)
     whole = autoencoder.Phase("whole", 1, 17, 64, 1, 1e-3, 0.3, 1)
