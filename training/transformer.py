@@ -123,7 +123,7 @@ PHASES = (
             EYES,
             Windows(96, 9, FACE_CROP),
             Windows(8, WINDOW_LATENTS),
-            EYES,
+            Windows(96, 9, FACE_CROP),
         ),
         7000,
         1.2e-3,
