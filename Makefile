@@ -4,9 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Three processes for two cores, because tests wait for a third of their time; each takes its share
 # in the order of the files, and what is left of another's.
-PYTEST := $(BIN)/pytest -n 3 --dist worksteal
+PYTEST := $(BIN)/pytest -n 3 --dist worksteal --durations=20
 # The same of those that CI runs two at a time.
-PYTEST_BESIDE := $(BIN)/pytest -n 2 --dist worksteal
+PYTEST_BESIDE := $(BIN)/pytest -n 2 --dist worksteal --durations=20
 
 STUDIO_VENV := .venv-studio
 SDK2_VENV := .venv-sdk2

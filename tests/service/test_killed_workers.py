@@ -113,7 +113,7 @@ def test_a_job_of_workers_that_are_killed_becomes_the_video_of_one_that_was_not(
     job: dict[str, Any] = {
         "input": {
             "image": base64.b64encode(make_portrait()).decode(),
-            "audio": base64.b64encode(make_speech(seconds=1.0)).decode(),
+            "audio": base64.b64encode(make_speech(seconds=0.6)).decode(),
             "resolution": 256,
             "num_inference_steps": NUM_STEPS,
             "guidance_scale": 1.0,  # half the time
