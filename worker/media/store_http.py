@@ -22,7 +22,7 @@ from botocore.exceptions import (
     SSLError,
 )
 
-from avatar_client.contract.job_errors import InputDownloadError, InputUrlBlockedError
+from avatar_client.contract.job_errors import InputDownloadError, InputUrlBlockedError, UploadError
 from worker.media.connection import Rule, Wait, connection_pool, nothing_to_check
 
 ANSWER_SECONDS = 60.0  # for one request with its answer ...
@@ -72,6 +72,7 @@ class StoreHttp:
             ReadTimeoutError, SSLError, EndpointConnectionError, ConnectionClosedError: botocore's
                 own, in the cases in which its session raises them.
             InputUrlBlockedError: the store's name leads to an address that must not be contacted.
+            UploadError: the object is larger than may be read.
         """
         try:
             return self._send(request)
@@ -109,19 +110,20 @@ class StoreHttp:
         )
         response = self._pool.handle_request(sent)
         try:
-            is_answer = not request.stream_output or response.status >= 300
-            max_bytes = MAX_ANSWER_BYTES if is_answer else self._max_content_bytes
-            content = self._read(response, max_bytes) if max_bytes else b""
+            content = self._content(response, is_object=request.stream_output)
         finally:
             response.close()
         told = HTTPHeaders.from_pairs(_text(response.headers))
         return AWSResponse(request.url, response.status, told, _Raw(content))
 
-    @staticmethod
-    def _read(response: httpcore.Response, max_bytes: int) -> bytes:
+    def _content(self, response: httpcore.Response, *, is_object: bool) -> bytes:
+        is_object = is_object and response.status < 300
+        max_bytes = self._max_content_bytes if is_object else MAX_ANSWER_BYTES
         content = bytearray()
-        for chunk in response.iter_stream():
+        for chunk in response.iter_stream() if max_bytes else ():
             content += chunk
+            if len(content) > max_bytes and is_object:  # as it will be when it is asked for again
+                raise UploadError(f"the object has more than {max_bytes} bytes", field=self._field)
             if len(content) > max_bytes:
                 raise ConnectionAbortedError
         return bytes(content)
