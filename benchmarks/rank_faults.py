@@ -123,7 +123,7 @@ def _rank_process(pid: int, number: int) -> psutil.Process:
     ranks = [
         process
         for process in psutil.Process(pid).children(recursive=True)
-        if "rank_process" in " ".join(process.cmdline())
+        if "worker.multi_gpu.rank_process" in " ".join(process.cmdline())
     ]
     return sorted(ranks, key=lambda process: process.create_time())[number - 1]
 

@@ -11,8 +11,8 @@ preset's latents are compared with those of `quality`. The published way encodes
 In a row: jobs of two sizes by turns, and the peak memory of each; the first of either size shows
 what a new size costs.
 
-Speakers: the seconds of denoising with so many of them beside those with one, by turns. With fewer
-steps all of them are computed in full, since the first ones are.
+Speakers: the seconds of denoising with so many of them beside those with one, by turns. The first
+steps are computed in full in each preset, so that a few of them show what voices cost.
 """
 
 import argparse
@@ -158,7 +158,7 @@ def tone(step: float = 0.05) -> NDArray[np.float32]:
 def compare_speakers(
     engine: Engine, size: FrameSize, count: int, presets: Sequence[str], steps: int
 ) -> None:
-    """Denoising for so many speakers side by side and for one of them, in each preset."""
+    """Denoising for so many speakers side by side and for one of them, by these presets."""
     across = size.width / (2 * count)  # a face and as much beside it
     voices = [
         Voice(
@@ -195,7 +195,9 @@ def main() -> None:
     parser.add_argument("--size", type=_size, default="384x384")
     parser.add_argument("--other", type=_size, default="256x256", help="of every second in a row")
     parser.add_argument("--speakers", type=_several, help="instead, so many beside one")
-    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
+    parser.add_argument(
+        "--presets", nargs="+", choices=PRESETS, default=list(PRESETS), help="with --speakers"
+    )
     parser.add_argument("--steps", type=int, default=STEPS, help="with --speakers")
     parser.add_argument("--in-a-row", type=int, metavar="JOBS", help="instead, so many jobs")
     arguments = parser.parse_args()
@@ -204,8 +206,9 @@ def main() -> None:
     if arguments.in_a_row:
         run_in_a_row(engine, (arguments.size, arguments.other), arguments.in_a_row)
     elif arguments.speakers:
-        told = arguments
-        compare_speakers(engine, told.size, told.speakers, told.presets, told.steps)
+        compare_speakers(
+            engine, arguments.size, arguments.speakers, arguments.presets, arguments.steps
+        )
     else:
         compare(engine, arguments.size)
 

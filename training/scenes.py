@@ -54,7 +54,7 @@ MISPLACED_MASK_SHARE = 0.08  # whose face mask misses the mouth: it stays closed
 FULL_MASK_SHARE = 0.3  # whose face mask is the whole picture
 # Of several:
 BYSTANDER_SHARE = 0.25  # of scenes in which those who are silent have no voice of their own
-MOUTH_WEIGHT = 10.0  # as of the eyes; the rest keeps 33 dB and more with half of it
+MOUTH_WEIGHT = 10.0  # as of the eyes; the rest keeps 31 dB and more with half of it
 
 
 class Shot(NamedTuple):

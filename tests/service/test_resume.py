@@ -28,7 +28,7 @@ from worker.generation.denoising_state import DenoisingState, ModelIdentity
 from worker.generation.engine import Engine
 from worker.generation.voices import Voice
 from worker.media import state_store
-from worker.media.state_store import SUFFIX, BucketStore, DirectoryStore, StateStore
+from worker.media.state_store import SUFFIX, BucketStore, DirectoryStore
 from worker.service import job_request, resume
 from worker.service.job import JobStoppedError
 from worker.service.resume import JobState, Resumption
@@ -449,44 +449,6 @@ def test_the_same_request_has_the_same_state_where_it_must_be_the_same_video(
 def bucket_settings(store: BucketServer, **changes: Any) -> Settings:
     values = {each.lower(): value for each, value in store.environment.items()}
     return Settings.model_validate(values | changes)
-
-
-@pytest.mark.parametrize("place", ["directory", "bucket"])
-def test_a_store_gives_back_what_it_got_and_forgets_what_is_old(
-    place: str, tmp_path: Path, object_store: BucketServer
-) -> None:
-    store: StateStore = DirectoryStore(tmp_path / "new" / "states")
-    if place == "bucket":
-        store = BucketStore(object_store.settings.model_copy(update={"prefix": "resume"}))
-
-    def get() -> bytes | None:
-        return store.get(NAME, 100, lambda: None)
-
-    assert get() is None
-    assert store.sweep(0.0) == 0
-    store.put(NAME, lambda path: path.write_bytes(b"first"), 5)
-    store.put(NAME, lambda path: path.write_bytes(b"second"), 6)
-    assert get() == b"second"
-    with pytest.raises((OSError, UploadError)):
-        store.get(NAME, 5, lambda: None)
-    assert store.sweep(3600.0) == 0
-    assert store.sweep(-10.0) == 1  # the store's clock counts in seconds
-    assert get() is None
-    store.delete(NAME)
-
-
-def test_a_state_for_the_bucket_leaves_the_job_its_disk(object_store: BucketServer) -> None:
-    store = BucketStore(object_store.settings)
-    with pytest.raises(OSError, match="the job itself needs"):
-        store.put(NAME, lambda path: path.write_bytes(b""), num_bytes=2**60)
-
-
-def test_parts_of_killed_workers_go_by_their_age(tmp_path: Path) -> None:
-    part = tmp_path / f"{NAME}{SUFFIX}.0a1b.part"
-    part.write_bytes(b"half of a state")
-    (tmp_path / "another's file").touch()
-    assert DirectoryStore(tmp_path).sweep(-1.0) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["another's file"]
 
 
 def test_states_are_kept_where_the_operator_alone_reads(

@@ -110,23 +110,22 @@ class StoreHttp:
         )
         response = self._pool.handle_request(sent)
         try:
-            content = self._content(response, is_object=request.stream_output)
+            if not request.stream_output or response.status >= 300:
+                content = _read(response, MAX_ANSWER_BYTES, ConnectionAbortedError())
+            else:
+                content = self._object(response)
         finally:
             response.close()
         told = HTTPHeaders.from_pairs(_text(response.headers))
         return AWSResponse(request.url, response.status, told, _Raw(content))
 
-    def _content(self, response: httpcore.Response, *, is_object: bool) -> bytes:
-        is_object = is_object and response.status < 300
-        max_bytes = self._max_content_bytes if is_object else MAX_ANSWER_BYTES
-        content = bytearray()
-        for chunk in response.iter_stream() if max_bytes else ():
-            content += chunk
-            if len(content) > max_bytes and is_object:  # as it will be when it is asked for again
-                raise UploadError(f"the object has more than {max_bytes} bytes", field=self._field)
-            if len(content) > max_bytes:
-                raise ConnectionAbortedError
-        return bytes(content)
+    def _object(self, response: httpcore.Response) -> bytes:
+        max_bytes = self._max_content_bytes
+        if max_bytes == 0:
+            return b""
+        # none of botocore's errors: it will be as large when it is asked for again
+        too_large = UploadError(f"the object has more than {max_bytes} bytes", field=self._field)
+        return _read(response, max_bytes, too_large)
 
 
 class _Raw(io.BytesIO):
@@ -134,6 +133,15 @@ class _Raw(io.BytesIO):
 
     def stream(self, **_: Any) -> Iterator[bytes]:
         yield self.read()
+
+
+def _read(response: httpcore.Response, max_bytes: int, too_large: Exception) -> bytes:
+    content = bytearray()
+    for chunk in response.iter_stream():
+        content += chunk
+        if len(content) > max_bytes:
+            raise too_large
+    return bytes(content)
 
 
 def _pieces(body: Any) -> Iterator[bytes]:
