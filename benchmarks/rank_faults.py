@@ -5,9 +5,9 @@
 
 A worker of the local endpoint denoises a job on all GPUs when the fault strikes: the process of the
 last GPU is killed or stopped by a signal, or its GPU's memory is taken by another process before
-the job. A line each says after how many seconds the job had failed, as what, and the worker was
-gone; then a new worker takes the same job again. Takes the model directory that
-`python -m benchmarks.loading` writes, or the demo model on a CPU.
+the job, which then has the largest picture. A line each says after how many seconds the job had
+failed, as what, and the worker was gone; then a new worker takes the same job again. Takes the
+model directory that `python -m benchmarks.loading` writes, or the demo model on a CPU.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def strike(
     if fault == "memory":
         with _full(last):
             begun = time.monotonic()
-            job = _run(endpoint, resolution, LONG)
+            job = _run(endpoint, max(SIZES), SHORT)
     else:
         job_id = endpoint.submit(_job(resolution, LONG))
         endpoint.wait_until(job_id, lambda job: _has_begun(job) or job.is_over, JOB_SECONDS)
@@ -80,7 +80,7 @@ def strike(
         _rank_process(worker.pid, last).send_signal(SIGNALS[fault])
         job = endpoint.wait(job_id, JOB_SECONDS)
     failed = time.monotonic() - begun
-    status = worker.wait(END_SECONDS)
+    status = worker.wait(END_SECONDS) if job.status == "FAILED" else None
     report(
         fault=fault,
         status=job.status,
