@@ -13,7 +13,7 @@ from tests.conftest import BucketServer
 from tests.support.store_proxy import Proxy, bucket_at, calls_of
 from worker.media import store_proof
 from worker.media.storage import Storage
-from worker.media.store_client import Patience
+from worker.media.store_client import Patience, StoreClient
 
 
 @pytest.fixture
@@ -141,6 +141,69 @@ def test_an_address_that_stumbles_is_asked_again(
     proxy.failures = [(404, "NoSuchBucketConfiguration"), None, fault]
     store.prove("avatar/1.mp4", Patience(60.0))
     assert calls_of(proxy) == ["PUT", "GET", "GET", "DELETE"]
+
+
+@pytest.mark.parametrize("fault", [(500, "InternalError"), (503, "SlowDown")])
+def test_a_test_is_removed_though_the_store_stumbles(
+    proxy: Proxy, object_store: BucketServer, no_proofs: None, fault: tuple[int, str]
+) -> None:
+    before = object_store.keys()
+    store = Storage(bucket_at(proxy.url, name="avatars"))
+    proxy.failures = [(404, "NoSuchBucketConfiguration"), None, None, fault]
+    store.prove("avatar/1.mp4")
+    assert calls_of(proxy) == ["PUT", "GET", "DELETE", "DELETE"]
+    assert object_store.keys() == before
+
+
+def test_the_conditions_test_is_removed_though_the_store_stumbles(
+    proxy: Proxy,
+    object_store: BucketServer,
+    no_proofs: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(store_proof, "conditional_stores", {})
+    before = object_store.keys()
+    client = StoreClient(bucket_at(proxy.url, name="avatars"))
+    call, stumbles = client.s3.delete_object, iter([True, True])
+
+    def delete(**arguments: Any) -> Any:
+        if next(stumbles, False):
+            proxy.failures = [(500, "InternalError")]
+        return call(**arguments)
+
+    monkeypatch.setattr(client.s3, "delete_object", delete)
+    assert store_proof.honours_conditions(client, "avatar/1.claim", Patience())
+    assert calls_of(proxy)[-3:] == ["DELETE"] * 3
+    assert object_store.keys() == before
+
+
+@pytest.mark.parametrize("place", ["put", "read"])
+def test_a_stop_in_a_test_leaves_nothing(
+    proxy: Proxy,
+    object_store: BucketServer,
+    no_proofs: None,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+) -> None:
+    class _Stop(BaseException):
+        pass
+
+    before = object_store.keys()
+    client = StoreClient(bucket_at(proxy.url, name="avatars"))
+    put = client.s3.put_object
+
+    def stopped(*_: Any, **arguments: Any) -> Any:
+        if "Body" in arguments:
+            put(**arguments)
+        raise _Stop
+
+    if place == "put":
+        monkeypatch.setattr(client.s3, "put_object", stopped)
+    else:
+        monkeypatch.setattr(store_proof, "_read_a_byte", stopped)
+    with pytest.raises(_Stop):
+        store_proof.prove(client, "avatar/1.mp4", Patience())
+    assert object_store.keys() == before
 
 
 def test_the_first_video_of_a_store_is_read_back_and_the_others_are_not(

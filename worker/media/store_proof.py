@@ -11,6 +11,8 @@ import uuid
 from contextlib import suppress
 from typing import Any
 
+from botocore.exceptions import ClientError
+
 from avatar_client.contract.job_errors import InputDownloadError, StoreRefusedError, UploadError
 from worker.media import download
 from worker.media.store_client import (
@@ -27,6 +29,7 @@ logger = logging.getLogger(__name__)
 PROOF_SECONDS = 600.0  # for how long it is believed that a store takes objects
 MAX_PROOFS = 1000
 READ_BACK_SECONDS = 30.0
+REMOVAL = Patience(20.0)  # a stop does not end it: what hangs is left behind with its thread
 CONTENT_TYPE = "application/octet-stream"
 
 proofs: dict[str, float] = {}  # of what was proven, until when
@@ -109,7 +112,7 @@ def _meets_conditions(client: StoreClient, key: str, patience: Patience) -> bool
         return found is not None and found.metadata == {"write": number}
 
     try:
-        return (
+        is_honoured = (
             is_written(1)
             and not is_written(2)
             and not is_written(3, if_match=f'"{"0" * 32}"')
@@ -117,9 +120,12 @@ def _meets_conditions(client: StoreClient, key: str, patience: Patience) -> bool
             and is_written(4, if_match=found.etag)
         )
     except StoreRefusedError:  # it has taken an object before: so it is the condition
-        return False
-    finally:
-        _is_removed(client, key, None)
+        is_honoured = False
+    except BaseException:
+        _remove(client, key, None, NO_PATIENCE)
+        raise
+    _remove(client, key, None, REMOVAL)
+    return is_honoured
 
 
 def _keeps_objects(client: StoreClient, patience: Patience) -> bool:
@@ -140,32 +146,44 @@ def _begin_and_give_up(client: StoreClient, key: str, patience: Patience) -> Non
     begun = client.call(lambda: client.s3.create_multipart_upload(**place, **options), patience)
     with suppress(*STORE_ERRORS):
         client.call(
-            lambda: client.s3.abort_multipart_upload(**place, UploadId=begun["UploadId"]),
-            NO_PATIENCE,
+            lambda: client.s3.abort_multipart_upload(**place, UploadId=begun["UploadId"]), REMOVAL
         )
 
 
 def _write_and_remove(client: StoreClient, key: str, patience: Patience) -> bool:
-    """Whether the object could be removed again."""
+    """Whether the store lets the object be removed again."""
     options = client.upload_options(CONTENT_TYPE, None)
     place: dict[str, Any] = {"Bucket": client.bucket_name, "Key": key}
-    answer = client.call(lambda: client.s3.put_object(**place, Body=b"avatar", **options), patience)
+    try:
+        answer = client.call(
+            lambda: client.s3.put_object(**place, Body=b"avatar", **options), patience
+        )
+    except ClientError:
+        raise
+    except BaseException:  # it may have been written all the same
+        _remove(client, key, None, NO_PATIENCE)
+        raise
+    version_id = answer.get("VersionId")
     try:
         _read_a_byte(client, key, patience)
     except StoreRefusedError:
-        _is_removed(client, key, answer.get("VersionId"))
+        _remove(client, key, version_id, REMOVAL)
         raise
     except UploadError as error:  # which says nothing against the bucket
         logger.warning("it is not known whether addresses can be read: %s", error)
-    return _is_removed(client, key, answer.get("VersionId"))
+    except BaseException:
+        _remove(client, key, version_id, NO_PATIENCE)
+        raise
+    return _remove(client, key, version_id, REMOVAL)
 
 
-def _is_removed(client: StoreClient, key: str, version_id: str | None) -> bool:
+def _remove(client: StoreClient, key: str, version_id: str | None, patience: Patience) -> bool:
+    """Whether the store lets the object be removed; one that does not answer might."""
     try:
-        client.delete(key, version_id)
+        client.delete(key, version_id, patience)
     except UploadError as error:
         logger.warning("a write test was not removed: %s", error)
-        return False
+        return not isinstance(error, StoreRefusedError)
     return True
 
 
