@@ -1,14 +1,15 @@
 """Causal convolutions that train fast.
 
 The numbers are those of diffusers' own modules. What differs: replicate padding by joining slices,
-one frame as a 2-d convolution, and weights kept as matrices, for Muon.
+2-d convolutions, which see the frames of a kernel as so many channels and are quick with few
+channels in bfloat16, where 3-d ones are not, and weights kept as matrices, for Muon.
 """
 
 import torch
 from diffusers import AutoencoderKLHunyuanVideo
 from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import HunyuanVideoCausalConv3d
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, conv3d
+from torch.nn.functional import conv2d
 
 
 class FastCausalConv3d(nn.Module):
@@ -36,14 +37,23 @@ class FastCausalConv3d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The same as the module that it replaces."""
-        weight = self.weight.view(self._shape)
+        weight = self.weight.view(self._shape)  # (O, I, taps, height, width)
+        stride, *stride_in_frame = self._stride
         if x.shape[2] == 1:  # all its taps in time see the one frame
             frame = _pad(_pad(x[:, :, 0], 2), 3) if self._has_padding else x[:, :, 0]
-            return conv2d(frame, weight.sum(2), self.bias, self._stride[1:])[:, :, None]
+            return conv2d(frame, weight.sum(2), self.bias, stride_in_frame)[:, :, None]
+        frames = x.transpose(1, 2)  # (B, F, I, H, W)
         if self._has_padding:
-            first = x[:, :, :1]
-            x = _pad(_pad(torch.cat([first, first, x], dim=2), 3), 4)
-        return conv3d(x, weight, self.bias, self._stride)
+            first = frames[:, :1]
+            frames = _pad(_pad(torch.cat([first, first, frames], dim=1), 3), 4)
+        taps = weight.shape[2]
+        last = frames.shape[1] - taps  # of the places of the first tap
+        seen = torch.cat(
+            [frames[:, tap : last + tap + 1 : stride] for tap in range(taps)], dim=2
+        )  # (B, F, taps * I, H, W)
+        kernel = weight.transpose(1, 2).flatten(1, 2)
+        out = conv2d(seen.flatten(0, 1), kernel, self.bias, stride_in_frame)
+        return out.unflatten(0, (len(x), -1)).transpose(1, 2)
 
 
 def inflate_kernels(vae: AutoencoderKLHunyuanVideo) -> None:

@@ -8,7 +8,7 @@ and w latents, L text positions.
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -52,8 +52,9 @@ AUDIO_CUT_SHARE = 0.15  # of scenes whose audio is zero from some frame on
 # Of one person alone:
 MISPLACED_MASK_SHARE = 0.08  # whose face mask misses the mouth: it stays closed
 FULL_MASK_SHARE = 0.3  # whose face mask is the whole picture
-# Of several:
-BYSTANDER_SHARE = 0.25  # of scenes in which those who are silent have no voice of their own
+# Of the groups whose lips have any colour between the skin's and red, so that none is rare:
+ANY_LIPS_SHARE = 0.5
+LIP_REDNESS, LIP_SPREAD = (0.1, 0.8), 0.06
 MOUTH_WEIGHT = 10.0  # as of the eyes; the rest keeps 31 dB and more with half of it
 
 
@@ -108,12 +109,13 @@ class SceneSampler:
             mouths = [_closed(mouth, num_audio_frames) for mouth in mouths]
 
         group = random_group(rng, shot.people, shot.size)
+        if rng.random() < ANY_LIPS_SHARE:
+            group = replace(group, faces=tuple(_with_any_lips(rng, face) for face in group.faces))
         if shot.people == 1:
             mask, is_heard = _mask_of_one(rng, group.boxes(shot.size)[0], shot.size)
             mouths = mouths if is_heard else [_closed(mouths[0], 0)]
         else:
-            silent = [not waveform.any() for waveform in waveforms]
-            mask = _masks_of_several(rng, group.boxes(shot.size), silent, shot.size)
+            mask = _masks_of_several(rng, group.boxes(shot.size), shot.size)
         portrait = (group.portrait(shot.size) * 255).byte().numpy()
 
         pose = float(rng.uniform(0, 100)) if rng.random() < 0.7 else 25.0
@@ -182,17 +184,18 @@ def _mask_of_one(
 
 
 def _masks_of_several(
-    rng: np.random.Generator, boxes: Sequence[Box], silent: Sequence[bool], size: FrameSize
+    rng: np.random.Generator, boxes: Sequence[Box], size: FrameSize
 ) -> Tensor:  # (1, V, 1, h, w)
-    """The mask of each; at times none of those who are silent."""
-    told = list(range(len(boxes)))
-    if rng.random() < BYSTANDER_SHARE:
-        told = [place for place in told if not silent[place]]
-    masks = torch.zeros(1, len(boxes), 1, *size.latent)
-    if told:
-        # by less than for one alone, so that the boxes do not overlap
-        masks[:, told] = face_masks([_jittered(rng, boxes[place], 0.4) for place in told], size)
-    return masks
+    """The mask of each, also of those who are silent: a speaker's would reach over their mouths."""
+    # by less than for one alone, so that the boxes do not overlap
+    return face_masks([_jittered(rng, box, 0.4) for box in boxes], size)
+
+
+def _with_any_lips(rng: np.random.Generator, face: world.Face) -> world.Face:
+    redness = rng.uniform(*LIP_REDNESS)
+    lip = (1 - redness) * np.asarray(face.skin) + redness * np.asarray(world.RED_LIP)
+    lip = np.clip(lip + rng.normal(0, LIP_SPREAD, 3), 0.04, 0.98)
+    return replace(face, lip=world.Colour(*lip.tolist()))
 
 
 def _misplaced_mask(rng: np.random.Generator, box: Box, size: FrameSize) -> Tensor:

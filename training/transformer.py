@@ -112,7 +112,7 @@ PHASES = (
         3000,
         1.2e-3,
         0.7,
-        3,
+        4,
         0.35,
     ),
     # what eyes and mouth do depends on a few frames around them
@@ -128,7 +128,7 @@ PHASES = (
         7000,
         1.2e-3,
         0.8,
-        3,
+        4,
         0.58,
         has_cfg_loss=True,
     ),

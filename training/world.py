@@ -38,6 +38,7 @@ HAIRS = (
 )
 EYES = ((0.28, 0.45, 0.38), (0.30, 0.45, 0.65), (0.35, 0.22, 0.12), (0.20, 0.14, 0.10))
 HAIR_STYLES = ("bald", "short", "bob", "long", "bun")
+RED_LIP = (0.70, 0.22, 0.25)  # by what part of it lips differ from the skin around them
 MOUTH_INSIDE = (0.16, 0.05, 0.06)
 
 # At motion_pose 25 the head sways by at most this much to each side.
@@ -120,7 +121,7 @@ def random_face(rng: np.random.Generator) -> Face:
         return Colour(*(float(part) for part in mixed))
 
     skin = near(SKINS[rng.integers(len(SKINS))], 0.02)
-    red_lip = np.asarray(skin) * 0.55 + np.asarray((0.70, 0.22, 0.25)) * 0.45
+    red_lip = np.asarray(skin) * 0.55 + np.asarray(RED_LIP) * 0.45
     light = between(0.35, 0.95)
     ground = near((light, light, light), 0.12)
     size = between(0.19, 0.29)

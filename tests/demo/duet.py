@@ -30,6 +30,7 @@ from worker.shapes import SAMPLE_RATE_HZ, Box, FrameSize
 
 SIZE = FrameSize(256, 384)
 PAIR = 902  # seeds of groups whose faces dlib finds; none is in panels
+OTHER_PAIRS = (903, 904, 906)  # for the table
 TRIO = 905
 SECONDS = 5
 LONG_SECONDS = 15  # several windows
@@ -309,6 +310,10 @@ def cases(corpus: SpeechCorpus) -> dict[str, Case]:
     return {
         "together": Case(at_once),
         "swapped": Case(at_once.swapped()),
+        **{
+            f"together, pair {seed}": Case(Dialogue(people(2, seed), at_once.voices))
+            for seed in OTHER_PAIRS
+        },
         "overlapping": Case(Dialogue(pair, placed([(0, one), (half, two[:half])]))),
         "in turn": Case(alternating),
         "in turn, another seed": Case(alternating, seed=2),
