@@ -11,8 +11,6 @@ import uuid
 from contextlib import suppress
 from typing import Any
 
-from botocore.exceptions import ClientError
-
 from avatar_client.contract.job_errors import InputDownloadError, StoreRefusedError, UploadError
 from worker.media import download
 from worker.media.store_client import (
@@ -22,6 +20,7 @@ from worker.media.store_client import (
     STORE_ERRORS,
     Patience,
     StoreClient,
+    is_retryable,
 )
 
 logger = logging.getLogger(__name__)
@@ -158,10 +157,9 @@ def _write_and_remove(client: StoreClient, key: str, patience: Patience) -> bool
         answer = client.call(
             lambda: client.s3.put_object(**place, Body=b"avatar", **options), patience
         )
-    except ClientError:
-        raise
-    except BaseException:  # it may have been written all the same
-        _remove(client, key, None, NO_PATIENCE)
+    except BaseException as error:  # it may have been written all the same, but where it is refused
+        if not isinstance(error, STORE_ERRORS) or is_retryable(error):
+            _remove(client, key, None, NO_PATIENCE)
         raise
     version_id = answer.get("VersionId")
     try:
