@@ -1,8 +1,8 @@
 """Causal convolutions that train fast.
 
 The numbers are those of diffusers' own modules. What differs: replicate padding by joining slices,
-2-d convolutions, which see the frames of a kernel as so many channels and are quick with few
-channels in bfloat16, where 3-d ones are not, and weights kept as matrices, for Muon.
+2-d convolutions, to which the frames of a kernel are so many channels more, and weights kept as
+matrices, for Muon.
 """
 
 import torch
