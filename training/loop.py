@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -146,49 +146,78 @@ def mixed_precision(device: torch.device, *, cache_enabled: bool = True) -> torc
     )
 
 
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """The values on the device, without waiting for what it still computes."""
+    if device.type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
+
+
 class LossGradients:
-    """The gradients of a loss; on a GPU, whose launches would cost more, by a CUDA graph."""
+    """The gradients of a loss; on a GPU, whose launches would cost more, by CUDA graphs.
+
+    There is a graph for each set of shapes that the inputs come in, recorded when they come for the
+    second time; what its computation needs in between lies where that of the others does.
+    """
 
     def __init__(
         self, model: nn.Module, loss: Callable[..., tuple[Tensor, dict[str, Tensor]]]
     ) -> None:
         self._parameters = list(model.parameters())
         self._loss = loss
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graphs: dict[tuple[torch.Size, ...], _Graph | None] = {}  # None: seen once
+        self._pool: Any = None
 
     def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
-        """Sets the parameters' gradients. The inputs have the same shapes in every call."""
+        """Sets the parameters' gradients."""
         if inputs[0].device.type != "cuda":
             return self._backward(*inputs)
-        if self._graph is None:
-            self._record(inputs)
-            assert self._graph is not None
-        for held, given in zip(self._inputs, inputs, strict=True):
-            held.copy_(given)
-        self._graph.replay()
-        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+        shapes = tuple(value.shape for value in inputs)
+        if shapes not in self._graphs:  # what libraries set up at their first use is not recorded
+            self._graphs[shapes] = None
+            return self._backward_aside(*inputs)
+        graph = self._graphs[shapes]
+        if graph is None:
+            graph = self._graphs[shapes] = self._record(inputs)
+        torch._foreach_copy_(graph.inputs, inputs)
+        graph.graph.replay()
+        for parameter, gradient in zip(self._parameters, graph.gradients, strict=True):
             parameter.grad = gradient
-        return {name: value.clone() for name, value in self._metrics.items()}
+        return {name: value.clone() for name, value in graph.metrics.items()}
 
     def _backward(self, *inputs: Tensor) -> dict[str, Tensor]:
         loss, metrics = self._loss(*inputs)
         loss.backward()
         return {"loss": loss.detach(), **metrics}
 
-    def _record(self, inputs: Sequence[Tensor]) -> None:
-        self._inputs = [value.clone() for value in inputs]
+    def _backward_aside(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """As a graph is recorded, on another stream than the default one."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(3):  # what libraries set up at their first use cannot be recorded
-                self._backward(*self._inputs)
+            metrics = self._backward(*inputs)
         torch.cuda.current_stream().wait_stream(stream)
+        return metrics
+
+    def _record(self, inputs: Sequence[Tensor]) -> "_Graph":
+        held = [value.clone() for value in inputs]
         for parameter in self._parameters:
             parameter.grad = None
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._metrics = self._backward(*self._inputs)
-        self._gradients = [parameter.grad for parameter in self._parameters]
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            metrics = self._backward(*held)
+        return _Graph(graph, held, [parameter.grad for parameter in self._parameters], metrics)
+
+
+class _Graph(NamedTuple):
+    """A recorded computation of gradients."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Tensor]
+    gradients: list[Tensor | None]
+    metrics: dict[str, Tensor]
 
 
 def time_for(deadline: float | None, share: float, later: float) -> float | None:

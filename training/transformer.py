@@ -8,6 +8,8 @@ the step cache needs: the last block alone, on tokens of a higher sigma. The las
 guided velocity itself into the loss, with the weights that the worker's steps have.
 """
 
+import dataclasses
+import functools
 import itertools
 import logging
 import time
@@ -16,7 +18,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -24,7 +26,15 @@ from torch import Tensor
 
 from avatar_client.contract.request import GenerationParams
 from training import architecture, world
-from training.loop import mixed_precision, progress_of, steps_done, time_for, train
+from training.loop import (
+    LossGradients,
+    mixed_precision,
+    progress_of,
+    sent,
+    steps_done,
+    time_for,
+    train,
+)
 from training.processes import prefetched
 from training.scenes import (
     EYES_CROP,
@@ -105,14 +115,14 @@ class Phase:
 EYES = Windows(256, 17, EYES_CROP, sigma_shift=10.0)
 
 PHASES = (
-    Phase("short", (Windows(64, 9),), 500, 1.5e-3, 0.2, 3, 0.07),
+    Phase("short", (Windows(64, 9),), 1000, 1.5e-3, 0.2, 3, 0.07),
     Phase(
         "whole",
         (Windows(16, WINDOW_LATENTS), Windows(16, WINDOW_LATENTS), EYES),
-        3000,
+        6000,
         1.2e-3,
         0.7,
-        4,
+        5,
         0.35,
     ),
     # what eyes and mouth do depends on a few frames around them
@@ -125,47 +135,80 @@ PHASES = (
             Windows(8, WINDOW_LATENTS),
             Windows(96, 9, FACE_CROP),
         ),
-        7000,
+        14000,
         1.2e-3,
         0.8,
-        4,
+        5,
         0.58,
         has_cfg_loss=True,
     ),
 )
 
 
+class Chances(NamedTuple):
+    """What a step's loss leaves to chance, but for the noise: of each window, (B,) float32."""
+
+    sigmas: Tensor
+    later_sigmas: Tensor  # of the step that uses the step cache
+    cfg_weight: Tensor  # 1 without guidance
+    is_early: Tensor  # 1: the face mask is scaled down
+    is_negative: Tensor  # 1: the unconditional branch has the negative prompt
+
+    @classmethod
+    def draw(
+        cls,
+        count: int,
+        rng: np.random.Generator,
+        *,
+        has_cfg_loss: bool = False,
+        sigma_shift: float = SIGMA_SHIFT,
+    ) -> Self:
+        """Those of so many windows.
+
+        Args:
+            has_cfg_loss: each at a step of a worker's run; else any.
+            sigma_shift: of the sigmas; the larger, the more of them are high.
+        """
+        sigmas = _sample_sigmas(count, rng, sigma_shift)
+        guidance = _random_guidance(sigmas, rng) if has_cfg_loss else _without_guidance(count, rng)
+        later = sigmas * torch.from_numpy(rng.uniform(MIN_CACHED_SIGMA, 1, count))
+        return cls(sigmas, later.float(), *(torch.tensor(each).float() for each in guidance))
+
+    def to(self, device: torch.device) -> Self:
+        """The same on the device, in one copy that nothing waits for."""
+        return type(self)(*sent(torch.stack(self), device))
+
+
 def denoising_loss(
     transformer: HunyuanVideoAvatarTransformer3DModel,
     scenes: Scene,
-    rng: np.random.Generator,
+    chances: Chances,
     *,
     has_cfg_loss: bool = False,
-    sigma_shift: float = SIGMA_SHIFT,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The squared error of the velocity at random sigmas.
+    """The squared error of the velocity.
+
+    Nothing in it waits for the device or reads the CPU's memory, so that a CUDA graph can hold it.
 
     Args:
         scenes: a batch of windows.
         has_cfg_loss: the error is that of the guided velocity, not of the conditional branch.
-        sigma_shift: of the sigmas; the larger, the more of them are high.
     """
-    count = len(scenes.latents)
-    sigmas = _sample_sigmas(count, rng, sigma_shift).to(scenes.latents.device)
+    count, sigmas = len(scenes.latents), chances.sigmas
     noise = torch.randn_like(scenes.latents)
     velocity = noise - scenes.latents
-    batch = _BranchBatch.sample(scenes, noise, sigmas, rng, has_cfg_loss=has_cfg_loss)
+    batch = _BranchBatch.of(scenes, noise, chances, has_cfg_loss=has_cfg_loss)
 
     predicted, cached_tokens = batch.predict(transformer, batch.all_rows, 1000 * sigmas)
     cond, uncond = predicted[:count], predicted[count:]
-    earlier = rng.uniform(MIN_CACHED_SIGMA, 1, count)
-    later = sigmas * torch.tensor(earlier, dtype=torch.float32, device=sigmas.device)
     cached_count = max(1, round(CACHED_SHARE * count))
     kept = [*range(cached_count)]
+    chosen = batch.all_rows[:cached_count]
     if has_cfg_loss:
         kept += range(count, count + cached_count)
-    chosen = torch.tensor(kept).to(sigmas.device)
-    cached, _ = batch.predict(transformer, chosen, 1000 * later, _rows_of(cached_tokens, kept))
+        chosen = torch.cat([chosen, count + chosen])
+    later = 1000 * chances.later_sigmas
+    cached, _ = batch.predict(transformer, chosen, later, _rows_of(cached_tokens, kept))
 
     weight = (scenes.weight / scenes.weight.mean((1, 2), keepdim=True))[:, None, None]
     # 0 in a crop of the eyes
@@ -206,40 +249,25 @@ class _BranchBatch:
     prompts: Tensor  # (R,), 0: the negative prompt
 
     @classmethod
-    def sample(
-        cls,
-        scenes: Scene,
-        noise: Tensor,
-        sigmas: Tensor,
-        rng: np.random.Generator,
-        *,
-        has_cfg_loss: bool,
-    ) -> Self:
-        """The windows noised at the sigmas, with random guidance."""
+    def of(cls, scenes: Scene, noise: Tensor, chances: Chances, *, has_cfg_loss: bool) -> Self:
+        """The windows noised at the sigmas."""
         latents = scenes.latents
-        device, count = latents.device, len(latents)
-        sigma = _over_latents(sigmas)
-        noisy = (1 - sigma) * latents + sigma * noise
-        reference = scenes.reference_mean + scenes.reference_std * torch.randn_like(latents)
-        guidance = _random_guidance(sigmas, rng) if has_cfg_loss else _without_guidance(count, rng)
-        is_early = _over_latents(torch.tensor(guidance.is_early, device=device))
-        cfg_weight = None
-        if guidance.weight is not None:
-            weight = torch.tensor(guidance.weight, dtype=torch.float32, device=device)
-            cfg_weight = _over_latents(weight)
+        count, device = len(latents), latents.device
+        sigma = _over_latents(chances.sigmas)
+        is_early = _over_latents(chances.is_early) > 0
         num_uncond = count if has_cfg_loss else max(1, round(UNCOND_SHARE * count))
-        windows = torch.cat([torch.arange(count), torch.arange(num_uncond)]).to(device)
+        windows = torch.arange(count, device=device)
+        windows = torch.cat([windows, windows[:num_uncond]])
         is_cond = torch.arange(len(windows), device=device) < count
-        negative = torch.tensor(guidance.has_negative_prompt, device=device)
         return cls(
             scenes=scenes,
-            noisy=noisy,
-            reference=reference,
+            noisy=(1 - sigma) * latents + sigma * noise,
+            reference=scenes.reference_mean + scenes.reference_std * torch.randn_like(latents),
             mask=torch.where(is_early, EARLY_FACE_MASK_SCALE * scenes.face_mask, scenes.face_mask),
-            cfg_weight=cfg_weight,
+            cfg_weight=_over_latents(chances.cfg_weight) if has_cfg_loss else None,
             windows=windows,
             is_cond=is_cond,
-            prompts=torch.where(is_cond, 1, 1 - negative[windows].long()),
+            prompts=torch.where(is_cond, 1, 1 - chances.is_negative[windows].long()),
         )
 
     @property
@@ -258,12 +286,13 @@ class _BranchBatch:
         scenes, windows = self.scenes, self.windows[rows]
         embeds = scenes.prompt_embeds[windows, self.prompts[rows]].float()
         audio = scenes.audio_embeds[windows] * self.is_cond[rows, None, None, None, None, None]
-        with mixed_precision(embeds.device):
+        # each weight is used once, so that nothing is gained by keeping what it is cast to
+        with mixed_precision(embeds.device, cache_enabled=False):
             predicted, cached_tokens = transformer(
                 hidden_states=self.noisy[windows],
                 timestep=timesteps[windows],
                 encoder_hidden_states=embeds,
-                encoder_attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
+                encoder_attention_mask=_whole_texts(*embeds.shape[:2], is_pinned=embeds.is_cuda),
                 pooled_projections=scenes.pooled_prompt_embeds[windows, self.prompts[rows]],
                 reference_latents=self.reference[windows],
                 audio_embeds=audio.flatten(0, 1),
@@ -284,6 +313,12 @@ class _BranchBatch:
             return predicted[:count]
         cond, uncond = predicted[:count], predicted[count:]
         return uncond + self.cfg_weight[:count] * (cond - uncond)
+
+
+@functools.cache
+def _whole_texts(rows: int, length: int, *, is_pinned: bool) -> Tensor:
+    """The mask (rows, length) of texts without pads, kept where a CUDA graph finds it again."""
+    return torch.ones(rows, length, dtype=torch.long, pin_memory=is_pinned)
 
 
 def _sample_sigmas(count: int, rng: np.random.Generator, shift: float) -> Tensor:
@@ -312,11 +347,10 @@ def _errors(predicted: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return ((predicted - target[:count]).square() * weight[:count]).mean((1, 2, 3, 4))
 
 
-@dataclass(frozen=True)
-class _Guidance:
+class _Guidance(NamedTuple):
     """The worker's CFG settings for each window at its sigma."""
 
-    weight: list[float] | None  # None: the conditional branch alone
+    weight: list[float]
     is_early: list[bool]  # the face mask is scaled down
     has_negative_prompt: list[bool]  # of the unconditional branch
 
@@ -341,7 +375,7 @@ def _random_guidance(sigmas: Tensor, rng: np.random.Generator) -> _Guidance:
 def _without_guidance(count: int, rng: np.random.Generator) -> _Guidance:
     """Random early and late steps; one random prompt for the unconditional rows of all."""
     early = (rng.random(count) < EARLY_STEP_SHARE).tolist()
-    return _Guidance(None, early, [bool(rng.integers(2))] * count)
+    return _Guidance([1.0] * count, early, [bool(rng.integers(2))] * count)
 
 
 def drawn_scenes(
@@ -386,6 +420,7 @@ def train_transformer(
     for parameter in transformer.proj_out.parameters():
         torch.nn.init.zeros_(parameter)
     transformer.to(device)
+    _keep_tables(transformer)
     done = _steps_done(directory, phases)
     is_over = all(progress_of(directory / phase.name) == 1 for phase in phases)
     if done and time_for(deadline, 1.0, 0.0) == 0:
@@ -403,6 +438,12 @@ def train_transformer(
         logger.info("phase %s, step %d", phase.name, steps_done(directory / phase.name))
         train_phase(transformer, buffer, phase, rng, directory / phase.name, seconds)
     return transformer
+
+
+def _keep_tables(transformer: HunyuanVideoAvatarTransformer3DModel) -> None:
+    """Lets it copy its tables of positions to the device once: no CUDA graph holds such copies."""
+    for module, name in ((transformer.rope, "forward"), (transformer.sinusoid, "frequencies")):
+        setattr(module, name, functools.cache(getattr(module, name)))
 
 
 def _make_first_scenes(
@@ -434,6 +475,17 @@ def train_phase(
             for name, weight in transformer.named_parameters():
                 if name.endswith("audio_adapter.to_out.weight"):
                     weight *= AUDIO_SCALE
+    names = [field.name for field in dataclasses.fields(Scene) if field.name != "places"]
+    num_chances = len(Chances._fields)
+
+    def loss(*inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        chances, values = inputs[:num_chances], inputs[num_chances:]
+        scenes = Scene(**dict(zip(names, values, strict=True)), places=torch.empty(0))
+        return denoising_loss(
+            transformer, scenes, Chances(*chances), has_cfg_loss=phase.has_cfg_loss
+        )
+
+    gradients = LossGradients(transformer, loss)
 
     def backward() -> dict[str, Tensor]:
         step = next(steps)
@@ -442,15 +494,14 @@ def train_phase(
         windows = phase.windows[step % len(phase.windows)]
         circular_share = CIRCULAR_SHARE if windows.length == WINDOW_LATENTS else 0.0
         scenes = buffer.sample(windows.count, windows.length, circular_share, windows.crop)
-        loss, metrics = denoising_loss(
-            transformer,
-            scenes,
+        chances = Chances.draw(
+            windows.count,
             rng,
             has_cfg_loss=phase.has_cfg_loss,
             sigma_shift=windows.sigma_shift,
         )
-        loss.backward()
-        return {"loss": loss.detach(), **metrics}
+        values = (getattr(scenes, name) for name in names)
+        return gradients(*chances.to(scenes.latents.device), *values)
 
     train(
         transformer.train(),

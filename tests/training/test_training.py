@@ -33,9 +33,17 @@ from training.convolution import inflate_kernels, use_fast_convolutions, with_li
 from training.loop import CHECKPOINT, LOG, LossGradients, progress_of, steps_done, train
 from training.muon import Muon
 from training.processes import prefetched
-from training.scenes import EYES_CROP, FACE_CROP, Scene, SceneBuffer, Shot, num_frames
+from training.scenes import (
+    EYES_CROP,
+    FACE_CROP,
+    Scene,
+    SceneBuffer,
+    Shot,
+    encode_frames,
+    num_frames,
+)
 from training.speech import formant_speech
-from training.transformer import Windows, denoising_loss
+from training.transformer import Chances, Windows, denoising_loss
 from worker.generation import sampling
 from worker.loading import loader, preview
 from worker.loading.model_directory import require_whole
@@ -112,6 +120,17 @@ def test_the_trained_convolutions_give_the_models_own_numbers(frames: int) -> No
         )
         back = with_library_convolutions(trained.state_dict(), architecture.autoencoder()).eval()
         assert torch.equal(back.decode(back.encode(pixels).latent_dist.mean).sample, wanted)
+
+
+@pytest.mark.parametrize("frames", [1, 9, 17, 41, 173])
+def test_stretches_that_are_encoded_together_give_the_models_own_latents(frames: int) -> None:
+    torch.manual_seed(1)
+    vae = architecture.autoencoder().eval()
+    clip = torch.randn(3, frames, 32, 32)
+    with torch.no_grad():
+        wanted = vae.encode(clip[None]).latent_dist.mean[0]
+        use_fast_convolutions(vae)
+        assert torch.allclose(encode_frames(vae, clip), wanted, atol=1e-5)
 
 
 def test_inflated_kernels_encode_a_still_as_before() -> None:
@@ -205,9 +224,8 @@ def test_the_loss_trains_every_part_that_a_job_uses(has_cfg_loss: bool, people: 
     torch.manual_seed(3)
     model = architecture.transformer()
     scenes = Scene.stack([make_scene(count, people=people).window(0, 3) for count in (4, 5, 6, 7)])
-    loss, metrics = denoising_loss(
-        model, scenes, np.random.default_rng(0), has_cfg_loss=has_cfg_loss
-    )
+    chances = Chances.draw(4, np.random.default_rng(0), has_cfg_loss=has_cfg_loss)
+    loss, metrics = denoising_loss(model, scenes, chances, has_cfg_loss=has_cfg_loss)
     loss.backward()
     assert np.isfinite(loss.item())
     assert metrics["agreement"] > 0

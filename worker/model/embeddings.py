@@ -38,9 +38,12 @@ class Sinusoid(nn.Module):
     """
 
     def forward(self, values: Tensor) -> Tensor:
-        frequencies = FREQUENCIES.to(values.device, non_blocking=True)
-        angles = values.float()[:, None] * frequencies
+        angles = values.float()[:, None] * self.frequencies(values.device)
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+    def frequencies(self, device: torch.device) -> Tensor:
+        """The table (128,) on the device; nothing is kept between calls."""
+        return FREQUENCIES.to(device, non_blocking=True)
 
 
 class AvatarRotaryPosEmbed(nn.Module):
