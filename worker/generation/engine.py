@@ -47,7 +47,9 @@ RANK_LOAD = "worker.generation.engine:Engine.load"  # what a rank process runs; 
 RANK_LOAD_SECONDS = 60  # beyond this GPU's own loading and as much again, for the other ranks'
 HOST_SHARE = 0.9  # of the host's free memory, for the step cache of a long video
 TRIAL_SIDE = 64  # px
-TRIAL_TOLERANCE = 0.05  # bfloat16 and another order of sums; where tokens are mixed up it is over 1
+# Bfloat16 and another order of sums make 0.01 to 0.08, by the weights and the kernel, because
+# guidance multiplies what they do to either branch; where tokens are mixed up it is over 1.
+TRIAL_TOLERANCE = 0.3
 
 
 @dataclass(frozen=True, slots=True)
