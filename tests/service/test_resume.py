@@ -437,7 +437,7 @@ def test_the_same_request_has_the_same_state_where_it_must_be_the_same_video(
         name(resumption, seed=1, voices=VOICES),
         name(resumption, seed=1, voices=VOICES[::-1]),
         name(resumption, seed=1, voices=[replace(VOICES[0], face_box=VOICES[1].face_box)]),
-        name(resumption, seed=1, bystanders="still"),
+        name(resumption, seed=1, bystanders="free"),
         name(replace(resumption, key=b"x" * 32), seed=1),
     ]
     assert len({seeded, *others}) == 1 + len(others)
