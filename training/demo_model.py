@@ -105,10 +105,13 @@ def _make_autoencoder(work: Path, seed: int, device: torch.device, deadline: flo
 def write(work: Path, model_dir: Path) -> None:
     """Puts the trained parts together into a model directory."""
     denoiser = HunyuanVideoAvatarTransformer3DModel.from_pretrained(work / "transformer")
+    vae = AutoencoderKLHunyuanVideo.from_pretrained(work / "vae")
+    for part in (denoiser, vae):
+        part.register_to_config(_name_or_path="")  # where it lay is nobody's business
     text_encoder, text_encoder_2 = architecture.text_encoders()
     pipeline = HunyuanVideoAvatarPipeline(
         transformer=denoiser,
-        vae=AutoencoderKLHunyuanVideo.from_pretrained(work / "vae"),
+        vae=vae,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
         text_encoder=text_encoder,
         tokenizer=architecture.prompt_tokenizer(),

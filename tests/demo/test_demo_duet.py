@@ -35,14 +35,6 @@ STEPS = 20
 MOST_OPEN = 0.06  # of a silent mouth, at the 95th percentile
 
 
-# In a picture of two people both mouths stay closed: the kept weights have seen one at a time.
-needs_training = pytest.mark.xfail(
-    reason="the model was trained on pictures of one person",
-    raises=(AssertionError, RuntimeWarning),  # of a mouth that never moves
-    strict=True,
-)
-
-
 @pytest.fixture(scope="module")
 def perform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., np.ndarray]]:
     """Makes the frames of a dialogue as a client would: `perform(dialogue, **fields)`."""
@@ -121,8 +113,7 @@ def require_speech(figures: Figures) -> None:
     assert figures.alone_opening <= MOST_OPEN
 
 
-@pytest.mark.talks
-@needs_training
+@pytest.mark.slow
 def test_two_people_speak_at_once_each_its_own_recording(perform: Callable[..., Any]) -> None:
     dialogue = at_once()
     for figures in duet.measure(dialogue, perform(dialogue, num_inference_steps=FEWEST_STEPS)):
@@ -131,7 +122,6 @@ def test_two_people_speak_at_once_each_its_own_recording(perform: Callable[..., 
 
 
 @pytest.mark.talks
-@needs_training
 def test_two_people_speak_in_turn_and_are_silent_in_between(perform: Callable[..., Any]) -> None:
     dialogue = one_by_one()
     for figures in duet.measure(dialogue, perform(dialogue)):
@@ -140,7 +130,6 @@ def test_two_people_speak_in_turn_and_are_silent_in_between(perform: Callable[..
 
 
 @pytest.mark.talks
-@needs_training
 def test_other_boxes_are_other_mouths(perform: Callable[..., Any]) -> None:
     dialogue = at_once()
     swapped = dialogue.swapped()
@@ -153,7 +142,6 @@ def test_other_boxes_are_other_mouths(perform: Callable[..., Any]) -> None:
 
 
 @pytest.mark.talks
-@needs_training
 def test_a_third_face_stays_closed(perform: Callable[..., Any]) -> None:
     dialogue = with_a_listener()
     left, listener, right = duet.measure(dialogue, perform(dialogue))
@@ -183,9 +171,6 @@ def test_silence_around_and_within_speech_leaves_the_mouth_closed_and_the_face_i
 
 
 @pytest.mark.talks
-@pytest.mark.xfail(
-    reason="the model was not trained for long enough to blink", raises=AssertionError, strict=True
-)
 def test_people_blink_every_few_seconds_and_rather_in_pauses(perform: Callable[..., Any]) -> None:
     dialogue = one_by_one()
     one, other = (duet.measure(dialogue, perform(dialogue, seed=seed)) for seed in (1, 2))
@@ -197,7 +182,6 @@ def test_people_blink_every_few_seconds_and_rather_in_pauses(perform: Callable[.
 
 
 @pytest.mark.talks
-@needs_training
 def test_the_seed_changes_what_nobody_says(perform: Callable[..., Any]) -> None:
     dialogue = one_by_one()
     frames = [perform(dialogue, seed=seed) for seed in (1, 2)]

@@ -262,7 +262,6 @@ def test_the_seed_changes_no_speech(speak: Callable[..., Video]) -> None:
 
 
 @pytest.mark.talks
-@pytest.mark.xfail(reason="the model was not trained for long enough to blink", strict=True)
 def test_the_seed_changes_the_blinks(speak: Callable[..., Video]) -> None:
     one, other = (
         talking.eye_opening(video.frames, video.face) for video in (speak(), speak(seed=2))

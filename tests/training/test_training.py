@@ -272,6 +272,27 @@ def test_a_run_resumes_where_it_stopped(tmp_path: Path) -> None:
     assert rates[-1]["step"] == steps_done(tmp_path / "stopped")
 
 
+@pytest.mark.gpu
+def test_graphs_give_the_gradients_of_each_shape_of_inputs() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 4, device="cuda")
+
+    def loss(values: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        squares = (model(values) - values).square()
+        return squares.mean(), {"largest": squares.detach().amax()}
+
+    gradients = LossGradients(model, loss)
+    for count in (8, 3, 8, 3, 8, 3):  # not recorded, recorded, played back
+        inputs = torch.randn(count, 4, device="cuda")
+        wanted = torch.autograd.grad(loss(inputs)[0], list(model.parameters()))
+        metrics = gradients(inputs)
+        for parameter, gradient in zip(model.parameters(), wanted, strict=True):
+            assert parameter.grad is not None
+            assert torch.allclose(parameter.grad, gradient, atol=1e-6)
+        assert torch.allclose(metrics["loss"], loss(inputs)[0])
+        model.zero_grad()
+
+
 def test_what_processes_make_comes_in_its_order() -> None:
     with prefetched(operator.neg, 2, first=3) as results:
         assert [next(results) for _ in range(30)] == [-number for number in range(3, 33)]
