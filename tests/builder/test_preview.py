@@ -48,6 +48,7 @@ def test_a_model_directory_is_given_a_map(
     run(monkeypatch, model_dir, *options)
 
     require_whole(model_dir, hashes=True)
+    assert (model_dir / preview.NAME).stat().st_mode & 0o777 == 0o644  # the worker's user reads it
     assert preview.NAME in (manifest.read(model_dir) or {})["files"]
     assert preview.load(model_dir, 4) is not None
     assert preview.load(model_dir, 16) is None  # another autoencoder's
