@@ -33,6 +33,7 @@ from worker.shapes import SAMPLE_RATE_HZ
 
 STEPS = 20
 MOST_OPEN = 0.06  # of a silent mouth, at the 95th percentile
+LARGEST_SEAM = 1.1  # of the change where windows meet, as a share of the largest elsewhere
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +105,14 @@ def with_a_listener() -> Dialogue:
     return Dialogue(people(3, duet.TRIO), voices)
 
 
+def fifteen_seconds() -> Dialogue:
+    """Two people who speak by turns for longer than a window."""
+    romanian, finnish, english = map(recording, ("romanian", "finnish", "english"))
+    other = np.concatenate([romanian, finnish, romanian])
+    length = min(len(english), len(other))
+    return Dialogue(people(2, duet.PAIR), duet.by_turns(english[:length], other[:length]))
+
+
 def require_speech(figures: Figures) -> None:
     """Passes if the mouth follows its own voice, and no other's while it is silent."""
     assert figures.own is not None
@@ -127,6 +136,22 @@ def test_two_people_speak_in_turn_and_are_silent_in_between(perform: Callable[..
     for figures in duet.measure(dialogue, perform(dialogue)):
         require_speech(figures)
         assert figures.likeness >= 24
+
+
+@pytest.mark.talks
+def test_a_dialogue_of_several_windows_ends_as_it_began_and_has_no_seam(
+    perform: Callable[..., Any],
+) -> None:
+    dialogue = fifteen_seconds()
+    frames = perform(dialogue)
+    for start in (0, 5, 10):
+        part = slice(start * world.FPS, (start + 5) * world.FPS)
+        for figures in duet.measure(dialogue.part(part), frames[part]):
+            require_speech(figures)
+            assert figures.likeness >= 24
+    faces = dialogue.group.faces
+    same = np.logical_and.reduce([talking.outside(face, *dialogue.size) for face in faces])
+    assert talking.seam(frames[:, same], STEPS) <= LARGEST_SEAM
 
 
 @pytest.mark.talks
