@@ -107,7 +107,7 @@ def write(work: Path, model_dir: Path) -> None:
     denoiser = HunyuanVideoAvatarTransformer3DModel.from_pretrained(work / "transformer")
     vae = AutoencoderKLHunyuanVideo.from_pretrained(work / "vae")
     for part in (denoiser, vae):
-        part.register_to_config(_name_or_path="")  # where it lay is nobody's business
+        part.register_to_config(_name_or_path="")  # else the path of `work` is in it
     text_encoder, text_encoder_2 = architecture.text_encoders()
     pipeline = HunyuanVideoAvatarPipeline(
         transformer=denoiser,
@@ -129,8 +129,8 @@ def write(work: Path, model_dir: Path) -> None:
             for name, value in load_file(path).items()
         }
         save_file(halved, path, metadata={"format": "pt"})
-    vae = AutoencoderKLHunyuanVideo.from_pretrained(model_dir / "vae").eval()
-    preview.save(LatentToRGB.fit(vae, autoencoder.drawn_people(PREVIEW_PEOPLE)), model_dir)
+    written_vae = AutoencoderKLHunyuanVideo.from_pretrained(model_dir / "vae").eval()
+    preview.save(LatentToRGB.fit(written_vae, autoencoder.drawn_people(PREVIEW_PEOPLE)), model_dir)
     (model_dir / "README.md").write_text(CARD.read_text())
     files = sorted(path for path in model_dir.rglob("*") if path.is_file())
     names = [str(path.relative_to(model_dir)) for path in files if path.name != manifest.NAME]

@@ -156,8 +156,8 @@ def sent(values: Tensor, device: torch.device) -> Tensor:
 class LossGradients:
     """The gradients of a loss; on a GPU, whose launches would cost more, by CUDA graphs.
 
-    There is a graph for each set of shapes that the inputs come in, recorded when they come for the
-    second time; what its computation needs in between lies where that of the others does.
+    Each set of shapes that the inputs come in has a graph of its own, recorded when they come for
+    the second time. The graphs share the memory of what is computed in between.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class LossGradients:
     ) -> None:
         self._parameters = list(model.parameters())
         self._loss = loss
-        self._graphs: dict[tuple[torch.Size, ...], _Graph | None] = {}  # None: seen once
+        self._recordings: dict[tuple[torch.Size, ...], _Recording | None] = {}  # None: seen once
         self._pool: Any = None
 
     def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
@@ -173,17 +173,19 @@ class LossGradients:
         if inputs[0].device.type != "cuda":
             return self._backward(*inputs)
         shapes = tuple(value.shape for value in inputs)
-        if shapes not in self._graphs:  # what libraries set up at their first use is not recorded
-            self._graphs[shapes] = None
+        if (
+            shapes not in self._recordings
+        ):  # what libraries set up at their first use is not recorded
+            self._recordings[shapes] = None
             return self._backward_aside(*inputs)
-        graph = self._graphs[shapes]
-        if graph is None:
-            graph = self._graphs[shapes] = self._record(inputs)
-        torch._foreach_copy_(graph.inputs, inputs)
-        graph.graph.replay()
-        for parameter, gradient in zip(self._parameters, graph.gradients, strict=True):
+        recording = self._recordings[shapes]
+        if recording is None:
+            recording = self._recordings[shapes] = self._record(inputs)
+        torch._foreach_copy_(recording.inputs, inputs)
+        recording.graph.replay()
+        for parameter, gradient in zip(self._parameters, recording.gradients, strict=True):
             parameter.grad = gradient
-        return {name: value.clone() for name, value in graph.metrics.items()}
+        return {name: value.clone() for name, value in recording.metrics.items()}
 
     def _backward(self, *inputs: Tensor) -> dict[str, Tensor]:
         loss, metrics = self._loss(*inputs)
@@ -199,7 +201,7 @@ class LossGradients:
         torch.cuda.current_stream().wait_stream(stream)
         return metrics
 
-    def _record(self, inputs: Sequence[Tensor]) -> "_Graph":
+    def _record(self, inputs: Sequence[Tensor]) -> "_Recording":
         held = [value.clone() for value in inputs]
         for parameter in self._parameters:
             parameter.grad = None
@@ -208,11 +210,11 @@ class LossGradients:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             metrics = self._backward(*held)
-        return _Graph(graph, held, [parameter.grad for parameter in self._parameters], metrics)
+        return _Recording(graph, held, [parameter.grad for parameter in self._parameters], metrics)
 
 
-class _Graph(NamedTuple):
-    """A recorded computation of gradients."""
+class _Recording(NamedTuple):
+    """A computation of gradients."""
 
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor]

@@ -70,11 +70,6 @@ def num_frames(num_latents: int) -> int:
     return TEMPORAL_COMPRESSION * (num_latents - 1) + 1
 
 
-def num_latents(frames: int) -> int:
-    """Latent frames of a video of so many frames."""
-    return (frames - 1) // TEMPORAL_COMPRESSION + 1
-
-
 @dataclass(frozen=True)
 class SceneSpec:
     """A scene before it is drawn."""
@@ -303,12 +298,12 @@ class Scene:
 
     @classmethod
     def stack(cls, scenes: Sequence["Scene"]) -> "Scene":
-        """One more dimension in front; the texts are cut to about the length of the shortest.
+        """One more dimension in front; the texts are cut to the length of the shortest.
 
-        That is a multiple of 8, if it is as long, so that batches have few shapes.
+        And then, where they are longer than that, to a multiple of 8: so batches have few shapes.
         """
-        length = min(scene.prompt_embeds.shape[1] for scene in scenes)
-        length -= length % 8 if length > 8 else 0
+        shortest = min(scene.prompt_embeds.shape[1] for scene in scenes)
+        length = max(shortest - shortest % 8, min(shortest, 8))
         fields = {}
         for name in vars(scenes[0]):
             values = [getattr(scene, name) for scene in scenes]
@@ -383,8 +378,8 @@ class SceneEncoder:
 def encode_frames(vae: AutoencoderKLHunyuanVideo, clip: Tensor) -> Tensor:
     """The latents' mean (C, T, h, w) of a clip (3, F, H, W), with `use_fast_convolutions`.
 
-    The stretches of frames that the model encodes one by one go through it together: in a fifth of
-    the time, since each alone leaves a GPU idle.
+    As the model's own `encode`, which takes a long clip in stretches one by one; here they go
+    through it together, since one alone leaves most of a GPU idle.
     """
     frames, stride = vae.tile_sample_min_num_frames, vae.tile_sample_stride_num_frames
     starts = range(0, clip.shape[1], stride)
@@ -399,7 +394,8 @@ def encode_frames(vae: AutoencoderKLHunyuanVideo, clip: Tensor) -> Tensor:
         blended = vae.blend_t(before, moments[:, :, 1:], overlap)
         parts.append(blended[:, :, :kept])
         before = blended
-    mean, _ = torch.cat(parts, dim=2)[0, :, : num_latents(clip.shape[1])].chunk(2)
+    num_latents = (clip.shape[1] - 1) // TEMPORAL_COMPRESSION + 1
+    mean, _ = torch.cat(parts, dim=2)[0, :, :num_latents].chunk(2)
     return mean
 
 

@@ -482,6 +482,7 @@ def train_phase(
 
     def loss(*inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         chances, values = inputs[:num_chances], inputs[num_chances:]
+        # a crop is made of the places, and nothing afterwards
         scenes = Scene(**dict(zip(names, values, strict=True)), places=torch.empty(0))
         return denoising_loss(
             transformer, scenes, Chances(*chances), has_cfg_loss=phase.has_cfg_loss

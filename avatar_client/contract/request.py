@@ -287,7 +287,7 @@ class GenerationParams(Frozen):
     bystanders: Bystanders = Field(
         "still",
         description="What the faces of those who do not speak are told. `still`: silence; `free`: "
-        "nothing of their own, as in the reference, so that one beside a speaker moves with him.",
+        "nothing of their own, as in the reference, so that one beside a speaker may move too.",
     )
     audio_start_seconds: Annotated[Finite, Field(ge=0)] = Field(
         0.0, description="Where in `audio` the speech begins."
