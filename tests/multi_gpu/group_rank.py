@@ -62,9 +62,9 @@ def swap_for_heads(group: ProcessGroup, num_columns: int, num_text: int, heads: 
     assert dist.group.WORLD is not None
     parallel, frames = ContextParallel(dist.group.WORLD), 3
     generator = torch.Generator().manual_seed(0)
-    image = torch.randn(3, 2, num_columns * frames, heads, 4, generator=generator)
-    text = torch.randn(3, 2, num_text, heads, 4, generator=generator)
-    whole = torch.cat([image, text], dim=2)  # queries, keys and values of two samples
+    image = torch.randn(3, 1, num_columns * frames, heads, 4, generator=generator)
+    text = torch.randn(3, 1, num_text, heads, 4, generator=generator)
+    whole = torch.cat([image, text], dim=2)  # queries, keys and values
     own_image = parallel.share_columns(image, 2, frames)
     own_text = parallel.share(text, 2)
     own = torch.cat([own_image, own_text], dim=2)
@@ -73,8 +73,9 @@ def swap_for_heads(group: ProcessGroup, num_columns: int, num_text: int, heads: 
     told = parallel.token_shares_of_cached(
         num_columns, frames, [own_text.shape[2]] * 2, group.device
     )
-    swapped = shares.swap_for_heads(*own)
-    back = [shares.swap_back(each, heads) for each in swapped]
+    swaps = [shares.swap_for_heads(each) for each in own]  # all three on their way together
+    swapped = [swap.wait() for swap in swaps]
+    back = [shares.swap_back(each, heads).wait() for each in swapped]
     patches = shares.gather_image(own_image[0].flatten(2))
     return (
         told == [shares, shares]

@@ -20,7 +20,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from worker.model import flash_attention_4
-from worker.model.context_parallel import TokenShares
 from worker.model.sparse_attention import LayerSparsity
 
 logger = logging.getLogger(__name__)
@@ -63,31 +62,24 @@ class Trial(NamedTuple):
 
 
 def attend(
-    query: Tensor,  # (B, n, h, D/h), as are key and value
+    query: Tensor,  # (B, N, h, D/h), as are key and value
     key: Tensor,
     value: Tensor,
     processor: Any,
     sparsity: LayerSparsity | None = None,
-    shares: TokenShares | None = None,
-) -> Tensor:  # (B, n, D)
+) -> Tensor:  # (B, N, h, D/h)
     """Softmax attention by the backend that the processor was given.
 
-    With `sparsity`, which takes one sample, within its tolerance of that. With `shares`, where each
-    rank has a part of the tokens, the ranks swap them for heads: of its heads each then computes
-    what one process would, with the same kernel and the same sparsity.
+    With `sparsity`, which takes one sample, within its tolerance of that.
     """
-    kernel, num_heads = _kernel(processor._attention_backend), query.shape[2]
-    if shares is not None:
-        query, key, value = shares.swap_for_heads(query, key, value)
+    kernel = _kernel(processor._attention_backend)
     if query.shape[2] == 0:  # there are more ranks than heads
-        attended = query
-    elif sparsity is not None:
-        attended = sparsity.attend(query, key, value, kernel)
-    else:
-        attended = kernel(query, key, value)
-    if shares is not None:
-        attended = shares.swap_back(attended, num_heads)
-    return attended.flatten(2)
+        return query
+    return (
+        kernel(query, key, value)
+        if sparsity is None
+        else sparsity.attend(query, key, value, kernel)
+    )
 
 
 def _kernel(backend: str | AttentionBackendName | None) -> Kernel:
@@ -165,6 +157,6 @@ def backend_error(name: str, device: torch.device) -> float:
     processor = SimpleNamespace(_attention_backend=name)
 
     def kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return attend(query, key, value, processor).view_as(query)
+        return attend(query, key, value, processor)
 
     return kernel_error(kernel, device)

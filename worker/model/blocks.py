@@ -9,6 +9,8 @@ Shape letters: B batch, R recordings a sample, V voices a recording, S tokens a 
 frames, N tokens, L valid text tokens, A audio tokens a latent frame, D width, h heads.
 """
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 
 from worker.model.attention import attend
 from worker.model.audio_adapter import AudioAdapter
-from worker.model.context_parallel import TokenShares
+from worker.model.context_parallel import Swap, TokenShares
 from worker.model.kernels import (
     adaln_modulate,
     gated_residual,
@@ -71,26 +73,30 @@ class AvatarTransformerBlock(HunyuanVideoTransformerBlock):
 
         batch, num_image, dim = image.shape
         shape = (batch, num_image + text.shape[1], attn.heads, dim // attn.heads)
-        query, key = image.new_empty(shape), image.new_empty(shape)
-        _norm_and_rotate(
-            project(attn.to_q, image_rows),
-            project(attn.to_k, image_rows),
-            (attn.norm_q, attn.norm_k),
-            image_rotary_emb,
-            (query[:, :num_image], key[:, :num_image]),
-        )
-        _norm_and_rotate(
-            project(attn.add_q_proj, text_rows),
-            project(attn.add_k_proj, text_rows),
-            (attn.norm_added_q, attn.norm_added_k),
-            None,
-            (query[:, num_image:], key[:, num_image:]),
-        )
+        swap, swap_back = _swaps(shares, attn.heads)
+        # Each of the three is on its way between the ranks while the next one is computed.
         values = (project(attn.to_v, image_rows), project(attn.add_v_proj, text_rows))
-        value = torch.cat(values, dim=1).view(shape)
-        del image_rows, text_rows, values
-        attended = attend(query, key, value, attn.processor, sparsity, shares)
+        value = swap(torch.cat(values, dim=1).view(shape))
+        del values
+        query, key = (
+            swap(
+                _norm_heads(
+                    project(of_image, image_rows),
+                    project(of_text, text_rows),
+                    norms,
+                    image_rotary_emb,
+                    image.new_empty(shape),
+                )
+            )
+            for of_image, of_text, *norms in (
+                (attn.to_q, attn.add_q_proj, attn.norm_q, attn.norm_added_q),
+                (attn.to_k, attn.add_k_proj, attn.norm_k, attn.norm_added_k),
+            )
+        )
+        del image_rows, text_rows
+        attended = attend(query.wait(), key.wait(), value.wait(), attn.processor, sparsity)
         del query, key, value
+        attended = swap_back(attended).wait().flatten(2)
 
         rows = Rows.of(attended[:, :num_image], float8=float8)
         image_update = project(attn.to_out[0], rows)
@@ -132,34 +138,46 @@ class AvatarSingleTransformerBlock(HunyuanVideoSingleTransformerBlock):
         tokens = torch.cat([hidden_states, encoder_hidden_states], dim=1)
         rows, gate = _adaln(tokens, temb, self.norm, float8)
 
-        shape = (*tokens.shape[:2], attn.heads, -1)
-        query, key, value = (
-            project(layer, rows).view(shape) for layer in (attn.to_q, attn.to_k, attn.to_v)
+        swap, swap_back = _swaps(shares, attn.heads)
+        value = swap(project(attn.to_v, rows).unflatten(2, (attn.heads, -1)))
+        query, key = (
+            swap(self._project_normed(layer, norm, rows, num_image, image_rotary_emb))
+            for layer, norm in ((attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k))
         )
-        norms = (attn.norm_q, attn.norm_k)
-        turned = (query, key)  # in place, but where a gradient has to come back
-        if torch.is_grad_enabled():
-            turned = (torch.empty_like(query), torch.empty_like(key))
-        for part, rotary in (
-            (slice(num_image), image_rotary_emb),
-            (slice(num_image, None), None),
-        ):
-            out = (turned[0][:, part], turned[1][:, part])
-            _norm_and_rotate(query[:, part], key[:, part], norms, rotary, out)
-        attended = attend(*turned, value, attn.processor, sparsity, shares)
-        del query, key, value, turned
+        attended = attend(query.wait(), key.wait(), value.wait(), attn.processor, sparsity)
+        del query, key, value
+        swapped_back = swap_back(attended)
+        del attended
 
-        # The last layer sees both side by side; they are never put together.
+        # The last layer sees both side by side; where it is plain, they are never put together.
         if is_plain(self.proj_out):
             attended_columns, wide_columns = slice(tokens.shape[2]), slice(tokens.shape[2], None)
-            update = project(self.proj_out, Rows.of(attended, float8=float8), attended_columns)
-            del attended
             more = feed_forward(self.proj_mlp, self.proj_out, rows, wide_columns, bias=False)
+            del rows
+            attended_rows = Rows.of(swapped_back.wait().flatten(2), float8=float8)
+            del swapped_back
+            update = project(self.proj_out, attended_rows, attended_columns)
+            del attended_rows
         else:
             wide = gelu_in_place(project(self.proj_mlp, rows))
-            update, more = self.proj_out(torch.cat([attended, wide], dim=2)), None
+            both = torch.cat([swapped_back.wait().flatten(2), wide], dim=2)
+            update, more = self.proj_out(both), None
         tokens = gated_residual(tokens, update, gate, more)
         return tokens[:, :num_image], tokens[:, num_image:]
+
+    def _project_normed(
+        self,
+        layer: nn.Module,
+        norm: nn.Module,
+        rows: Rows,
+        num_image: int,
+        rotary: tuple[Tensor, Tensor],
+    ) -> Tensor:  # (B, N, h, D/h)
+        """Queries or keys; the image's tokens come first."""
+        x = project(layer, rows)
+        out = torch.empty_like(x) if torch.is_grad_enabled() else x
+        out = out.unflatten(2, (self.attn.heads, -1))
+        return _norm_heads(x[:, :num_image], x[:, num_image:], (norm, norm), rotary, out)
 
 
 for block_class in (AvatarTransformerBlock, AvatarSingleTransformerBlock):
@@ -178,14 +196,27 @@ def _adaln(
     return Rows.of(adaln_modulate(x, shift, scale, norm.norm.eps), float8=float8), *later
 
 
-def _norm_and_rotate(
-    query: Tensor,  # (B, N, D) or (B, N, h, D/h), as is key
-    key: Tensor,
-    norms: tuple[nn.Module, nn.Module],
-    rotary: tuple[Tensor, Tensor] | None,
-    out: tuple[Tensor, Tensor],  # (B, N, h, D/h) each
-) -> None:
-    norm_and_rotate(query.view_as(out[0]), key.view_as(out[1]), *norms, rotary, *out)
+def _norm_heads(
+    image: Tensor,  # (B, N of them, D), as is text
+    text: Tensor,
+    norms: Sequence[nn.Module],  # of both
+    rotary: tuple[Tensor, Tensor],  # of the image
+    out: Tensor,  # (B, N, h, D/h)
+) -> Tensor:
+    """Queries or keys as attention takes them, in `out`."""
+    heads, num_image = out.shape[2:], image.shape[1]
+    norm_and_rotate(image.unflatten(2, heads), norms[0], rotary, out[:, :num_image])
+    norm_and_rotate(text.unflatten(2, heads), norms[1], None, out[:, num_image:])
+    return out
+
+
+def _swaps(
+    shares: TokenShares | None, num_heads: int
+) -> tuple[Callable[[Tensor], Swap], Callable[[Tensor], Swap]]:
+    """How a tensor comes to attention, and how what that gives comes back."""
+    if shares is None:
+        return Swap, Swap  # all its tokens are here
+    return shares.swap_for_heads, partial(shares.swap_back, num_heads=num_heads)
 
 
 def _fed_forward(

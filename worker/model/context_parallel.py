@@ -9,7 +9,7 @@ none waits for one that another leaves out. No gradient passes through.
 Shape letters: B samples, N tokens of all ranks and n of one, h heads of all ranks, D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,56 +61,41 @@ class TokenShares:
     image: tuple[int, ...]  # tokens of each rank
     text: tuple[int, ...]
 
-    def swap_for_heads(self, *tensors: Tensor) -> list[Tensor]:
-        """All tokens of this rank's heads: of each (B, n, h, D/h) a (B, N, own heads, D/h).
+    def swap_for_heads(self, x: Tensor) -> "Swap":
+        """Begins to bring all tokens of this rank's heads here: of (1, n, h, D/h) (1, N, own, D/h).
 
-        All tensors go in one exchange.
+        All ranks of the group begin their swaps in the same order.
         """
-        batch, own_tokens, num_heads, width = tensors[0].shape
-        heads = self._heads(num_heads)
-        own_heads = heads[self.group.rank()]
-        # heads first, so that what goes to a rank is of one piece: (h, n, tensors, B, D/h)
-        sent = torch.stack([x.permute(2, 1, 0, 3) for x in tensors], dim=2).flatten()
-        of_a_token = len(tensors) * batch * width  # of one head
-        counts = self._counts()
-        received = self._exchange(
-            sent,
-            [count * own_tokens * of_a_token for count in heads],
-            [count * own_heads * of_a_token for count in counts],
-        )
-        del sent
-        parts = [
-            part.view(own_heads, count, len(tensors), batch, width)
-            for part, count in zip(received, counts, strict=True)
-        ]
-        images = [part[:, :count] for part, count in zip(parts, self.image, strict=True)]
-        texts = [part[:, count:] for part, count in zip(parts, self.image, strict=True)]
-        return [
-            torch.cat([part[:, :, place].permute(2, 1, 0, 3) for part in images + texts], dim=1)
-            for place in range(len(tensors))
-        ]
+        rank, heads = self.group.rank(), self._heads(x.shape[2])
+        whole = x.new_empty(1, sum(self.image) + sum(self.text), heads[rank], x.shape[3])
+        places, own_image = self._places(whole), self.image[rank]
+        sent, operations = [], []
+        for peer, part in enumerate(x.split(heads, dim=2)):
+            if peer == rank:
+                for place, own in zip(places[rank], _cut(part, own_image), strict=True):
+                    _copy(place, own)
+                continue
+            sent.append(part.new_empty(part.shape))
+            _copy(sent[-1], part)
+            operations += self._operations(peer, _cut(sent[-1], own_image), places[peer])
+        return Swap(whole, _begin(operations), sent)
 
-    def swap_back(self, attended: Tensor, num_heads: int) -> Tensor:
-        """All heads of this rank's tokens, (B, n, h, D/h), from (B, N, own heads, D/h)."""
-        batch, _, own_heads, width = attended.shape
+    def swap_back(self, attended: Tensor, num_heads: int) -> "Swap":
+        """Begins to bring all heads of this rank's tokens here, the way back."""
         rank, heads = self.group.rank(), self._heads(num_heads)
-        counts = self._counts()
-        own_tokens = counts[rank]
-        by_token = attended.transpose(0, 1)  # (N, B, own heads, D/h)
-        images = by_token[: sum(self.image)].split(self.image)
-        texts = by_token[sum(self.image) :].split(self.text)
-        sent = torch.cat([part for pair in zip(images, texts, strict=True) for part in pair])
-        of_a_token = batch * width
-        received = self._exchange(
-            sent.flatten(),
-            [count * own_heads * of_a_token for count in counts],
-            [own_tokens * count * of_a_token for count in heads],
-        )
-        parts = [
-            part.view(own_tokens, batch, count, width)
-            for part, count in zip(received, heads, strict=True)
-        ]
-        return torch.cat([part.transpose(0, 1) for part in parts], dim=2)
+        attended = attended.contiguous()
+        places, own_image = self._places(attended), self.image[rank]
+        whole = attended.new_empty(1, self._counts()[rank], num_heads, attended.shape[3])
+        arriving, operations = [], []
+        for peer, target in enumerate(whole.split(heads, dim=2)):
+            if peer == rank:
+                for target_part, own in zip(_cut(target, own_image), places[rank], strict=True):
+                    _copy(target_part, own)
+                continue
+            part = target.new_empty(target.shape)
+            arriving.append((target, part))
+            operations += self._operations(peer, places[peer], _cut(part, own_image))
+        return Swap(whole, _begin(operations), [attended], arriving)
 
     def gather_image(self, x: Tensor) -> Tensor:
         """The image tokens of all ranks, (B, N, D), from this rank's (B, n, D)."""
@@ -128,6 +113,25 @@ class TokenShares:
         """How many heads each rank attends with."""
         return _parts(num_heads, self.group.size())
 
+    def _places(self, whole: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Where each rank's image and text lie among all tokens, (1, N, own heads, D/h)."""
+        images = whole[:, : sum(self.image)].split(self.image, dim=1)
+        texts = whole[:, sum(self.image) :].split(self.text, dim=1)
+        return list(zip(images, texts, strict=True))
+
+    def _operations(
+        self, peer: int, sent: Iterable[Tensor], received: Iterable[Tensor]
+    ) -> list[dist.P2POp]:
+        """What is sent to a rank and comes from it; nothing is where a part has no values."""
+        operations = [(dist.isend, part) for part in sent] + [
+            (dist.irecv, part) for part in received
+        ]
+        return [
+            dist.P2POp(operation, part, group=self.group, group_peer=peer)
+            for operation, part in operations
+            if part.numel() > 0
+        ]
+
     def _exchange(
         self, sent: Tensor, sent_sizes: list[int], received_sizes: list[int]
     ) -> tuple[Tensor, ...]:
@@ -135,6 +139,40 @@ class TokenShares:
         received = sent.new_empty(sum(received_sizes))
         dist.all_to_all_single(received, sent, received_sizes, sent_sizes, group=self.group)
         return received.split(received_sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """A tensor of which other ranks' parts are on their way, while this one computes."""
+
+    whole: Tensor
+    works: Sequence[dist.Work] = ()
+    sent: Sequence[Tensor] = ()  # which stay as they are until then
+    arriving: Sequence[tuple[Tensor, Tensor]] = ()  # places, and what goes there
+
+    def wait(self) -> Tensor:
+        """The tensor, once all of it is there. On a GPU its stream waits, not the caller."""
+        for work in self.works:
+            work.wait()
+        for place, part in self.arriving:
+            _copy(place, part)
+        return self.whole
+
+
+def _begin(operations: list[dist.P2POp]) -> list[dist.Work]:
+    return dist.batch_isend_irecv(operations) if operations else []
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    """Copies heads, which lie apart in one of both: sixteen bytes at a time where that fits."""
+    if source.shape[-1] * source.itemsize % 16 == 0:
+        target, source = target.view(torch.complex128), source.view(torch.complex128)
+    target.copy_(source)
+
+
+def _cut(part: Tensor, num_image: int) -> tuple[Tensor, Tensor]:
+    """The image's and the text's tokens."""
+    return part[:, :num_image], part[:, num_image:]
 
 
 def _parts(number: int, num_ranks: int) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 // The point-wise work between the matrix products, each in one pass over memory.
 //
 // Compiled when a process first needs it, for the width D of the model and the width H of a head
-// (-DWIDTH, -DHEAD). Values are bfloat16 in memory and float32 in registers; each result is rounded
+// (-DWIDTH, -DHEAD; HEAD_THREADS is how many work on a token's heads). Values are bfloat16 in memory and float32 in registers; each result is rounded
 // once. A row is a token. One block of threads works on one row, eight values a thread.
 
 typedef unsigned short bits16;
@@ -118,43 +118,49 @@ extern "C" __global__ void gated_residual(const uint4* x, const uint4* y, const 
   sum[at] = pack(row);
 }
 
-// RMS norm of each head of queries and keys, then their rotation by the token's position (RoPE);
-// cosines null: no rotation. A warp works on one head, (HEAD / 32) values a thread.
-extern "C" __global__ void norm_and_rotate(const bits32* query, const bits32* key,
-                                           const bits32* query_weight, const bits32* key_weight,
+// RMS norm of each head, then its rotation by the token's position (RoPE); cosines null: no
+// rotation. HEAD / 8 threads work on a head, eight values a thread, and on several heads in turn:
+// these turn by the same angles.
+extern "C" __global__ void norm_and_rotate(const uint4* x, const uint4* weight,
                                            const float2* cosines, const float2* sines,
-                                           bits32* query_out, bits32* key_out, float eps) {
-  constexpr int PAIRS = HEAD / 64;  // pairs of values a thread
-  const int lane = threadIdx.x % 32;
-  const size_t at = ((size_t)blockIdx.x * blockDim.x / 32 + threadIdx.x / 32) * (HEAD / 2) + lane;
-  const size_t position = (size_t)blockIdx.x * (HEAD / 2) + lane;
+                                           uint4* out, float eps) {
+  constexpr int LANES = HEAD / 8, HEADS = WIDTH / HEAD;
+  constexpr int AT_ONCE = HEAD_THREADS / LANES, ROUNDS = (HEADS + AT_ONCE - 1) / AT_ONCE;
+  const int lane = threadIdx.x % LANES, first = threadIdx.x / LANES;
+  const size_t row = (size_t)blockIdx.x * ACTIVE;
+  uint4 packed[ROUNDS];
 #pragma unroll
-  for (int which = 0; which < 2; ++which) {
-    const bits32* in = which ? key : query;
-    const bits32* weight = which ? key_weight : query_weight;
-    bits32* out = which ? key_out : query_out;
-    float2 values[PAIRS];
+  for (int round = 0; round < ROUNDS; ++round) {
+    const int head = first + round * AT_ONCE;
+    packed[round] = head < HEADS ? x[row + head * LANES + lane] : make_uint4(0, 0, 0, 0);
+  }
+  const Eight by = unpack(weight[lane]);
+  float2 c[4], s[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const size_t at = (size_t)blockIdx.x * (HEAD / 2) + 4 * lane + i;
+    c[i] = cosines ? cosines[at] : make_float2(1, 1);
+    s[i] = cosines ? sines[at] : make_float2(0, 0);
+  }
+#pragma unroll
+  for (int round = 0; round < ROUNDS; ++round) {
+    Eight eight = unpack(packed[round]);
     float squares = 0;
 #pragma unroll
-    for (int i = 0; i < PAIRS; ++i) {
-      const bits32 pair = in[at + 32 * i];
-      values[i] = make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
-      squares += values[i].x * values[i].x + values[i].y * values[i].y;
-    }
-    const float inverse = rsqrtf(sum_of_warp(squares) / HEAD + eps);
+    for (int i = 0; i < 8; ++i) squares += eight.value[i] * eight.value[i];
 #pragma unroll
-    for (int i = 0; i < PAIRS; ++i) {
-      const bits32 by = weight[lane + 32 * i];
-      float x = values[i].x * inverse * __uint_as_float(by << 16);
-      float y = values[i].y * inverse * __uint_as_float(by & 0xffff0000u);
-      if (cosines != nullptr) {
-        const float2 c = cosines[position + 32 * i], s = sines[position + 32 * i];
-        const float turned = x * c.x - y * s.x;
-        y = y * c.y + x * s.y;
-        x = turned;
-      }
-      out[at + 32 * i] = pack_two(x, y);
+    for (int offset = LANES / 2; offset > 0; offset /= 2)
+      squares += __shfl_xor_sync(~0u, squares, offset);
+    const float inverse = rsqrtf(squares / HEAD + eps);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float real = eight.value[2 * i] * inverse * by.value[2 * i];
+      const float imaginary = eight.value[2 * i + 1] * inverse * by.value[2 * i + 1];
+      eight.value[2 * i] = real * c[i].x - imaginary * s[i].x;
+      eight.value[2 * i + 1] = imaginary * c[i].y + real * s[i].y;
     }
+    const int head = first + round * AT_ONCE;
+    if (head < HEADS) out[row + head * LANES + lane] = pack(eight);
   }
 }
 

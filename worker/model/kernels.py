@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 FLOAT8 = torch.float8_e4m3fn
 ELEMENTWISE_THREADS = 256
+HEAD_THREADS, WIDTHS_OF_HEADS = 128, (64, 128, 256)
 WIDEST = 8 * 1024  # of a row: eight values a thread
 SUMMED_PIXELS = 1024  # by a block
 MOST_BLOCKS, CHOICES_A_BLOCK = 2048, 4  # of keys; rows of scores by a block of threads
@@ -77,28 +78,22 @@ def gated_residual(
 
 
 def norm_and_rotate(
-    query: Tensor,  # (B, N, h, D/h), as is key
-    key: Tensor,
-    query_norm: Any,  # RMS norms over D/h, as is key_norm
-    key_norm: Any,
+    x: Tensor,  # (B, N, h, D/h)
+    norm: Any,  # an RMS norm over D/h
     rotary: tuple[Tensor, Tensor] | None,  # cosines and sines, 2 x (N, D/h) float32
-    query_out: Tensor,  # (B, N, h, D/h), as is key_out
-    key_out: Tensor,
+    out: Tensor,  # (B, N, h, D/h)
 ) -> None:
-    """Normalises each head and rotates it by its token's position (RoPE), into given tensors."""
-    _, tokens, heads, head = query.shape
+    """Normalises each head and rotates it by its token's position (RoPE), into a given tensor."""
+    _, tokens, heads, head = x.shape
     kernels = None
-    if query.is_contiguous() and query_out.is_contiguous():
-        kernels = _kernels_for(query, heads * head, head)
-    if kernels is None or heads > 32 or query.dtype != query_norm.weight.dtype:
-        for x, norm, out in ((query, query_norm, query_out), (key, key_norm, key_out)):
-            normed = norm(x)
-            out.copy_(normed if rotary is None else _rotated(normed, *rotary))
+    if x.is_contiguous() and out.is_contiguous() and head in WIDTHS_OF_HEADS:
+        kernels = _kernels_for(x, heads * head, head)
+    if kernels is None or x.dtype != norm.weight.dtype:
+        normed = norm(x)
+        out.copy_(normed if rotary is None else _rotated(normed, *rotary))
         return
-    tensors = (query, key, query_norm.weight, key_norm.weight, *(rotary or (None, None)))
-    kernels.launch(
-        "norm_and_rotate", tokens, 32 * heads, *tensors, query_out, key_out, query_norm.eps
-    )
+    tensors = (x, norm.weight, *(rotary or (None, None)), out)
+    kernels.launch("norm_and_rotate", tokens, HEAD_THREADS, *tensors, norm.eps)
 
 
 def gelu_in_place(x: Tensor) -> Tensor:  # of any shape
@@ -325,7 +320,9 @@ def _compile(capability: tuple[int, int], width: int, head: int) -> bytes:
 
     source = Path(__file__).with_suffix(".cu").read_bytes()
     (program,) = _checked(nvrtc.nvrtcCreateProgram(source, b"kernels.cu", 0, [], []))
-    options = ["-arch=sm_{}{}".format(*capability), f"-DWIDTH={width}", f"-DHEAD={head}"]
+    sizes = {"WIDTH": width, "HEAD": head, "HEAD_THREADS": HEAD_THREADS}
+    options = ["-arch=sm_{}{}".format(*capability)]
+    options += [f"-D{name}={value}" for name, value in sizes.items()]
     (failed,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
     if int(failed):
         (size,) = _checked(nvrtc.nvrtcGetProgramLogSize(program))
