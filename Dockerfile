@@ -57,15 +57,28 @@ ENTRYPOINT ["tini", "--"]
 CMD ["python", "handler.py"]
 
 
+# The attention's kernels, compiled without a GPU: no start is to wait for a compiler, or to import one.
+FROM base AS kernels
+USER 0
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends binutils \
+    && rm -rf /var/lib/apt/lists/*
+USER 1000
+COPY worker/__init__.py worker/import_guard.py worker/
+COPY worker/model worker/model
+COPY builder/__init__.py builder/kernels.py builder/
+RUN python -m builder.kernels
+
+
 FROM base AS worker
 COPY LICENSE NOTICE README.md pyproject.toml handler.py ./
 COPY avatar_client avatar_client
 COPY worker worker
 COPY builder builder
+COPY --chown=1000:1000 --from=kernels /opt/kernels /opt/kernels
 # Proves that the classes load and run in this very environment; "require" does not hide, it fails.
-# Then compiles the attention's kernels, without a GPU: no start is to wait for a compiler.
-RUN IMPORT_GUARD=require python -m worker doctor --imports \
-    && python -m builder.kernels
+RUN IMPORT_GUARD=require python -m worker doctor --imports
 
 
 # What the builder needs and no more, so that few changes of our code make the weights again.
@@ -102,7 +115,7 @@ COPY --chown=1000:1000 --from=weights-bf16 /layers/4 /models/hunyuan-video-avata
 COPY --chown=1000:1000 --from=weights-bf16 /layers/5 /models/hunyuan-video-avatar/
 COPY --chown=1000:1000 --from=weights-bf16 /layers/6 /models/hunyuan-video-avatar/
 COPY --from=worker /app ./
-COPY --chown=1000:1000 --from=worker /opt/kernels /opt/kernels
+COPY --chown=1000:1000 --from=kernels /opt/kernels /opt/kernels
 RUN python -m builder.verify /models/hunyuan-video-avatar
 
 
@@ -112,7 +125,7 @@ COPY --chown=1000:1000 --from=weights-fp8 /layers/2 /models/hunyuan-video-avatar
 COPY --chown=1000:1000 --from=weights-fp8 /layers/3 /models/hunyuan-video-avatar/
 COPY --chown=1000:1000 --from=weights-fp8 /layers/4 /models/hunyuan-video-avatar/
 COPY --from=worker /app ./
-COPY --chown=1000:1000 --from=worker /opt/kernels /opt/kernels
+COPY --chown=1000:1000 --from=kernels /opt/kernels /opt/kernels
 RUN python -m builder.verify /models/hunyuan-video-avatar
 
 

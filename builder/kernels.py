@@ -1,17 +1,23 @@
-"""Compiles FlashAttention 4's kernels for the GPUs that RunPod rents, where there is none.
+"""Makes libraries of FlashAttention 4's kernels for the GPUs that RunPod rents, without a GPU.
 
     python -m builder.kernels
 
-They go where the worker looks for them (`worker.model.flash_attention_4.CACHE_DIR`), so that no
-start compiles them. What cannot be compiled here is said, and is compiled by the first start that
-needs it: for Blackwell's data centre GPUs the package asks the driver. The exit code is always 0.
+They go where the worker looks for them (`worker.model.flash_attention_4.library_path`), so that no
+start compiles them or imports the compiler. What cannot be made here is said, and the package
+compiles it at the first start that needs it: for Blackwell's data centre GPUs it asks the driver.
+Links with `ld`. The exit code is always 0.
 """
 
 import importlib.util
 import logging
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -55,6 +61,7 @@ def environment(architecture: str) -> dict[str, str]:
 
 def compile_all() -> None:
     """Compiles for the architecture that the environment names; raises what the compiler does."""
+    architecture = os.environ["CUTE_DSL_ARCH"]  # noqa: TID251
     blocks = TOKENS // flash_attention_4.BLOCK
     with FakeTensorMode():
 
@@ -62,14 +69,59 @@ def compile_all() -> None:
             return torch.empty(shape, dtype=dtype, device="cuda")
 
         query, key, value = (tensor(1, TOKENS, HEADS, WIDTH) for _ in range(3))
-        flash_attention_4.attend(query, key, value)
-        if os.environ["CUTE_DSL_ARCH"] in OVER_BLOCKS:  # noqa: TID251
-            counts = tensor(HEADS, blocks, dtype=torch.int32)
-            indices = tensor(HEADS, blocks, blocks, dtype=torch.int32)
-            flash_attention_4.attend_blocks(query, key, value, counts, indices)
-            mask = tensor(HEADS, blocks, blocks, dtype=torch.uint8)
-            means = tensor(1, blocks, HEADS, WIDTH)
-            flash_attention_4.attend_unmasked(query, means, means, mask)
+        forward = flash_attention_4.package().forward
+        make_library(flash_attention_4.ALL_KEYS, architecture, lambda: forward(query, key, value))
+        if architecture not in OVER_BLOCKS:
+            return
+        counts = tensor(1, HEADS, blocks, dtype=torch.int32)
+        indices = tensor(1, HEADS, blocks, blocks, dtype=torch.int32)
+        none = tensor(1, HEADS, blocks, 1, dtype=torch.int32)
+        chosen = {"blocks": (counts, none, counts, indices), "return_sums": True}
+        make_library(
+            flash_attention_4.CHOSEN_BLOCKS,
+            architecture,
+            lambda: forward(query, key, value, **chosen),
+        )
+        mask = tensor(HEADS, blocks, blocks, dtype=torch.uint8)
+        means = tensor(1, blocks, HEADS, WIDTH)
+        make_library(
+            flash_attention_4.UNMASKED_KEYS,
+            architecture,
+            lambda: forward(query, means, means, mask=mask, return_sums=True),
+        )
+
+
+def make_library(name: str, architecture: str, compile_kernel: Callable[[], object]) -> None:
+    """Makes the library of the kernel that the call compiles."""
+    path = flash_attention_4.library_path(name, capability_of(architecture))
+    with tempfile.TemporaryDirectory() as directory:
+        compiled = Path(directory) / f"{name}.o"
+        flash_attention_4.package().export(compile_kernel, compiled, name)
+        link(compiled, path)
+
+
+def link(compiled: Path, library: Path) -> None:
+    """Makes a library of an object file; whoever looks meanwhile finds it whole or not at all.
+
+    Raises:
+        OSError: there is no linker, or no room.
+        subprocess.CalledProcessError: it is no object file.
+    """
+    linker = shutil.which("ld")
+    if linker is None:
+        raise FileNotFoundError("ld, of the package binutils, is missing")
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as directory:
+        linked = Path(directory) / library.name
+        command = [linker, "-shared", "-o", str(linked), str(compiled)]
+        subprocess.run(command, check=True)  # noqa: S603 (our own words)
+        linked.replace(library)
+
+
+def capability_of(architecture: str) -> tuple[int, int]:
+    """(9, 0) of "sm_90a"."""
+    digits = re.sub(r"\D", "", architecture)
+    return int(digits[:-1]), int(digits[-1])
 
 
 if __name__ == "__main__":

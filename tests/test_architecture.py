@@ -149,6 +149,7 @@ def test_only_what_places_the_model_or_brings_kernels_speaks_to_a_gpu() -> None:
         "worker/loading/offload.py",
         "worker/loading/transfer.py",
         "worker/model/attention.py",
+        "worker/model/flash_attention_4.py",
         "worker/model/kernels.py",
         "worker/model/sparse_attention.py",
     }

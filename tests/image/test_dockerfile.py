@@ -156,7 +156,7 @@ def test_the_weights_lie_below_the_code_and_every_layer_of_them_is_copied_once(
     weights_stage = STAGES[stage.name.replace("worker", "weights")]
     *weights, code, kernels = stage.of("COPY")
     assert (code.flags, code.words) == ({"from": "worker"}, ["/app", "./"])
-    assert kernels.flags == {"chown": "1000:1000", "from": "worker"}
+    assert kernels.flags == {"chown": "1000:1000", "from": "kernels"}
     assert kernels.words == ["/opt/kernels"] * 2
     count = layer_count(weights_stage)
     assert [copy.words for copy in weights] == [

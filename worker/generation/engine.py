@@ -136,7 +136,7 @@ class Engine:
         if device.index is not None:
             torch.cuda.set_device(device)  # for what asks for "cuda" alone
         if device.type == "cuda":
-            flash_attention_4.begin_import()  # while the weights come
+            flash_attention_4.begin_loading()  # while the weights come
         location = model_directory.find(settings)
         logger.info("%s", location)
         pipeline, report, plan = pipeline_loading.load(location.path, device, settings.memory_plan)
