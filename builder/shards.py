@@ -13,12 +13,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Size, Tensor
 
-from worker.atomic_file import atomic_write, write_text
+from worker.atomic_file import READABLE, atomic_write, write_text
 
 logger = logging.getLogger(__name__)
 
 MAX_SHARD_BYTES = 2 * 1024**3  # and as much memory is needed
-MODE = 0o644  # save_file leaves a file to its owner alone, and the worker is another user
 
 
 @dataclass(frozen=True)
@@ -77,13 +76,15 @@ def split(
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes the file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n", durable=True, mode=MODE)
+    write_text(
+        path, json.dumps(content, indent=2, sort_keys=True) + "\n", durable=True, mode=READABLE
+    )
 
 
 def copy_file(path: Path, directory: Path) -> None:
     """Copies the file whole or not at all."""
     directory.mkdir(parents=True, exist_ok=True)
-    with atomic_write(directory / path.name, durable=True, mode=MODE) as part:
+    with atomic_write(directory / path.name, durable=True, mode=READABLE) as part:
         shutil.copyfile(path, part)
 
 
@@ -97,6 +98,6 @@ def _holds(path: Path, names: Sequence[str]) -> bool:
 
 def _write(path: Path, shard: Sequence[PlannedTensors]) -> str:
     tensors = {name: tensor for planned in shard for name, tensor in planned.make().items()}
-    with atomic_write(path, durable=True, mode=MODE) as part:
+    with atomic_write(path, durable=True, mode=READABLE) as part:
         save_file(tensors, part, metadata={"format": "pt"})
     return f"written, {path.stat().st_size / 1024**2:.0f} MiB"

@@ -15,6 +15,7 @@ from training import architecture, audio_encoder, autoencoder, transformer
 from training.loop import time_for
 from training.processes import process_pool
 from training.speech import SpeechCorpus
+from worker.atomic_file import READABLE
 from worker.generation.pipeline import HunyuanVideoAvatarPipeline
 from worker.loading import manifest, preview
 from worker.model.latent_to_rgb import LatentToRGB
@@ -129,6 +130,7 @@ def write(work: Path, model_dir: Path) -> None:
             for name, value in load_file(path).items()
         }
         save_file(halved, path, metadata={"format": "pt"})
+        path.chmod(READABLE)
     written_vae = AutoencoderKLHunyuanVideo.from_pretrained(model_dir / "vae").eval()
     preview.save(LatentToRGB.fit(written_vae, autoencoder.drawn_people(PREVIEW_PEOPLE)), model_dir)
     (model_dir / "README.md").write_text(CARD.read_text())

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# Of files for all users: safetensors leaves one to its owner alone, and the worker is another user.
+READABLE = 0o644
+
 
 @contextmanager
 def atomic_write(

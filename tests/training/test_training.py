@@ -5,6 +5,7 @@ import operator
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -371,6 +372,8 @@ def test_the_training_makes_a_directory_that_the_worker_loads(tmp_path: Path) ->
     run_command(tmp_path, minutes=60)
 
     require_whole(tmp_path / "model", hashes=True)
+    files = [path for path in (tmp_path / "model").rglob("*") if path.is_file()]
+    assert all(path.stat().st_mode & stat.S_IROTH for path in files)  # the image's user is another
     assert preview.load(tmp_path / "model", 16) is not None
     log = [json.loads(line) for line in (tmp_path / report.LOG_FILE).read_text().splitlines()]
     assert [(line["run"], line["step"]) for line in log] == [

@@ -6,19 +6,18 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from worker.atomic_file import atomic_write
+from worker.atomic_file import READABLE, atomic_write
 from worker.model.latent_to_rgb import LatentToRGB
 
 logger = logging.getLogger(__name__)
 
 NAME = "preview.safetensors"
-MODE = 0o644  # save_file leaves a file to its owner alone, and the worker is another user
 
 
 def save(latent_to_rgb: LatentToRGB, model_dir: Path) -> Path:
     """Writes the map, and says where."""
     path = model_dir / NAME
-    with atomic_write(path, mode=MODE) as part:
+    with atomic_write(path, mode=READABLE) as part:
         save_file({"weight": latent_to_rgb.weight, "bias": latent_to_rgb.bias}, part)
     return path
 
