@@ -28,7 +28,7 @@ logger = logging.getLogger("builder.kernels")
 
 # By compute capability: A100; A40 and RTX 30; L40S, L4 and RTX 40; H100 and H200; RTX 50.
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_120a")
-OVER_BLOCKS = ("sm_90a",)  # elsewhere the kernels take no blocks, or have not been proved
+OVER_BLOCKS = ("sm_90a",)  # the package's kernels for the others take no blocks, or ignore them
 TOKENS, HEADS, WIDTH = 4224, 24, 128  # only the width is compiled in
 MULTIPROCESSORS = 132  # the package asks for a number where no GPU tells it
 

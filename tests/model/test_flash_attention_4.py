@@ -38,6 +38,14 @@ def test_where_none_was_made_the_package_serves(directory: Path) -> None:
     assert flash_attention_4.library("attend", HOPPER) is None
 
 
+def test_a_gpu_with_libraries_has_no_other_kernels_than_they(directory: Path) -> None:
+    path = flash_attention_4.library_path("attend", HOPPER)
+    path.parent.mkdir(parents=True)
+    path.touch()
+    with pytest.raises(ImportError, match="over chosen blocks"):
+        flash_attention_4.library("attend_blocks", HOPPER)
+
+
 def test_one_that_does_not_load_is_passed_over_and_named(
     directory: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -39,7 +39,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Softmax attention, 3 x (B, N, h, D/h) -> (B, N, h, D/h).
 
     Raises:
-        ImportError: the package is missing.
+        ImportError: the package is missing, or has no such kernel for this GPU.
     """
     out, _ = _forward(ALL_KEYS, query, key, value)
     return out
@@ -55,7 +55,7 @@ def attend_blocks(
     """Softmax attention over the chosen blocks, and the logarithm of its sum.
 
     Raises:
-        ImportError: the package is missing.
+        ImportError: the package is missing, or has no such kernel for this GPU.
     """
     masked = (
         torch.zeros(1, *counts.shape, dtype=torch.int32, device=counts.device),
@@ -76,7 +76,7 @@ def attend_unmasked(
     """Softmax attention over few keys by a mask; a query that sees none has a sum of zero.
 
     Raises:
-        ImportError: the package is missing.
+        ImportError: the package is missing, or has no such kernel for this GPU.
     """
     out, sums = _forward(UNMASKED_KEYS, query, key, value, mask=mask)
     assert sums is not None
@@ -135,12 +135,18 @@ def library_path(name: str, capability: tuple[int, int]) -> Path:
 
 @functools.cache
 def library(name: str, capability: tuple[int, int]) -> Callable[..., None] | None:
-    """The kernel from its library; None: there is none that loads here."""
+    """The kernel from its library; None: there is none that loads here.
+
+    Raises:
+        ImportError: there are libraries for this GPU, but none of this kernel: it has none.
+    """
     try:
-        path = library_path(name, capability)
+        path, of_all_keys = (library_path(each, capability) for each in (name, ALL_KEYS))
     except ImportError:
         return None
     if not path.exists():
+        if of_all_keys.exists():
+            raise ImportError("flash-attn-4 has no kernel over chosen blocks for this GPU")
         return None
     try:
         _load_runtime()
@@ -180,7 +186,11 @@ def _forward(
     # with a mask, of which we have none, and of whole ones
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention and, but for that to all keys, the logarithms of its sums."""
+    """Attention and, but for that to all keys, the logarithms of its sums.
+
+    Raises:
+        ImportError: neither a library nor the package has the kernel.
+    """
     return_sums = name != ALL_KEYS
     kernel = None
     if query.is_cuda:
