@@ -70,25 +70,25 @@ def compile_all() -> None:
 
         query, key, value = (tensor(1, TOKENS, HEADS, WIDTH) for _ in range(3))
         forward = flash_attention_4.package().forward
+        if architecture in OVER_BLOCKS:
+            counts = tensor(1, HEADS, blocks, dtype=torch.int32)
+            indices = tensor(1, HEADS, blocks, blocks, dtype=torch.int32)
+            none = tensor(1, HEADS, blocks, 1, dtype=torch.int32)
+            chosen = {"blocks": (counts, none, counts, indices), "return_sums": True}
+            make_library(
+                flash_attention_4.CHOSEN_BLOCKS,
+                architecture,
+                lambda: forward(query, key, value, **chosen),
+            )
+            mask = tensor(HEADS, blocks, blocks, dtype=torch.uint8)
+            means = tensor(1, blocks, HEADS, WIDTH)
+            make_library(
+                flash_attention_4.UNMASKED_KEYS,
+                architecture,
+                lambda: forward(query, means, means, mask=mask, return_sums=True),
+            )
+        # The last: where it is, a start takes what is not there for what this GPU does not have.
         make_library(flash_attention_4.ALL_KEYS, architecture, lambda: forward(query, key, value))
-        if architecture not in OVER_BLOCKS:
-            return
-        counts = tensor(1, HEADS, blocks, dtype=torch.int32)
-        indices = tensor(1, HEADS, blocks, blocks, dtype=torch.int32)
-        none = tensor(1, HEADS, blocks, 1, dtype=torch.int32)
-        chosen = {"blocks": (counts, none, counts, indices), "return_sums": True}
-        make_library(
-            flash_attention_4.CHOSEN_BLOCKS,
-            architecture,
-            lambda: forward(query, key, value, **chosen),
-        )
-        mask = tensor(HEADS, blocks, blocks, dtype=torch.uint8)
-        means = tensor(1, blocks, HEADS, WIDTH)
-        make_library(
-            flash_attention_4.UNMASKED_KEYS,
-            architecture,
-            lambda: forward(query, means, means, mask=mask, return_sums=True),
-        )
 
 
 def make_library(name: str, architecture: str, compile_kernel: Callable[[], object]) -> None:

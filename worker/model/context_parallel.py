@@ -85,7 +85,8 @@ class TokenShares:
         rank, heads = self.group.rank(), self._heads(num_heads)
         attended = attended.contiguous()
         places, own_image = self._places(attended), self.image[rank]
-        whole = attended.new_empty(1, self._counts()[rank], num_heads, attended.shape[3])
+        own_tokens = own_image + self.text[rank]
+        whole = attended.new_empty(1, own_tokens, num_heads, attended.shape[3])
         arriving, operations = [], []
         for peer, target in enumerate(whole.split(heads, dim=2)):
             if peer == rank:
@@ -102,12 +103,11 @@ class TokenShares:
         batch, _, width = x.shape
         sizes = [batch * count * width for count in self.image]
         copies = x.flatten().repeat(len(sizes))  # gloo gathers no parts of different sizes
-        received = self._exchange(copies, [x.numel()] * len(sizes), sizes)
-        return torch.cat([part.view(batch, -1, width) for part in received], dim=1)
-
-    def _counts(self) -> list[int]:
-        """How many tokens each rank holds."""
-        return [image + text for image, text in zip(self.image, self.text, strict=True)]
+        received = x.new_empty(sum(sizes))
+        sent_sizes = [x.numel()] * len(sizes)
+        dist.all_to_all_single(received, copies, sizes, sent_sizes, group=self.group)
+        parts = received.split(sizes)
+        return torch.cat([part.view(batch, -1, width) for part in parts], dim=1)
 
     def _heads(self, num_heads: int) -> tuple[int, ...]:
         """How many heads each rank attends with."""
@@ -131,14 +131,6 @@ class TokenShares:
             for operation, part in operations
             if part.numel() > 0
         ]
-
-    def _exchange(
-        self, sent: Tensor, sent_sizes: list[int], received_sizes: list[int]
-    ) -> tuple[Tensor, ...]:
-        """What each rank has sent to this one; sizes are in elements, rank by rank."""
-        received = sent.new_empty(sum(received_sizes))
-        dist.all_to_all_single(received, sent, received_sizes, sent_sizes, group=self.group)
-        return received.split(received_sizes)
 
 
 @dataclass(frozen=True, slots=True)

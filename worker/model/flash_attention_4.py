@@ -182,8 +182,7 @@ def _forward(
     key: Tensor,  # (B, N of keys, h, D/h), as is value
     value: Tensor,
     *,
-    blocks: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,  # counts and indices: of blocks
-    # with a mask, of which we have none, and of whole ones
+    blocks: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,  # as the package's module says
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention and, but for that to all keys, the logarithms of its sums.

@@ -22,15 +22,21 @@ def is_unmasked(
 
 
 def forward(
-    query: Tensor,
-    key: Tensor,
+    query: Tensor,  # (B, N, h, D/h)
+    key: Tensor,  # (B, N of keys, h, D/h), as is value
     value: Tensor,
     *,
     blocks: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
     mask: Tensor | None = None,
     return_sums: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """What `worker.model.flash_attention_4` has of this name, compiled if it has to be."""
+) -> tuple[Tensor, Tensor | None]:  # (B, N, h, D/h), (B, h, N) float32
+    """Attention, and the logarithms of its sums if they are wanted; compiled if it has to be.
+
+    Args:
+        blocks: counts (B, h, q) and indices (B, h, q, k), int32, of the blocks of keys that a block
+            of queries sees: first of those that have a mask, then of those seen whole.
+        mask: for `is_unmasked`.
+    """
     given: dict[str, Any] = {}
     if blocks is not None:
         given["block_sparse_tensors"] = interface.BlockSparseTensorsTorch(

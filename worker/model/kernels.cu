@@ -1,8 +1,9 @@
 // The point-wise work between the matrix products, each in one pass over memory.
 //
 // Compiled when a process first needs it, for the width D of the model and the width H of a head
-// (-DWIDTH, -DHEAD; HEAD_THREADS is how many work on a token's heads). Values are bfloat16 in memory and float32 in registers; each result is rounded
-// once. A row is a token. One block of threads works on one row, eight values a thread.
+// (-DWIDTH, -DHEAD), and for the threads that work on a token's heads (-DHEAD_THREADS). Values are
+// bfloat16 in memory and float32 in registers; each result is rounded once. A row is a token. One
+// block of threads works on one row, eight values a thread.
 
 typedef unsigned short bits16;
 typedef unsigned int bits32;
