@@ -2,9 +2,12 @@
 
 import base64
 import hashlib
+import re
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -19,25 +22,23 @@ from worker.service import resume
 from worker.service.worker import OUT_OF_TOUCH_SECONDS
 
 JOB_SECONDS = 300.0  # far more than a small job takes
-NUM_STEPS = 10
-PREFIX = "killed"  # of all objects: other tests leave states in the bucket
-BOUNDARIES = (1, 2, 3, 8, 9, 10)  # steps after which a computed one follows, or none
-MAX_LAG_STEPS = 2  # of a state behind the step that the client was told of
+POLL_SECONDS = 0.2
+NUM_STEPS = 10  # of these a state is kept after 1, 2, 3, 8, 9 and 10, if there is time
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
 def start(
-    own_endpoint: LocalEndpoint, object_store: BucketServer, tmp_path: Path
+    own_endpoint: LocalEndpoint, states: "States", tmp_path: Path
 ) -> Iterator[Callable[[], WorkerProcess]]:
     """Starts a worker of the demo model that keeps its states in the bucket, ten a second."""
     environment = {
         "AVATAR_MODEL": "demo",
         "RESUME_INTERVAL_SECONDS": "0.1",
         **ONE_THREAD,
-        **object_store.environment,
-        "BUCKET_PREFIX": PREFIX,
+        **states.store.environment,
+        "BUCKET_PREFIX": states.prefix,
     }
     with ExitStack() as ending:
         started = 0
@@ -54,18 +55,45 @@ def start(
         yield start
 
 
-def state_keys(store: BucketServer) -> list[str]:
-    keys = store.keys()
-    return [key for key in keys if key.startswith(PREFIX) and key.endswith(SUFFIX)]
+@dataclass(frozen=True)
+class States:
+    """What the workers of one test have kept in the bucket."""
+
+    store: BucketServer
+    prefix: str  # of all objects of the test: others leave states too
+
+    def keys(self) -> list[str]:
+        keys = self.store.keys()
+        return [key for key in keys if key.startswith(self.prefix) and key.endswith(SUFFIX)]
+
+    def step(self) -> int:
+        """The step that the only state is of; 0: there is none."""
+        keys = self.keys()
+        if not keys:
+            return 0
+        content = self.store.client.get_object(Bucket=self.store.bucket, Key=keys[0])["Body"].read()
+        return resume.facts_of(content).step
+
+    def wait_for(self, step: int) -> None:
+        """Returns when the state is of this step or a later one."""
+        deadline = time.monotonic() + JOB_SECONDS
+        while self.step() < step:
+            assert time.monotonic() < deadline, self.keys()
+            time.sleep(POLL_SECONDS)
 
 
-def kept_step(store: BucketServer) -> int:
-    """The step that the only state in the bucket is of; 0: there is none."""
-    keys = state_keys(store)
-    if not keys:
-        return 0
-    content = store.client.get_object(Bucket=store.bucket, Key=keys[0])["Body"].read()
-    return resume.facts_of(content).step
+@pytest.fixture
+def states(object_store: BucketServer) -> States:
+    return States(object_store, prefix=f"killed-{secrets.token_hex(4)}")
+
+
+def wait_for_line(worker: WorkerProcess, pattern: str) -> re.Match[str]:
+    """What the pattern has matched in the worker's log, as soon as it is there."""
+    deadline = time.monotonic() + JOB_SECONDS
+    while (found := re.search(pattern, worker.log)) is None:
+        assert time.monotonic() < deadline, worker.log
+        time.sleep(POLL_SECONDS)
+    return found
 
 
 def is_at(step: int) -> Callable[[JobRecord], bool]:
@@ -74,36 +102,36 @@ def is_at(step: int) -> Callable[[JobRecord], bool]:
 
 def test_a_worker_that_stood_still_leaves_its_state_to_whoever_has_its_job_now(
     own_endpoint: LocalEndpoint,
-    object_store: BucketServer,
+    states: States,
     start: Callable[[], WorkerProcess],
     smallest_input: dict[str, Any],
 ) -> None:
-    """As a machine that is paused or cut off: its job is handed on, and it is told to stop."""
-    worker = start()
+    """As a machine that is paused or cut off: another has its job, and it is told to stop."""
+    first = start()
     job_id = own_endpoint.submit({"input": smallest_input | {"num_inference_steps": 100}})
-    own_endpoint.wait_until(job_id, is_at(3), JOB_SECONDS)
-    process = psutil.Process(worker.pid)
+    states.wait_for(1)
+    process = psutil.Process(first.pid)
     process.suspend()
-    kept = kept_step(object_store)
+    suspended_at = time.monotonic()
+    kept = states.step()
     own_endpoint.requeue(job_id)
-    time.sleep(OUT_OF_TOUCH_SECONDS + 1.0)
-    process.resume()
+    second = start()
 
-    again = own_endpoint.wait_until(
-        job_id, lambda job: job.num_claims == 2 and is_at(1)(job), JOB_SECONDS
-    )
-
+    again = own_endpoint.wait_until(job_id, is_at(1), JOB_SECONDS)
+    assert again.worker_id == second.worker_id
     assert again.output["step"] > kept > 0
-    own_endpoint.cancel(job_id)
-    deadline = time.monotonic() + JOB_SECONDS
-    while state_keys(object_store):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+
+    second.kill()  # so that none but the first can change what is kept
+    left = states.keys()
+    time.sleep(max(0.0, suspended_at + OUT_OF_TOUCH_SECONDS + 1.0 - time.monotonic()))
+    process.resume()
+    wait_for_line(first, f"{job_id}: stopped after")
+    assert states.keys() == left != []
 
 
 def test_a_job_of_workers_that_are_killed_becomes_the_video_of_one_that_was_not(
     own_endpoint: LocalEndpoint,
-    object_store: BucketServer,
+    states: States,
     start: Callable[[], WorkerProcess],
     make_portrait: Callable[..., bytes],
     make_speech: Callable[..., bytes],
@@ -122,23 +150,18 @@ def test_a_job_of_workers_that_are_killed_becomes_the_video_of_one_that_was_not(
     }
     worker = start()
     undisturbed = own_endpoint.wait(own_endpoint.submit(job), JOB_SECONDS).output
-    assert state_keys(object_store) == []
+    assert states.keys() == []
     job_id = own_endpoint.submit(job)
 
-    for step in (1, 5, 9):  # 10, 50 and 90 %
-        own_endpoint.wait_until(job_id, is_at(step), JOB_SECONDS)
+    for step in (1, 3, 8):
+        states.wait_for(step)
         worker.kill()
-        kept = kept_step(object_store)
-        assert kept >= max([0, *(each for each in BOUNDARIES if each <= step - MAX_LAG_STEPS)])
+        kept = states.step()
         worker = start()
         own_endpoint.requeue(job_id)
-        resumed_at = own_endpoint.wait_until(job_id, is_at(1), JOB_SECONDS).output["step"]
-        assert resumed_at > kept  # nothing that was kept is done again
-    own_endpoint.wait_until(
-        job_id,
-        lambda job: job.output["stage"] == "decode" and kept_step(object_store) == NUM_STEPS,
-        JOB_SECONDS,
-    )
+        found = wait_for_line(worker, rf"{job_id}: goes on after step (\d+) of {NUM_STEPS}")
+        assert int(found[1]) >= kept  # nothing that was kept is done again
+    states.wait_for(NUM_STEPS)  # while the frames are decoded
     assert own_endpoint.state(job_id).status == "IN_PROGRESS"
     worker.kill()
     start()
@@ -148,9 +171,9 @@ def test_a_job_of_workers_that_are_killed_becomes_the_video_of_one_that_was_not(
 
     assert done.status == "COMPLETED"
     assert done.output["metrics"]["resumed_from_step"] == NUM_STEPS
-    assert done.output["metrics"]["seconds_saved"] > undisturbed["metrics"]["denoise_seconds"] / 4
+    assert done.output["metrics"]["seconds_saved"] > 0.0
     assert done.output["sha256"] == undisturbed["sha256"]
     assert done.output["warnings"] == undisturbed["warnings"]
     with urlopen(done.output["video_url"], timeout=10) as answer:
         assert hashlib.sha256(answer.read()).hexdigest() == undisturbed["sha256"]
-    assert state_keys(object_store) == []
+    assert states.keys() == []
