@@ -10,6 +10,7 @@ import time
 import wave
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -131,7 +132,7 @@ class BucketServer:
     access_key_id: str = "test-access-key"
     secret_access_key: str = "test-secret-key"
 
-    @property
+    @cached_property
     def client(self) -> Any:
         return boto3.client(
             "s3",
@@ -160,8 +161,8 @@ class BucketServer:
             "BUCKET_NAME": self.bucket,
         }
 
-    def keys(self) -> list[str]:
-        listing = self.client.list_objects_v2(Bucket=self.bucket)
+    def keys(self, prefix: str = "") -> list[str]:
+        listing = self.client.list_objects_v2(Bucket=self.bucket, Prefix=prefix)
         return [item["Key"] for item in listing.get("Contents", [])]
 
 

@@ -17,12 +17,12 @@ import pytest
 
 from local_endpoint import JobRecord, LocalEndpoint, WorkerProcess, job_queue
 from tests.conftest import ONE_THREAD, BucketServer
+from tests.support.waiting import wait_until
 from worker.media.state_store import SUFFIX
 from worker.service import resume
 from worker.service.worker import OUT_OF_TOUCH_SECONDS
 
 JOB_SECONDS = 300.0  # far more than a small job takes
-POLL_SECONDS = 0.2
 NUM_STEPS = 10  # of these a state is kept after 1, 2, 3, 8, 9 and 10, if there is time
 
 pytestmark = pytest.mark.slow
@@ -63,8 +63,7 @@ class States:
     prefix: str  # of all objects of the test: others leave states too
 
     def keys(self) -> list[str]:
-        keys = self.store.keys()
-        return [key for key in keys if key.startswith(self.prefix) and key.endswith(SUFFIX)]
+        return [key for key in self.store.keys(self.prefix) if key.endswith(SUFFIX)]
 
     def step(self) -> int:
         """The step that the only state is of; 0: there is none."""
@@ -76,10 +75,7 @@ class States:
 
     def wait_for(self, step: int) -> None:
         """Returns when the state is of this step or a later one."""
-        deadline = time.monotonic() + JOB_SECONDS
-        while self.step() < step:
-            assert time.monotonic() < deadline, self.keys()
-            time.sleep(POLL_SECONDS)
+        wait_until(lambda: self.step() >= step, self.keys)
 
 
 @pytest.fixture
@@ -89,11 +85,7 @@ def states(object_store: BucketServer) -> States:
 
 def wait_for_line(worker: WorkerProcess, pattern: str) -> re.Match[str]:
     """What the pattern has matched in the worker's log, as soon as it is there."""
-    deadline = time.monotonic() + JOB_SECONDS
-    while (found := re.search(pattern, worker.log)) is None:
-        assert time.monotonic() < deadline, worker.log
-        time.sleep(POLL_SECONDS)
-    return found
+    return wait_until(lambda: re.search(pattern, worker.log), lambda: worker.log)
 
 
 def is_at(step: int) -> Callable[[JobRecord], bool]:

@@ -15,7 +15,7 @@ LOOK_SECONDS = 0.02
 
 
 def wait_until(
-    holds: Callable[[], T],
+    holds: Callable[[], T | None],
     tell: Callable[[], object] = lambda: "it did not come",
     seconds: float = PATIENCE_SECONDS,
 ) -> T:
