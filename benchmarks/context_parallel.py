@@ -24,6 +24,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.random_model import (
+    TEXT_LENGTH,
+    TEXT_POSITIONS,
     build_transformer,
     random_inputs,
     relative_difference,
@@ -36,7 +38,6 @@ from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
 from worker.settings import configure_collectives
 from worker.shapes import SPATIAL_COMPRESSION, WINDOW_LATENTS
 
-TEXT_POSITIONS, TEXT_LENGTH = 831, 400
 SWAPS = 10
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from worker.model import autoencoder
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
 
+TEXT_POSITIONS, TEXT_LENGTH = 831, 400  # that a prompt is padded to, and its own
+
 
 def build_transformer(
     device: torch.device, dtype: torch.dtype, **config: int

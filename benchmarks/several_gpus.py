@@ -30,6 +30,8 @@ import torch
 
 from avatar_client.contract.request import GenerationParams
 from benchmarks.random_model import (
+    TEXT_LENGTH,
+    TEXT_POSITIONS,
     build_autoencoder,
     build_transformer,
     relative_difference,
@@ -50,7 +52,6 @@ from worker.multi_gpu.controller import RankController
 from worker.settings import Settings
 from worker.shapes import SPATIAL_COMPRESSION, WINDOW_FRAMES, WINDOW_LATENTS
 
-TEXT_POSITIONS, TEXT_LENGTH = 831, 400
 FACE_SHARE = 0.25  # of the picture's height and width, inside the face mask
 LOAD = "benchmarks.several_gpus:load"  # for the rank processes
 LOAD_TIMEOUT_SECONDS = 120.0

@@ -1,11 +1,8 @@
 """The benchmark of several GPUs, with processes on the CPU."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+
+from tests.support.benchmarks import run_benchmark
 
 TOY = "--device cpu --backend native --sizes 64x32 32x32 --num-steps 2 --num-layers 2"
 TOY += " --num-single-layers 2 --num-attention-heads 1"
@@ -13,14 +10,7 @@ TOY += " --num-single-layers 2 --num-attention-heads 1"
 
 @pytest.mark.slow
 def test_it_times_each_size_alone_and_together() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.several_gpus", *TOY.split()],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    first, *runs, last = map(json.loads, done.stdout.splitlines())
+    first, *runs, last = run_benchmark("several_gpus", TOY)
     assert first["num_gpus"] == 2
     sizes, decoded = runs[:2], runs[2:]
     assert [run["size"] for run in runs] == 2 * ["64x32", "32x32"]
