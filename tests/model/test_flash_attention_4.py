@@ -1,5 +1,6 @@
 """The libraries of FlashAttention 4's kernels, where they are missing or of no use."""
 
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -11,12 +12,13 @@ HOPPER = (9, 0)
 
 
 @pytest.fixture
-def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where the libraries are looked for, and the packages' versions."""
     monkeypatch.setenv(flash_attention_4.CACHE_DIR, str(tmp_path))
     monkeypatch.setattr(metadata, "version", "of {}".format)
     flash_attention_4.library.cache_clear()
-    return tmp_path
+    yield tmp_path
+    flash_attention_4.library.cache_clear()  # of what was not there
 
 
 def test_a_library_is_of_one_kernel_one_gpu_and_these_versions(directory: Path) -> None:
@@ -25,12 +27,13 @@ def test_a_library_is_of_one_kernel_one_gpu_and_these_versions(directory: Path) 
     assert path == directory / "libraries" / versions / "sm_90" / "attend.so"
 
 
-def test_without_the_package_there_is_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_there_is_no_library(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def version(name: str) -> str:
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", version)
-    flash_attention_4.library.cache_clear()
     assert flash_attention_4.library("attend", HOPPER) is None
 
 
