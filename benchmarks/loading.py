@@ -56,7 +56,7 @@ from transformers import (
 
 from worker.generation.pipeline import HunyuanVideoAvatarPipeline
 from worker.loading import loader
-from worker.loading.files import PAGE_BYTES, BlockReader
+from worker.loading.files import BlockReader
 from worker.loading.model_directory import DEMO_DIR
 from worker.loading.transfer import Place, Reading
 from worker.model.encoders import canonical_name
@@ -303,11 +303,11 @@ def by_worker_through_the_cache(directory: Path) -> Iterator[dict[str, Any]]:
 
 
 def by_worker_in_other_settings(directory: Path) -> Iterator[dict[str, Any]]:
-    """The same with other threads and blocks, one after the other."""
-    for num_threads, mib in ((16, 16), (24, 32), (32, 32), (16, 64), (24, 16), (8, 32)):
-        reading = Reading(num_threads, mib * MIB - PAGE_BYTES)
+    """The same with other threads and buffers, one after the other."""
+    for num_threads, mib in ((12, 8), (8, 8), (16, 8), (12, 4), (12, 16), (12, 32)):
+        reading = Reading(num_threads, buffer_bytes=mib * MIB)
         measured = load_as_worker(directory, reading)[1]
-        yield measured | {"threads": num_threads, "block_mib": mib}
+        yield measured | {"threads": num_threads, "read_mib": mib}
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -337,7 +337,7 @@ def load_as_worker(
     return components, {
         "bytes": report.num_bytes,
         "seconds": report.seconds,
-        "seconds_with_probe_and_tokenizers": round(seconds, 3),
+        "seconds_with_preparation": round(seconds, 3),
         "probed_disk_gbps": round((report.disk_bytes_per_second or 0) / GB, 2),
         "cached_share": round(report.cached_bytes / report.num_bytes, 3),
         "ready_seconds": {part.name: round(part.ready_seconds, 2) for part in report.components},
@@ -456,14 +456,14 @@ def disk(directory: Path) -> Iterator[dict[str, Any]]:
     """Reads past the page cache with nothing else to do, each setting in files of its own."""
     paths = weight_files(directory)
     settings = [(8, 16), (16, 16), (8, 64), (32, 16)]
-    for index, (num_threads, block_mib) in enumerate(settings):
+    for index, (num_threads, mib) in enumerate(settings):
         own = [path for path in paths[index :: len(settings)] if path.stat().st_size > 64 * MIB]
-        num_bytes, seconds = read_past_cache(own or paths, num_threads, block_mib * MIB)
+        num_bytes, seconds = read_past_cache(own or paths, num_threads, mib * MIB)
         yield {
             "bytes": num_bytes,
             "seconds": seconds,
             "threads": num_threads,
-            "block_mib": block_mib,
+            "read_mib": mib,
         }
 
 
@@ -636,7 +636,7 @@ def print_table(lines: list[dict[str, Any]]) -> None:
     for line in lines:
         if "seconds" not in line:
             continue
-        settings = f" {line['threads']} x {line['block_mib']} MiB" if "threads" in line else ""
+        settings = f" {line['threads']} x {line['read_mib']} MiB" if "threads" in line else ""
         write(f"{line['step'] + settings:48}{line['bytes'] / GB:7.2f}{line['seconds']:8.2f}")
         write(f"{line['gbps']:8.2f}{line.get('ratio', ''):>7} {line.get('of', ''):5}")
         for field, width in (("peak_rss_gib", 9), ("more_rss_gib", 7), ("more_anonymous_gib", 7)):

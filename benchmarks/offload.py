@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.random_model import build_transformer, random_inputs, report, synchronize
+from worker.loading.host_memory import HostMemory
 from worker.loading.layout import allocate_slots, blocks
 from worker.loading.offload import GIB, OffloadedModel
-from worker.loading.transfer import HostMemory
 from worker.model.attention import fastest_backend
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel as Transformer
 

@@ -1,5 +1,6 @@
 """The loader against from_pretrained, on files that do not fit, and at its limits."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -17,8 +18,9 @@ from builder.convert import convert
 from tests.support.golden_weights import build_toy_checkpoint
 from worker.generation.engine import Engine
 from worker.generation.pipeline import HunyuanVideoAvatarPipeline
-from worker.loading import layout, loader
+from worker.loading import host_memory, layout, loader
 from worker.loading.files import PAGE_BYTES, BlockReader
+from worker.loading.host_memory import HostMemory
 from worker.loading.transfer import Place, Reading
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
 from worker.settings import Settings
@@ -27,7 +29,7 @@ CPU = torch.device("cpu")
 ON_GPU = {"transformer": torch.bfloat16, "default": torch.float16}  # as the engine has them there
 ON_CPU = {"default": torch.float32}
 # Most tensors come in several pieces.
-SMALL = Reading(num_threads=3, block_bytes=8 * PAGE_BYTES)
+SMALL = Reading(num_threads=3, block_bytes=8 * PAGE_BYTES, buffer_bytes=3 * PAGE_BYTES)
 
 
 TRANSFORMER_FILE = "transformer/diffusion_pytorch_model.safetensors"
@@ -61,7 +63,7 @@ def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
     assert list(found) == list(expected)
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name].cpu(), tensor), name
+        assert torch.equal(found[name].cpu(), tensor.cpu()), name
 
 
 def rewrite(path: Path, changes: Mapping[str, Tensor | None]) -> None:
@@ -78,7 +80,7 @@ def num_open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-@pytest.mark.parametrize("reading", [Reading(), SMALL], ids=["blocks of 16 MiB", "small blocks"])
+@pytest.mark.parametrize("reading", [Reading(), SMALL], ids=["as shipped", "in small pieces"])
 @pytest.mark.parametrize("dtypes", [ON_GPU, ON_CPU], ids=["as on a GPU", "as on a CPU"])
 @pytest.mark.parametrize("variant", ["keep", "fp8"])
 def test_every_tensor_is_bit_for_bit_that_of_from_pretrained(
@@ -197,6 +199,23 @@ def test_blocks_are_the_entries_of_the_outermost_lists(toy_model: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("missing", ["CUDA's copy", "pinned memory"])
+def test_on_a_gpu_every_tensor_is_the_same_without_what_makes_it_fast(
+    missing: str, toy_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpu = torch.device("cuda")
+    expected, _ = loader.load(toy_model, gpu, ON_GPU)
+    assert host_memory.cuda_copy() is not None
+    if missing == "CUDA's copy":
+        monkeypatch.setattr(host_memory, "cuda_copy", lambda: None)
+    else:
+        monkeypatch.setattr(HostMemory, "pin", lambda _: 2)
+    components, _ = loader.load(toy_model, gpu, ON_GPU, reading=SMALL)
+    assert_same(all_tensors(components), all_tensors(expected))
+    assert ("memory of the host is not pinned" in caplog.text) == (missing == "pinned memory")
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("variant", ["keep", "fp8"])
 def test_a_gpu_can_fetch_by_itself_what_stays_on_the_host(
     variant: str, models: dict[str, Path]
@@ -280,7 +299,7 @@ def test_a_file_that_ends_early_is_named_and_nothing_stays_behind(
     path = own_model / TRANSFORMER_FILE
     os.truncate(path, path.stat().st_size - 10_000)
     open_files = num_open_files()
-    reading = Reading(num_threads=3, block_bytes=4 * PAGE_BYTES, past_cache=past_cache)
+    reading = dataclasses.replace(SMALL, past_cache=past_cache)
     with pytest.raises(OSError, match=rf"{TRANSFORMER_FILE} ends at byte \d+, inside a tensor"):
         loader.load(own_model, CPU, ON_CPU, reading=reading)
     assert own_threads() == []
@@ -323,7 +342,7 @@ def memory_bytes(field: str) -> int:
 
 
 def test_beside_the_weights_only_the_ring_takes_memory(larger_model: Path) -> None:
-    reading = Reading(num_threads=2, block_bytes=2**20)
+    reading = Reading(num_threads=2, block_bytes=2**20, buffer_bytes=2**18)
     loader.load(larger_model, CPU, ON_CPU, reading=reading)  # what else is done once in a process
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     before = memory_bytes("VmRSS")

@@ -7,10 +7,11 @@ import torch
 from safetensors.torch import save_file
 
 from worker.loading.files import PAGE_BYTES
-from worker.loading.transfer import HostMemory, Reading, Transfer
+from worker.loading.host_memory import HostMemory
+from worker.loading.transfer import Reading, Transfer
 
 CPU = torch.device("cpu")
-SMALL = Reading(num_threads=3, block_bytes=8 * PAGE_BYTES)
+SMALL = Reading(num_threads=3, block_bytes=8 * PAGE_BYTES, buffer_bytes=3 * PAGE_BYTES)
 
 
 def test_buffers_that_are_in_no_file_share_the_storage_of_their_block(tmp_path: Path) -> None:

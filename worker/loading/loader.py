@@ -1,8 +1,7 @@
 """A model directory into components whose weights are on their device.
 
-Owns what is loaded, and in what order: that in which a job needs it. Networks are made without
-storage; each is prepared while the weights of those before it are being read
-(`worker.loading.transfer`).
+Owns what is loaded, and in what order. Networks are made without storage, and then filled with what
+their files hold (`worker.loading.transfer`).
 """
 
 import json
@@ -39,12 +38,12 @@ from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
 
 NetworkClass = type[PreTrainedModel] | type[ModelMixin]
 
-NETWORKS: dict[str, NetworkClass] = {  # in the order in which a job needs them
-    "audio_encoder": WhisperModel,
+NETWORKS: dict[str, NetworkClass] = {  # the longest to read first: others are prepared meanwhile
+    "transformer": HunyuanVideoAvatarTransformer3DModel,
     "text_encoder": LlavaModel,
+    "audio_encoder": WhisperModel,
     "text_encoder_2": CLIPTextModel,
     "vae": AutoencoderKLHunyuanVideo,
-    "transformer": HunyuanVideoAvatarTransformer3DModel,
 }
 OTHERS: dict[str, Any] = {
     "feature_extractor": WhisperFeatureExtractor,
@@ -88,17 +87,18 @@ def load(
     reading = reading or Reading()
     placement = placement or {"default": "device"}
     with _disk_probe(model_dir, reading) as disk_speed:
-        # Python stands still for 0.26 s while the tokenizer is read; that must stop no reading.
+        # Both hold the interpreter, the tokenizer alone for 0.26 s; that must stop no reading.
         others = {name: each.from_pretrained(model_dir / name) for name, each in OTHERS.items()}
+        networks = {
+            name: _without_storage(network_class, model_dir / name, _dtype(dtypes, name))
+            for name, network_class in NETWORKS.items()
+        }
         disk_bytes_per_second = disk_speed()
     started = time.monotonic()
     with Transfer(device, reading) as transfer:
-        networks: dict[str, Any] = {}
-        for name, network_class in NETWORKS.items():
-            dtype = dtypes.get(name, dtypes["default"])
+        for name, network in networks.items():
             place = placement.get(name, placement["default"])
-            networks[name] = _without_storage(network_class, model_dir / name, dtype)
-            transfer.fill(networks[name], model_dir / name, dtype, place)
+            transfer.fill(network, model_dir / name, _dtype(dtypes, name), place)
         others |= load_others()
         blocks = transfer.finish()
     components = tuple(
@@ -152,12 +152,16 @@ def network_sizes(model_dir: Path, dtypes: Mapping[str, torch.dtype]) -> dict[st
             for tensor in stored_tensors(path):
                 block = _IN_A_BLOCK.match(tensor.key)
                 key = block and block[1]
-                dtype = dtype_in_memory(tensor, dtypes.get(name, dtypes["default"]))
+                dtype = dtype_in_memory(tensor, _dtype(dtypes, name))
                 own = aligned(tensor.num_values * dtype.itemsize)
                 num_bytes[key] = num_bytes.get(key, 0) + own
         outside = num_bytes.pop(None, 0)
         sizes[name] = NetworkSize(tuple(num_bytes.values()), outside)
     return sizes
+
+
+def _dtype(dtypes: Mapping[str, torch.dtype], name: str) -> torch.dtype:
+    return dtypes.get(name, dtypes["default"])
 
 
 def _disk_probe(
@@ -180,7 +184,7 @@ def _without_storage(network_class: NetworkClass, directory: Path, dtype: torch.
         # Its buffers are in no file: they are made here, for real.
         with init_empty_weights(), no_init_weights():
             return network_class._from_config(config, dtype=dtype).eval()
-    with torch.device("meta"):  # it has no buffers
+    with torch.device("meta"), no_init_weights():  # it has no buffers
         config = network_class.load_config(directory)
         config.pop("force_upcast", None)  # a word to `component_dtypes`, no class's parameter
         return network_class.from_config(config).eval()

@@ -19,7 +19,7 @@ class LoadReport:
     components: tuple[ComponentLoad, ...]
     num_bytes: int  # on the disk
     cached_bytes: int  # of these, in the page cache
-    seconds: float  # without those in which the disk is measured and the tokenizers are read
+    seconds: float  # of reading; before, the disk is measured and the tokenizers are read
     disk_bytes_per_second: float | None  # measured just before; None: too little to measure it
 
     @property

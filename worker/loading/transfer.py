@@ -1,16 +1,15 @@
 """From files into the tensors of networks, by several threads.
 
-Each thread reads a block of a file into a buffer of its own (pinned for a GPU) and copies from
-there on a CUDA stream of its own. Nothing holds a whole file, and a tensor that changes its dtype
-is cast where it stays.
+Each thread reads a block of a file piece by piece into two buffers of its own (pinned for a GPU),
+and fills one while the other is copied on a CUDA stream of the thread's own. Nothing holds a whole
+file, and a tensor that changes its dtype is cast where it stays.
 
 What the page cache holds is read from the cache, anything else past it: that is faster, takes a
 tenth of the processor time, and leaves the memory to the jobs.
 """
 
+import itertools
 import logging
-import mmap
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,8 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
-from worker.loading.files import PAGE_BYTES, BlockReader
+from worker.loading.files import BlockReader
+from worker.loading.host_memory import CopyBuffer, HostMemory
 from worker.loading.index import StoredTensor, stored_tensors, weight_files
 from worker.loading.layout import (
     DTYPES,
@@ -38,17 +38,16 @@ logger = logging.getLogger(__name__)
 
 Place = Literal["device", "host"]
 
-_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
-
 
 @dataclass(frozen=True)
 class Reading:
     """How files are read."""
 
-    num_threads: int = 16
-    # With the page to align it, it fills a power of two, which is what it costs pinned. Smaller
-    # ones are read faster, and then wait for one another: Python runs one thread at a time.
-    block_bytes: int = 2**25 - PAGE_BYTES
+    num_threads: int = 12
+    block_bytes: int = 2**25  # what a thread is given at a time; whole pages
+    # Of each of a thread's two buffers; whole pages. Smaller ones are read faster, and then wait
+    # for one another: Python runs one thread at a time.
+    buffer_bytes: int = 2**23
     past_cache: bool = True  # what the page cache does not hold
 
 
@@ -64,8 +63,9 @@ class TransferredBlock:
 class Transfer:
     """Fills networks with what their files hold, several blocks at a time.
 
-    `fill` starts the transfer of a network, `finish` waits for all of them. Leaving the context
-    ends the threads and closes the files, whatever has happened.
+    `fill` starts the transfer of a network, `finish` waits until all files have been read; their
+    tensors hold them when the context has been left. That ends the threads, the copies and the
+    files, whatever has happened.
     """
 
     def __init__(self, device: torch.device, reading: Reading) -> None:
@@ -79,6 +79,9 @@ class Transfer:
         # One of its own: what a refused call leaves behind in a thread would fail the next there.
         self._pinning = ThreadPoolExecutor(1, thread_name_prefix="load-pin")
         self._pins: list[Future[int]] = []
+        memory = self._host_memory(2 * reading.num_threads * reading.buffer_bytes)
+        self._buffers = list(memory.split(reading.buffer_bytes))  # two for each thread
+        self._thread_numbers = itertools.count()
         self._files = ExitStack()
         self._transfers: list[list[Future[TransferredBlock]]] = []  # of each network
 
@@ -89,6 +92,9 @@ class Transfer:
         self._threads.shutdown(cancel_futures=True)
         self._pinning.shutdown(cancel_futures=True)
         self._files.close()
+        if self._on_gpu:  # it copies from the buffers until here
+            torch.cuda.synchronize(self._device)
+        self._buffers.clear()
 
     def fill(self, network: nn.Module, directory: Path, dtype: torch.dtype, place: Place) -> None:
         """Gives the network tensors in their place, and starts to read into them.
@@ -117,11 +123,6 @@ class Transfer:
         specs |= {name: (each.dtype, tuple(each.shape)) for name, each in computed.items()}
         slots = allocate_slots(network, specs, lambda num_bytes: self._storage(num_bytes, place))
         tensors = {name: slots[name].tensor(*specs[name]) for name in specs}
-        for name, buffer in computed.items():
-            module, _, own_name = name.rpartition(".")
-            setattr(network.get_submodule(module), own_name, tensors.pop(name).copy_(buffer))
-        network.load_state_dict(tensors, assign=True)
-
         if self._on_gpu:  # the memory may just have been given up by other work
             torch.cuda.current_stream(self._device).synchronize()
         transfers = []
@@ -134,6 +135,11 @@ class Transfer:
                 transfers.append(self._threads.submit(self._transfer, file, start, end, inside))
         self._transfers.append(transfers)
 
+        for name, buffer in computed.items():
+            module, _, own_name = name.rpartition(".")
+            setattr(network.get_submodule(module), own_name, tensors.pop(name).copy_(buffer))
+        network.load_state_dict(tensors, assign=True)
+
     def finish(self) -> list[list[TransferredBlock]]:
         """The blocks of each network's files, once all of them have been read.
 
@@ -142,41 +148,46 @@ class Transfer:
         """
         transferred = [[block.result() for block in blocks] for blocks in self._transfers]
         if refusals := {pin.result() for pin in self._pins} - {0}:
-            logger.warning("weights on the host are not pinned: CUDA error %s", refusals)
+            logger.warning("memory of the host is not pinned: CUDA error %s", refusals)
         return transferred
 
     def _storage(self, num_bytes: int, place: Place) -> Tensor:
         if place == "device" and self._on_gpu:
             return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        return self._host_memory(num_bytes)
+
+    def _host_memory(self, num_bytes: int) -> Tensor:
         memory = HostMemory(num_bytes)
         if self._on_gpu:
             self._pins.append(self._pinning.submit(memory.pin))
         return memory.tensor()
 
     def _transfer(
-        self, file: BlockReader, start: int, end: int, copies: Sequence["PendingCopy"]
+        self, file: BlockReader, start: int, end: int, copies: Sequence["PendingCopy | PendingCast"]
     ) -> TransferredBlock:
         """Reads a block and copies each tensor's part of it. Runs in a thread."""
         was_cached = file.is_cached(start, end)
         past_cache = self._reading.past_cache and not was_cached
-        buffer = self._buffer()
-        file.read(buffer.view, start, end - start, past_cache=past_cache)
-        block = buffer.memory[: end - start]
-        for copy in copies:
-            copy.write_block(block, start)
+        for piece_start in range(start, end, self._reading.buffer_bytes):
+            piece_end = min(piece_start + self._reading.buffer_bytes, end)
+            buffer = next(self._of_this_thread.buffers)
+            buffer.wait()
+            file.read(buffer.view, piece_start, piece_end - piece_start, past_cache=past_cache)
+            for copy in copies:
+                if copy.start < piece_end and copy.end > piece_start:
+                    copy.write(buffer, piece_start, piece_end)
+            buffer.end_copies()
         return TransferredBlock(end - start, was_cached, time.monotonic())
 
     def _begin_thread(self) -> None:
-        self._of_this_thread.buffer = None
         if self._on_gpu:
             torch.cuda.set_stream(torch.cuda.Stream(self._device))
-
-    def _buffer(self) -> "_Buffer":
-        """This thread's buffer."""
-        if self._of_this_thread.buffer is None:
-            buffer = _Buffer(self._reading.block_bytes, pinned=self._on_gpu)
-            self._of_this_thread.buffer = buffer
-        return self._of_this_thread.buffer
+            self._pins[0].result()  # that of the buffers
+        first = 2 * next(self._thread_numbers)
+        buffers = [
+            CopyBuffer(own, for_gpu=self._on_gpu) for own in self._buffers[first : first + 2]
+        ]
+        self._of_this_thread.buffers = itertools.cycle(buffers)
 
 
 class PendingCopy:
@@ -186,19 +197,15 @@ class PendingCopy:
         self.start, self.end = start, end  # in the file
         self._target = target  # (end - start,) uint8
 
-    def write_block(self, block: Tensor, block_start: int) -> None:
-        """Copies its own part of a block of bytes that begins at `block_start` in the file."""
-        start = max(self.start, block_start)
-        end = min(self.end, block_start + len(block))
-        piece = block[start - block_start : end - block_start]
-        self.write(start - self.start, piece)
-
-    def write(self, start: int, piece: Tensor) -> None:
-        """Copies a piece that begins at `start` in the target."""
-        self._target[start : start + len(piece)].copy_(piece)
+    def write(self, buffer: CopyBuffer, start: int, end: int) -> None:
+        """Copies its own part of a piece of the file, from `start` to `end`, from the buffer."""
+        own_start, own_end = max(self.start, start), min(self.end, end)
+        buffer.start_copy(
+            own_start - start, own_end - own_start, self._target, own_start - self.start
+        )
 
 
-class PendingCast(PendingCopy):
+class PendingCast:
     """A tensor that is cast once all of its bytes are there."""
 
     def __init__(self, stored: StoredTensor, tensor: Tensor) -> None:
@@ -209,16 +216,18 @@ class PendingCast(PendingCopy):
         self._missing_bytes = stored.end - stored.start
         self._lock = threading.Lock()
 
-    def write(self, start: int, piece: Tensor) -> None:
-        """Copies a piece; the last one casts the tensor."""
+    def write(self, buffer: CopyBuffer, start: int, end: int) -> None:
+        """Copies its own part of a piece of the file; the last one casts the tensor."""
         with self._lock:
             if self._staging is None:
                 self._staging = torch.empty_like(self._tensor, dtype=self._stored_dtype)
             staging = self._staging
+        own_start, own_end = max(self.start, start), min(self.end, end)
+        piece = buffer.memory[own_start - start : own_end - start]
         target = staging.view(-1).view(torch.uint8)
-        target[start : start + len(piece)].copy_(piece)
+        target[own_start - self.start : own_end - self.start].copy_(piece)
         with self._lock:
-            self._missing_bytes -= len(piece)
+            self._missing_bytes -= own_end - own_start
             if self._missing_bytes == 0:
                 self._tensor.copy_(staging)
                 if staging.is_cuda:  # its memory goes back to the thread that asked for it
@@ -231,9 +240,9 @@ def _pending_copies(
     names: Mapping[str, str],
     slots: Mapping[str, TensorSlot],
     tensors: Mapping[str, Tensor],
-) -> list[PendingCopy]:
+) -> list[PendingCopy | PendingCast]:
     """The copies of a file, from front to back; neighbours that stay neighbours are one."""
-    copies: list[PendingCopy] = []
+    copies: list[PendingCopy | PendingCast] = []
     runs: list[tuple[int, int, TensorSlot]] = []  # start and end in the file
     for each in stored:
         tensor, slot = tensors[names[each.key]], slots[names[each.key]]
@@ -248,40 +257,3 @@ def _pending_copies(
             runs.append((each.start, each.end, slot))
     copies += [PendingCopy(start, end, slot.bytes(end - start)) for start, end, slot in runs]
     return copies
-
-
-class HostMemory(mmap.mmap):
-    """Memory that begins at a page of its own, and can be pinned as it is."""
-
-    # Not from torch: its pinned memory is rounded up to a power of two.
-
-    _pinned_address: int | None = None
-
-    def __new__(cls, num_bytes: int) -> Self:
-        return super().__new__(cls, -1, num_bytes, flags=mmap.MAP_PRIVATE)
-
-    def tensor(self) -> Tensor:  # (num_bytes,) uint8
-        """The memory, which lives as long as the tensor's storage does."""
-        return torch.frombuffer(self, dtype=torch.uint8)
-
-    def pin(self) -> int:
-        """Lets the GPU copy from here by itself. Returns CUDA's error, 0 for none."""
-        address = self.tensor().data_ptr()
-        error = int(torch.cuda.cudart().cudaHostRegister(address, len(self), _PORTABLE))
-        if error == 0:
-            self._pinned_address = address
-        return error
-
-    def __del__(self) -> None:
-        if self._pinned_address is not None and not sys.is_finalizing():
-            torch.cuda.cudart().cudaHostUnregister(self._pinned_address)
-
-
-class _Buffer:
-    """Memory for a block of a file; it begins at a page."""
-
-    def __init__(self, num_bytes: int, *, pinned: bool) -> None:
-        memory = torch.empty(num_bytes + PAGE_BYTES, dtype=torch.uint8, pin_memory=pinned)
-        start = -memory.data_ptr() % PAGE_BYTES
-        self.memory = memory[start : start + num_bytes]  # (num_bytes,)
-        self.view = self.memory.numpy().data
