@@ -159,8 +159,12 @@ class Transfer:
     def _host_memory(self, num_bytes: int) -> Tensor:
         memory = HostMemory(num_bytes)
         if self._on_gpu:
-            self._pins.append(self._pinning.submit(memory.pin))
+            self._pins.append(self._pinning.submit(self._pin, memory))
         return memory.tensor()
+
+    def _pin(self, memory: HostMemory) -> int:
+        with torch.cuda.device(self._device):  # else it would take memory of the first GPU, too
+            return memory.pin()
 
     def _transfer(
         self, file: BlockReader, start: int, end: int, copies: Sequence["PendingCopy | PendingCast"]
@@ -182,7 +186,7 @@ class Transfer:
     def _begin_thread(self) -> None:
         if self._on_gpu:
             torch.cuda.set_stream(torch.cuda.Stream(self._device))
-            self._pins[0].result()  # that of the buffers
+            self._pins[0].result()  # the buffers
         first = 2 * next(self._thread_numbers)
         buffers = [
             CopyBuffer(own, for_gpu=self._on_gpu) for own in self._buffers[first : first + 2]
