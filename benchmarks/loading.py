@@ -30,6 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import psutil
@@ -55,7 +56,7 @@ from transformers import (
 )
 
 from worker.generation.pipeline import HunyuanVideoAvatarPipeline
-from worker.loading import loader
+from worker.loading import host_memory, loader
 from worker.loading.files import BlockReader
 from worker.loading.model_directory import DEMO_DIR
 from worker.loading.transfer import Place, Reading
@@ -312,6 +313,12 @@ def by_worker_in_other_settings(directory: Path) -> Iterator[dict[str, Any]]:
         torch.cuda.empty_cache()
 
 
+def by_worker_with_torch_s_copies(directory: Path) -> Iterator[dict[str, Any]]:
+    """The same with copies for each of which the interpreter is given up."""
+    with mock.patch.object(host_memory, "cuda_copy", return_value=None):
+        yield load_as_worker(directory, Reading())[1]
+
+
 def by_worker_to_the_host(directory: Path) -> Iterator[dict[str, Any]]:
     """The same with the two large networks on the host, from where a GPU can fetch their blocks."""
     placement: dict[str, Place] = {
@@ -517,6 +524,7 @@ STEPS = [  # the most important first: the time may end
     Step(by_from_pretrained, "cold"),
     Step(by_from_pretrained, "warm"),
     Step(by_worker_in_other_settings, "warm"),
+    Step(by_worker_with_torch_s_copies, "warm"),
     Step(by_worker_to_the_host, "warm"),
     Step(by_load_file, "warm"),
     Step(by_runai_streamer, "warm"),

@@ -341,7 +341,7 @@ def memory_bytes(field: str) -> int:
     return next(int(line.split()[1]) << 10 for line in status.splitlines() if field in line)
 
 
-def test_beside_the_weights_only_the_ring_takes_memory(larger_model: Path) -> None:
+def test_beside_the_weights_only_the_buffers_take_memory(larger_model: Path) -> None:
     reading = Reading(num_threads=2, block_bytes=2**20, buffer_bytes=2**18)
     loader.load(larger_model, CPU, ON_CPU, reading=reading)  # what else is done once in a process
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew

@@ -55,7 +55,7 @@ class CopyBuffer:
         self._copied = torch.cuda.Event() if for_gpu else None
 
     def start_copy(self, start: int, num_bytes: int, target: Tensor, target_start: int) -> None:
-        """Copies bytes into the target; to a GPU, `wait` is when they are there.
+        """Copies bytes into the target. On a GPU they are there once `wait` has returned.
 
         Args:
             target: (bytes,) uint8, contiguous.
@@ -74,12 +74,12 @@ class CopyBuffer:
         torch.cuda.check_error(error)
 
     def end_copies(self) -> None:
-        """All copies from what the buffer holds now have been started."""
+        """Says that all copies from what the buffer holds have been started."""
         if self._copied is not None:
             self._copied.record(self._stream)
 
     def wait(self) -> None:
-        """Returns once the buffer may be filled anew."""
+        """Returns when they have ended: the buffer may be filled anew."""
         # `synchronize` gives up the interpreter, which `query` keeps: see `cuda_copy`.
         if self._copied is not None and not self._copied.query():
             self._copied.synchronize()

@@ -178,8 +178,9 @@ class Transfer:
             buffer.wait()
             file.read(buffer.view, piece_start, piece_end - piece_start, past_cache=past_cache)
             for copy in copies:
-                if copy.start < piece_end and copy.end > piece_start:
-                    copy.write(buffer, piece_start, piece_end)
+                own_start, own_end = max(copy.start, piece_start), min(copy.end, piece_end)
+                if own_start < own_end:
+                    copy.write(own_start, own_end, buffer, own_start - piece_start)
             buffer.end_copies()
         return TransferredBlock(end - start, was_cached, time.monotonic())
 
@@ -201,12 +202,9 @@ class PendingCopy:
         self.start, self.end = start, end  # in the file
         self._target = target  # (end - start,) uint8
 
-    def write(self, buffer: CopyBuffer, start: int, end: int) -> None:
-        """Copies its own part of a piece of the file, from `start` to `end`, from the buffer."""
-        own_start, own_end = max(self.start, start), min(self.end, end)
-        buffer.start_copy(
-            own_start - start, own_end - own_start, self._target, own_start - self.start
-        )
+    def write(self, start: int, end: int, buffer: CopyBuffer, offset: int) -> None:
+        """Copies the file's bytes from `start` to `end`, which the buffer has from `offset` on."""
+        buffer.start_copy(offset, end - start, self._target, start - self.start)
 
 
 class PendingCast:
@@ -220,18 +218,16 @@ class PendingCast:
         self._missing_bytes = stored.end - stored.start
         self._lock = threading.Lock()
 
-    def write(self, buffer: CopyBuffer, start: int, end: int) -> None:
-        """Copies its own part of a piece of the file; the last one casts the tensor."""
+    def write(self, start: int, end: int, buffer: CopyBuffer, offset: int) -> None:
+        """Copies the same; the last bytes cast the tensor."""
         with self._lock:
             if self._staging is None:
                 self._staging = torch.empty_like(self._tensor, dtype=self._stored_dtype)
             staging = self._staging
-        own_start, own_end = max(self.start, start), min(self.end, end)
-        piece = buffer.memory[own_start - start : own_end - start]
-        target = staging.view(-1).view(torch.uint8)
-        target[own_start - self.start : own_end - self.start].copy_(piece)
+        target = staging.view(-1).view(torch.uint8)[start - self.start : end - self.start]
+        target.copy_(buffer.memory[offset : offset + end - start])
         with self._lock:
-            self._missing_bytes -= own_end - own_start
+            self._missing_bytes -= end - start
             if self._missing_bytes == 0:
                 self._tensor.copy_(staging)
                 if staging.is_cuda:  # its memory goes back to the thread that asked for it
