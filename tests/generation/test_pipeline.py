@@ -1,3 +1,4 @@
+import contextlib
 import inspect
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from builder.convert import convert, load_official_transformer
 from tests.support.golden_transformer import relative_difference
@@ -502,14 +504,60 @@ def test_a_gpu_seed_is_drawn_on_the_gpu(toy_model: Path) -> None:
     assert first.device.type == "cuda"
 
 
+def encoded_small(pipeline: HunyuanVideoAvatarPipeline) -> Conditioning:
+    arguments = small()
+    del arguments["output_type"], arguments["generator"], arguments["num_inference_steps"]
+    arguments["voices"] = [Voice(arguments.pop("audio"), arguments.pop("face_box"))]
+    return pipeline.encode(**arguments)
+
+
+class RefuseToWait(TorchDispatchMode):
+    """Takes "meta" for a GPU: nothing may bring numbers there, or from there, that is waited for.
+
+    Whatever asks for a value of such a tensor fails by itself.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in (*args, out) if isinstance(x, Tensor)]
+        if func.overloadpacket in (torch.ops.aten.copy_, torch.ops.aten._to_copy):
+            waits = not (kwargs or {}).get("non_blocking") and True not in args[2:]
+            assert not (waits and len({x.device for x in tensors}) > 1), func
+        elif func.overloadpacket is torch.ops.aten.index:  # by a list: its numbers are sent
+            assert all(x.device.type == "cpu" for x in tensors), func
+        return out
+
+
+@pytest.mark.parametrize("guidance_scale", [7.5, 1.0])
+def test_no_step_of_the_loop_sends_numbers_and_waits_for_them(
+    toy_model: Path, guidance_scale: float
+) -> None:
+    pipeline = load(toy_model)
+    conditioning = encoded_small(pipeline)
+    moved: dict[str, Any] = {
+        name: x.to("meta")
+        for name, x in vars(conditioning).items()
+        if isinstance(x, Tensor) and name != "prompt_mask"  # which is read on the CPU
+    }
+    conditioning = replace(conditioning, **moved)
+    pipeline.transformer.to("meta")
+    options = DenoiseOptions(num_inference_steps=12, guidance_scale=guidance_scale)
+    with contextlib.ExitStack() as from_now_on:
+
+        def refuse_to_wait(step: int, num_steps: int) -> None:
+            if step == 1:
+                from_now_on.enter_context(RefuseToWait())
+
+        pipeline.denoise(conditioning, options, watch=Watch(on_step=refuse_to_wait))
+
+
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_the_loop_does_not_wait_for_the_gpu(toy_model: Path) -> None:
     pipeline = load(toy_model).to("cuda")
-    arguments = small()
-    del arguments["output_type"], arguments["generator"], arguments["num_inference_steps"]
-    arguments["voices"] = [Voice(arguments.pop("audio"), arguments.pop("face_box"))]
-    conditioning = pipeline.encode(**arguments)
+    conditioning = encoded_small(pipeline)
 
     def refuse_to_wait(step: int, num_steps: int) -> None:
         torch.cuda.set_sync_debug_mode("error")  # from the second step on

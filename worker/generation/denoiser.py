@@ -127,9 +127,9 @@ class Denoiser:
         output = self.transformer(
             hidden_states=window.expand(batch, -1, -1, -1, -1),
             timestep=step.timestep.expand(batch),
-            encoder_hidden_states=told.prompt_embeds[prompts],
-            encoder_attention_mask=told.prompt_mask[prompts],
-            pooled_projections=told.pooled_prompt_embeds[prompts],
+            encoder_hidden_states=_rows(told.prompt_embeds, prompts),
+            encoder_attention_mask=_rows(told.prompt_mask, prompts),
+            pooled_projections=_rows(told.pooled_prompt_embeds, prompts),
             reference_latents=self.reference_latents.expand(batch, -1, -1, -1, -1),
             audio_embeds=torch.cat(
                 [
@@ -161,3 +161,8 @@ class Denoiser:
         tokens = [branch.step_cache.read(frames) for branch in self.branches]
         images, texts = zip(*tokens, strict=True)
         return CachedTokens(images, texts)
+
+
+def _rows(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+    """Those rows. Indexed by their numbers a GPU would have to be sent these, and waited for."""
+    return torch.stack([tensor[row] for row in rows])
