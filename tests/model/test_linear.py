@@ -44,6 +44,11 @@ def test_products_in_eight_bits_are_near_the_exact_ones(device: str) -> None:
                 rows_of_part = Rows.of(x[..., part].contiguous(), float8=float8)
                 found = project(each, rows_of_part, part, bias=False)
                 assert relative_difference(found, half) < 0.06
+                whole = torch.zeros(1, x.shape[1] + 2, half.shape[2], device=device).to(x)
+                written = project(each, rows_of_part, part, bias=False, out=whole[:, 1:-1])
+                assert torch.equal(written, found)
+                assert torch.equal(whole[:, 1:-1], found)
+                assert not whole[:, [0, -1]].any()
     assert float8_works(torch.device(device))
 
 
