@@ -5,9 +5,10 @@
         --num-single-layers 2 --num-attention-heads 2
 
 Two GPUs compute a branch each, four share each branch between two; how well two do that is what is
-seen here. The weights are random, from the same seed on each rank. Prints one JSON object a size:
-seconds of a pass alone and shared (the least of `--times`), their ratio, how far apart the outputs
-are, and milliseconds of one block's swaps alone, to the heads and back.
+seen here. The weights are random, from the same seed on each rank. Prints one JSON object a size
+and a carrier, NCCL (on a CPU Gloo) or the copy engines: seconds of a pass, alone on the slowest
+rank and shared (the least of `--times`), their ratio, how far apart the outputs are, and the
+milliseconds that one block's four swaps take without anything else.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from benchmarks.random_model import (
 )
 from worker.model.attention import fastest_backend
 from worker.model.context_parallel import ContextParallel
+from worker.model.peer_memory import open_peer_memory
 from worker.model.transformer import HunyuanVideoAvatarTransformer3DModel
 from worker.settings import configure_collectives
 from worker.shapes import SPATIAL_COMPRESSION, WINDOW_LATENTS
@@ -77,7 +79,9 @@ class Rank:
             device_id=self.device if on_gpu else None,
         )
         assert dist.group.WORLD is not None
-        self.parallel = ContextParallel(dist.group.WORLD)
+        self.carriers = {"collective": ContextParallel(dist.group.WORLD)}
+        if on_gpu and (memory := open_peer_memory(dist.group.WORLD, self.device)):
+            self.carriers["copy engines"] = ContextParallel(dist.group.WORLD, memory)
         self.model = self._model(torch.bfloat16 if on_gpu else torch.float32)
 
     def _model(self, dtype: torch.dtype) -> HunyuanVideoAvatarTransformer3DModel:
@@ -106,20 +110,28 @@ class Rank:
 
             self.model.context_parallel = None
             alone, expected = self._least_seconds(forward)
-            self.model.context_parallel = self.parallel
-            shared, output = self._least_seconds(forward)
-            to_heads, back = self._swap_milliseconds(grid)
-            if self.index == 0:
-                report(
-                    size=size,
-                    float8=self.arguments.float8,
-                    seconds_alone=round(alone, 4),
-                    seconds=round(shared, 4),
-                    ratio=round(alone / shared, 3),
-                    relative_difference=relative_difference(output, expected),
-                    to_heads_ms=round(to_heads, 3),
-                    back_ms=round(back, 3),
-                )
+            alone = self._most(alone)
+            for carrier, parallel in self.carriers.items():
+                self.model.context_parallel = parallel
+                shared, output = self._least_seconds(forward)
+                swaps = self._swap_milliseconds(parallel, grid)
+                if self.index == 0:
+                    report(
+                        size=size,
+                        float8=self.arguments.float8,
+                        carrier=carrier,
+                        seconds_alone=round(alone, 4),
+                        seconds=round(shared, 4),
+                        ratio=round(alone / shared, 3),
+                        relative_difference=relative_difference(output, expected),
+                        swaps_ms=round(swaps, 3),
+                    )
+
+    def _most(self, seconds: float) -> float:
+        """The most of any rank: a pass that all share is as quick as the slowest GPU."""
+        most = torch.tensor(seconds, device=self.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return most.item()
 
     def _least_seconds(self, forward: Callable[[], Tensor]) -> tuple[float, Tensor]:
         """Of the passes after a first one, which all ranks begin together; and the output."""
@@ -133,27 +145,22 @@ class Rank:
             taken.append(time.perf_counter() - started)
         return min(taken), output
 
-    def _swap_milliseconds(self, grid: tuple[int, int, int]) -> tuple[float, float]:
-        """Of one block: queries, keys and values to the heads; what is attended back."""
+    def _swap_milliseconds(self, parallel: ContextParallel, grid: tuple[int, int, int]) -> float:
+        """Of one block: queries, keys and values to the heads, and what is attended back."""
         config = self.model.config
         columns = (grid[1] // config.patch_size) * (grid[2] // config.patch_size)
-        shares = self.parallel.token_shares(columns, 1 + grid[0], TEXT_LENGTH)
-        own_tokens = shares.image[self.index] + shares.text[self.index]
+        shares = parallel.token_shares(columns, 1 + grid[0], TEXT_LENGTH)
+        image, text = shares.image[self.index], shares.text[self.index]
         heads, width = config.num_attention_heads, config.attention_head_dim
-        x = torch.zeros(1, own_tokens, heads, width, device=self.device, dtype=self.model.dtype)
+        x = torch.zeros(
+            1, image + text, heads, width, device=self.device, dtype=self.model.dtype
+        ).split([image, text], dim=1)
 
-        def to_heads() -> Tensor:
-            swaps = [shares.swap_for_heads(x) for _ in range(3)]
-            return [swap.wait() for swap in swaps][-1]
+        def swap() -> None:
+            swaps = [shares.swap_for_heads(*x) for _ in range(3)]
+            attended = [each.wait() for each in swaps][-1]
+            shares.swap_back(attended, heads).wait()
 
-        attended = to_heads()
-
-        def back() -> Tensor:
-            return shares.swap_back(attended, heads).wait()
-
-        return self._mean_milliseconds(to_heads), self._mean_milliseconds(back)
-
-    def _mean_milliseconds(self, swap: Callable[[], Tensor]) -> float:
         swap()
         dist.barrier()
         synchronize(self.device)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from worker.settings import Settings, secret_values
+from worker.settings import Settings, peer_access_is_allowed, secret_values
 
 BUCKET = {
     "BUCKET_ENDPOINT_URL": "https://s3.example.com",
@@ -73,3 +73,13 @@ def test_a_choice_may_be_written_in_any_letters(given: str, level: str) -> None:
 def test_a_choice_that_the_sdk_has_not_is_named_before_the_sdk_ends_the_process() -> None:
     with pytest.raises(ValueError, match=r"RUNPOD_LOG_LEVEL: .*'WARN'"):
         Settings.from_env({"RUNPOD_LOG_LEVEL": "warning"})
+
+
+def test_the_variable_that_keeps_nccl_from_other_gpus_memory_keeps_the_worker_from_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
+    assert peer_access_is_allowed()
+    for value, allowed in (("0", True), ("1", False)):
+        monkeypatch.setenv("NCCL_P2P_DISABLE", value)
+        assert peer_access_is_allowed() is allowed

@@ -204,10 +204,16 @@ def configure_collectives() -> None:
     for name, value in {
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",
+        "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",  # nothing uses it, and containers may refuse it
         # NCCL's failures end the process from within: before a client is told. The worker watches.
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
     }.items():
         os.environ.setdefault(name, value)
+
+
+def peer_access_is_allowed() -> bool:
+    """Whether GPUs may use each other's memory: by NCCL's variable, which also goes for it."""
+    return os.environ.get("NCCL_P2P_DISABLE", "0") == "0"
 
 
 def bare_environment() -> dict[str, str]:

@@ -61,14 +61,39 @@ def test_heads_are_normed_and_turned(device: str, heads: tuple[int, int], turned
         turn = torch.polar(torch.ones_like(angles), angles)[:, None, ::2]
         exact = torch.view_as_real(pairs * turn).flatten(-2)
 
+    some = torch.zeros(1, 9, heads[0] - 1, heads[1], device=device, dtype=torch.bfloat16)
+
     with torch.no_grad():
         kernels.norm_and_rotate(x, norm, rotary, whole[:, 1:8])
+        kernels.norm_and_rotate(x[:, :, 1:], norm, rotary, some[:, 1:8])  # all heads but one
         kernels.norm_and_rotate(x, norm, rotary, x)
 
     assert relative_difference(whole[:, 1:8], exact) < 2 * ROUNDING
     assert torch.equal(whole[:, 1:8], x)
-    assert not whole[:, 0].any()
-    assert not whole[:, 8].any()  # nothing beside
+    assert torch.equal(some[:, 1:8], x[:, :, 1:])
+    for written in (whole, some):
+        assert not written[:, 0].any()
+        assert not written[:, 8].any()  # nothing beside
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_lies_side_by_side_is_joined_without_a_copy(device: str) -> None:
+    whole = normal(1, 7, 3, 64, device=device)
+    first, second = whole[:, :5], whole[:, 5:]
+    of_two = normal(2, 7, 3, 64, device=device)
+
+    assert kernels.joined(first, second).data_ptr() == whole.data_ptr()
+    for parts in (
+        (first, second),
+        (second, first),
+        (first, second[:, 1:]),
+        (first[..., :32], second[..., :32]),
+        (first, second.clone()),
+        (of_two[:, :5], of_two[:, 5:]),
+    ):
+        assert torch.equal(kernels.joined(*parts), torch.cat(parts, dim=1))
+    with torch.enable_grad():
+        assert kernels.joined(first, second).data_ptr() != whole.data_ptr()
 
 
 @pytest.mark.parametrize("device", DEVICES)

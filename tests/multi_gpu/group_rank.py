@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.model import swaps
 from worker.model.context_parallel import ContextParallel
 from worker.multi_gpu.process_group import ProcessGroup
 from worker.settings import configure_collectives
@@ -60,29 +61,8 @@ def gather_numbers(group: ProcessGroup, num_cfg_branches: int) -> list[list[floa
 def swap_for_heads(group: ProcessGroup, num_columns: int, num_text: int, heads: int) -> bool:
     """Whether a pass that all ranks share swaps its tokens for heads and back, to the last bit."""
     assert dist.group.WORLD is not None
-    parallel, frames = ContextParallel(dist.group.WORLD), 3
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randn(3, 1, num_columns * frames, heads, 4, generator=generator)
-    text = torch.randn(3, 1, num_text, heads, 4, generator=generator)
-    whole = torch.cat([image, text], dim=2)  # queries, keys and values
-    own_image = parallel.share_columns(image, 2, frames)
-    own_text = parallel.share(text, 2)
-    own = torch.cat([own_image, own_text], dim=2)
-
-    shares = parallel.token_shares(num_columns, frames, num_text)
-    told = parallel.token_shares_of_cached(
-        num_columns, frames, [own_text.shape[2]] * 2, group.device
-    )
-    swaps = [shares.swap_for_heads(each) for each in own]  # all three on their way together
-    swapped = [swap.wait() for swap in swaps]
-    back = [shares.swap_back(each, heads).wait() for each in swapped]
-    patches = shares.gather_image(own_image[0].flatten(2))
-    return (
-        told == [shares, shares]
-        and torch.equal(torch.stack(swapped), parallel.share(whole, 3))
-        and torch.equal(torch.stack(back), own)
-        and torch.equal(patches, image[0].flatten(2))
-    )
+    parallel = ContextParallel(dist.group.WORLD)
+    return swaps.arrive(parallel, num_columns, num_text, heads, group.device)
 
 
 def check(group: ProcessGroup, added: int, gives_up: bool = False) -> None:

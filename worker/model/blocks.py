@@ -9,8 +9,7 @@ Shape letters: B batch, R recordings a sample, V voices a recording, S tokens a 
 frames, N tokens, L valid text tokens, A audio tokens a latent frame, D width, h heads.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,12 +22,13 @@ from torch import Tensor, nn
 
 from worker.model.attention import attend
 from worker.model.audio_adapter import AudioAdapter
-from worker.model.context_parallel import Swap, TokenShares
+from worker.model.context_parallel import ALL_HERE, Exchange, Swap, TokenShares
 from worker.model.kernels import (
     adaln_modulate,
     gated_residual,
     gated_residual_adaln,
     gelu_in_place,
+    joined,
     norm_and_rotate,
 )
 from worker.model.linear import Rows, feed_forward, is_plain, project
@@ -71,22 +71,20 @@ class AvatarTransformerBlock(HunyuanVideoTransformerBlock):
         image_rows, image_gate, *image_later = _adaln(image, temb, self.norm1, float8)
         text_rows, text_gate, *text_later = _adaln(text, temb, self.norm1_context, float8)
 
-        batch, num_image, dim = image.shape
-        shape = (batch, num_image + text.shape[1], attn.heads, dim // attn.heads)
-        swap, swap_back = _swaps(shares, attn.heads)
+        num_image, heads = image.shape[1], (attn.heads, -1)
+        exchange = shares or ALL_HERE
         # Each of the three is on its way between the ranks while the next one is computed.
-        values = (project(attn.to_v, image_rows), project(attn.add_v_proj, text_rows))
-        value = swap(torch.cat(values, dim=1).view(shape))
-        del values
+        value = exchange.swap_for_heads(
+            project(attn.to_v, image_rows).unflatten(2, heads),
+            project(attn.add_v_proj, text_rows).unflatten(2, heads),
+        )
         query, key = (
-            swap(
-                _norm_heads(
-                    project(of_image, image_rows),
-                    project(of_text, text_rows),
-                    norms,
-                    image_rotary_emb,
-                    image.new_empty(shape),
-                )
+            _swap_normed(
+                exchange,
+                project(of_image, image_rows).unflatten(2, heads),
+                project(of_text, text_rows).unflatten(2, heads),
+                norms,
+                image_rotary_emb,
             )
             for of_image, of_text, *norms in (
                 (attn.to_q, attn.add_q_proj, attn.norm_q, attn.norm_added_q),
@@ -96,7 +94,7 @@ class AvatarTransformerBlock(HunyuanVideoTransformerBlock):
         del image_rows, text_rows
         attended = attend(query.wait(), key.wait(), value.wait(), attn.processor, sparsity)
         del query, key, value
-        attended = swap_back(attended).wait().flatten(2)
+        attended = exchange.swap_back(attended, attn.heads).wait().flatten(2)
 
         rows = Rows.of(attended[:, :num_image], float8=float8)
         image_update = project(attn.to_out[0], rows)
@@ -135,49 +133,52 @@ class AvatarSingleTransformerBlock(HunyuanVideoSingleTransformerBlock):
         shares: TokenShares | None = None,
     ) -> tuple[Tensor, Tensor]:  # (B, S(1 + T), D), (B, L, D)
         attn, num_image = self.attn, hidden_states.shape[1]
-        tokens = torch.cat([hidden_states, encoder_hidden_states], dim=1)
+        tokens = joined(hidden_states, encoder_hidden_states)
         rows, gate = _adaln(tokens, temb, self.norm, float8)
 
-        swap, swap_back = _swaps(shares, attn.heads)
-        value = swap(project(attn.to_v, rows).unflatten(2, (attn.heads, -1)))
+        exchange = shares or ALL_HERE
+
+        def projected(layer: nn.Module) -> tuple[Tensor, Tensor]:
+            x = project(layer, rows).unflatten(2, (attn.heads, -1))
+            return x[:, :num_image], x[:, num_image:]
+
+        value = exchange.swap_for_heads(*projected(attn.to_v))
         query, key = (
-            swap(self._project_normed(layer, norm, rows, num_image, image_rotary_emb))
+            _swap_normed(exchange, *projected(layer), (norm, norm), image_rotary_emb)
             for layer, norm in ((attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k))
         )
+        # Half of the feed-forward fills the time that keys are on their way between the ranks, the
+        # rest that of what is attended. One process has none to fill, and saves the memory.
+        is_apart = is_plain(self.proj_out) and len(tokens) == 1 and not torch.is_grad_enabled()
+        more = torch.empty_like(tokens) if is_apart and shares is not None else None
+        half = 0 if more is None else tokens.shape[1] // 2
+        if more is not None:
+            self._feed(rows, slice(half), more)
         attended = attend(query.wait(), key.wait(), value.wait(), attn.processor, sparsity)
         del query, key, value
-        swapped_back = swap_back(attended)
+        swapped_back = exchange.swap_back(attended, attn.heads)
         del attended
 
-        # The last layer sees both side by side; where it is plain, they are never put together.
-        if is_plain(self.proj_out):
-            attended_columns, wide_columns = slice(tokens.shape[2]), slice(tokens.shape[2], None)
-            more = feed_forward(self.proj_mlp, self.proj_out, rows, wide_columns, bias=False)
+        # The last layer sees both side by side; where it can, they are never put together.
+        if is_apart:
+            more = torch.empty_like(tokens) if more is None else more
+            self._feed(rows, slice(half, None), more)
             del rows
             attended_rows = Rows.of(swapped_back.wait().flatten(2), float8=float8)
             del swapped_back
-            update = project(self.proj_out, attended_rows, attended_columns)
+            update = project(self.proj_out, attended_rows, slice(tokens.shape[2]))
             del attended_rows
         else:
             wide = gelu_in_place(project(self.proj_mlp, rows))
-            both = torch.cat([swapped_back.wait().flatten(2), wide], dim=2)
-            update, more = self.proj_out(both), None
+            update = self.proj_out(torch.cat([swapped_back.wait().flatten(2), wide], dim=2))
         tokens = gated_residual(tokens, update, gate, more)
         return tokens[:, :num_image], tokens[:, num_image:]
 
-    def _project_normed(
-        self,
-        layer: nn.Module,
-        norm: nn.Module,
-        rows: Rows,
-        num_image: int,
-        rotary: tuple[Tensor, Tensor],
-    ) -> Tensor:  # (B, N, h, D/h)
-        """Queries or keys; the image's tokens come first."""
-        x = project(layer, rows)
-        out = torch.empty_like(x) if torch.is_grad_enabled() else x
-        out = out.unflatten(2, (self.attn.heads, -1))
-        return _norm_heads(x[:, :num_image], x[:, num_image:], (norm, norm), rotary, out)
+    def _feed(self, rows: Rows, some: slice, out: Tensor) -> None:
+        """What the feed-forward network adds to some of the tokens, in their places in `out`."""
+        columns = slice(out.shape[2], None)  # of the last layer; the first are of what is attended
+        rows, out = rows.part(some), out[:, some]
+        feed_forward(self.proj_mlp, self.proj_out, rows, columns, bias=False, out=out)
 
 
 for block_class in (AvatarTransformerBlock, AvatarSingleTransformerBlock):
@@ -196,27 +197,19 @@ def _adaln(
     return Rows.of(adaln_modulate(x, shift, scale, norm.norm.eps), float8=float8), *later
 
 
-def _norm_heads(
-    image: Tensor,  # (B, N of them, D), as is text
+def _swap_normed(
+    exchange: Exchange,
+    image: Tensor,  # (B, N of them, h, D/h), as is text
     text: Tensor,
     norms: Sequence[nn.Module],  # of both
     rotary: tuple[Tensor, Tensor],  # of the image
-    out: Tensor,  # (B, N, h, D/h)
-) -> Tensor:
-    """Queries or keys as attention takes them, in `out`."""
-    heads, num_image = out.shape[2:], image.shape[1]
-    norm_and_rotate(image.unflatten(2, heads), norms[0], rotary, out[:, :num_image])
-    norm_and_rotate(text.unflatten(2, heads), norms[1], None, out[:, num_image:])
-    return out
-
-
-def _swaps(
-    shares: TokenShares | None, num_heads: int
-) -> tuple[Callable[[Tensor], Swap], Callable[[Tensor], Swap]]:
-    """How a tensor comes to attention, and how what that gives comes back."""
-    if shares is None:
-        return Swap, Swap  # all its tokens are here
-    return shares.swap_for_heads, partial(shares.swap_back, num_heads=num_heads)
+) -> Swap:
+    """Queries or keys, as attention takes them, on their way there."""
+    outgoing = exchange.outgoing(image, text)
+    for place in outgoing.places:
+        norm_and_rotate(image[:, :, place.heads], norms[0], rotary, place.image)
+        norm_and_rotate(text[:, :, place.heads], norms[1], None, place.text)
+    return outgoing.send()
 
 
 def _fed_forward(

@@ -121,19 +121,19 @@ extern "C" __global__ void gated_residual(const uint4* x, const uint4* y, const 
 
 // RMS norm of each head, then its rotation by the token's position (RoPE); cosines null: no
 // rotation. HEAD / 8 threads work on a head, eight values a thread, and on several heads in turn:
-// these turn by the same angles.
-extern "C" __global__ void norm_and_rotate(const uint4* x, const uint4* weight,
+// these turn by the same angles. A token's heads may be some of a row of x: rows lie a stride apart.
+extern "C" __global__ void norm_and_rotate(const uint4* x, long long stride, const uint4* weight,
                                            const float2* cosines, const float2* sines,
-                                           uint4* out, float eps) {
-  constexpr int LANES = HEAD / 8, HEADS = WIDTH / HEAD;
-  constexpr int AT_ONCE = HEAD_THREADS / LANES, ROUNDS = (HEADS + AT_ONCE - 1) / AT_ONCE;
+                                           uint4* out, long long heads, float eps) {
+  constexpr int LANES = HEAD / 8, MOST_HEADS = WIDTH / HEAD;
+  constexpr int AT_ONCE = HEAD_THREADS / LANES, ROUNDS = (MOST_HEADS + AT_ONCE - 1) / AT_ONCE;
   const int lane = threadIdx.x % LANES, first = threadIdx.x / LANES;
-  const size_t row = (size_t)blockIdx.x * ACTIVE;
+  const size_t row = (size_t)blockIdx.x * stride, out_row = (size_t)blockIdx.x * heads * LANES;
   uint4 packed[ROUNDS];
 #pragma unroll
   for (int round = 0; round < ROUNDS; ++round) {
     const int head = first + round * AT_ONCE;
-    packed[round] = head < HEADS ? x[row + head * LANES + lane] : make_uint4(0, 0, 0, 0);
+    packed[round] = head < heads ? x[row + head * LANES + lane] : make_uint4(0, 0, 0, 0);
   }
   const Eight by = unpack(weight[lane]);
   float2 c[4], s[4];
@@ -145,6 +145,7 @@ extern "C" __global__ void norm_and_rotate(const uint4* x, const uint4* weight,
   }
 #pragma unroll
   for (int round = 0; round < ROUNDS; ++round) {
+    if (round * AT_ONCE >= heads) break;
     Eight eight = unpack(packed[round]);
     float squares = 0;
 #pragma unroll
@@ -161,7 +162,7 @@ extern "C" __global__ void norm_and_rotate(const uint4* x, const uint4* weight,
       eight.value[2 * i + 1] = imaginary * c[i].y + real * s[i].y;
     }
     const int head = first + round * AT_ONCE;
-    if (head < HEADS) out[row + head * LANES + lane] = pack(eight);
+    if (head < heads) out[out_row + head * LANES + lane] = pack(eight);
   }
 }
 

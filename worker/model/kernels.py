@@ -78,7 +78,7 @@ def gated_residual(
 
 
 def norm_and_rotate(
-    x: Tensor,  # (B, N, h, D/h)
+    x: Tensor,  # (B, N, h, D/h), all heads of a row or some
     norm: Any,  # an RMS norm over D/h
     rotary: tuple[Tensor, Tensor] | None,  # cosines and sines, 2 x (N, D/h) float32
     out: Tensor,  # (B, N, h, D/h)
@@ -86,14 +86,33 @@ def norm_and_rotate(
     """Normalises each head and rotates it by its token's position (RoPE), into a given tensor."""
     _, tokens, heads, head = x.shape
     kernels = None
-    if x.is_contiguous() and out.is_contiguous() and head in WIDTHS_OF_HEADS:
-        kernels = _kernels_for(x, heads * head, head)
+    if x.stride()[2:] == (head, 1) and out.is_contiguous() and head in WIDTHS_OF_HEADS:
+        kernels = _kernels_for(x, x.stride(1), head) if len(x) == 1 else None
     if kernels is None or x.dtype != norm.weight.dtype:
         normed = norm(x)
         out.copy_(normed if rotary is None else _rotated(normed, *rotary))
         return
-    tensors = (x, norm.weight, *(rotary or (None, None)), out)
-    kernels.launch("norm_and_rotate", tokens, HEAD_THREADS, *tensors, norm.eps)
+    tensors = (norm.weight, *(rotary or (None, None)), out)
+    strided = (x, x.stride(1) // 8)
+    kernels.launch("norm_and_rotate", tokens, HEAD_THREADS, *strided, *tensors, heads, norm.eps)
+
+
+def joined(first: Tensor, second: Tensor) -> Tensor:  # (B, N, ...), (B, M, ...) -> (B, N + M, ...)
+    """One behind the other: copied only where they do not lie so."""
+    whole = side_by_side(first, second)
+    return torch.cat([first, second], dim=1) if whole is None else whole
+
+
+def side_by_side(first: Tensor, second: Tensor) -> Tensor | None:
+    """What both are the parts of, if they are and no gradient is wanted; shapes as `joined`."""
+    apart = second.data_ptr() != first.data_ptr() + first.nbytes
+    is_whole = len(first) == 1 and first.is_contiguous() and second.is_contiguous()
+    if torch.is_grad_enabled() or apart or not is_whole or first.dtype != second.dtype:
+        return None
+    if first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr():
+        return None
+    length = first.shape[1] + second.shape[1]
+    return first.as_strided((1, length, *first.shape[2:]), first.stride())
 
 
 def gelu_in_place(x: Tensor) -> Tensor:  # of any shape

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from worker.model.context_parallel import ContextParallel
+from worker.model.peer_memory import open_peer_memory
+from worker.settings import peer_access_is_allowed
 
 T = TypeVar("T")
 
@@ -86,8 +88,12 @@ class ProcessGroup:
 
     def enable_context_parallel(self, transformer: Any) -> None:
         """Divides each pass among the ranks of a CFG branch, if there are several."""
-        if self._mesh is not None:
-            transformer.context_parallel = ContextParallel(self._mesh["ulysses"].get_group())
+        if self._mesh is None:
+            return
+        group, memory = self._mesh["ulysses"].get_group(), None
+        if self.device.type == "cuda" and peer_access_is_allowed():
+            memory = open_peer_memory(group, self.device)
+        transformer.context_parallel = ContextParallel(group, memory)
 
     def active_ranks(self, num_cfg_branches: int) -> range:
         """The ranks that compute so many CFG branches; the others have nothing to do."""
