@@ -15,4 +15,5 @@ def test_it_times_each_size_alone_and_shared() -> None:
     assert [size["size"] for size in sizes] == ["64x32", "32x32"]
     for size in sizes:
         assert size["relative_difference"] < 1e-5
-        assert min(size[name] for name in ("ratio", "to_heads_ms", "back_ms")) > 0
+        assert size["carrier"] == "collective"
+        assert min(size["ratio"], size["swaps_ms"]) > 0

@@ -215,8 +215,9 @@ def test_an_hour_of_outages_loses_no_job_and_mixes_up_none(
             assert sum(post.accepted for post in job.results) == 1, job
             if number % 10 == 3:
                 assert fates[number] == "INVALID_INPUT"
-        named = [fate for number, fate in enumerate(fates) if number % 10 == 7]
-        assert named.count("COMPLETED") <= 1
+        # one that was made while another took the key goes into the reply
+        named = [job for number, job in enumerate(jobs) if number % 10 == 7]
+        assert sum(job.output.get("delivery") == "s3" for job in named) <= 1
         assert collections.Counter(fates)["COMPLETED"] > NUM_JOBS / 2
         assert set(fates) <= {"COMPLETED", "INVALID_INPUT", *RETRY}
         assert platform.faults_met.keys() >= {fault.name for fault in CUTS}
