@@ -148,11 +148,11 @@ def test_only_what_places_the_model_or_brings_kernels_speaks_to_a_gpu() -> None:
         "worker/generation/pipeline_loading.py",
         "worker/loading/host_memory.py",
         "worker/loading/offload.py",
-        "worker/model/peer_memory.py",
         "worker/loading/transfer.py",
         "worker/model/attention.py",
         "worker/model/flash_attention_4.py",
         "worker/model/kernels.py",
+        "worker/model/peer_memory.py",
         "worker/model/sparse_attention.py",
     }
 

@@ -150,9 +150,9 @@ class AvatarSingleTransformerBlock(HunyuanVideoSingleTransformerBlock):
         # Half of the feed-forward fills the time that keys are on their way between the ranks, the
         # rest that of what is attended. One process has none to fill, and saves the memory.
         is_apart = is_plain(self.proj_out) and len(tokens) == 1 and not torch.is_grad_enabled()
-        more = torch.empty_like(tokens) if is_apart and shares is not None else None
-        half = 0 if more is None else tokens.shape[1] // 2
-        if more is not None:
+        more, half = None, 0
+        if is_apart and shares is not None:
+            more, half = torch.empty_like(tokens), tokens.shape[1] // 2
             self._feed(rows, slice(half), more)
         attended = attend(query.wait(), key.wait(), value.wait(), attn.processor, sparsity)
         del query, key, value
@@ -161,7 +161,8 @@ class AvatarSingleTransformerBlock(HunyuanVideoSingleTransformerBlock):
 
         # The last layer sees both side by side; where it can, they are never put together.
         if is_apart:
-            more = torch.empty_like(tokens) if more is None else more
+            if more is None:
+                more = torch.empty_like(tokens)
             self._feed(rows, slice(half, None), more)
             del rows
             attended_rows = Rows.of(swapped_back.wait().flatten(2), float8=float8)

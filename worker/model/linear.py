@@ -123,7 +123,7 @@ def feed_forward(
 ) -> Tensor:  # (B, N, O)
     """`down(gelu(up(rows)))`, some tokens at a time, so that the wide middle is never whole.
 
-    Where a gradient is wanted, which keeps the middle, all at once.
+    All at once where a gradient is wanted, which keeps the middle, or of several samples.
 
     Args:
         columns, bias, out: of `down`, as for `project`.
